@@ -1,0 +1,165 @@
+"""What an engine is: the one protocol between whatever computes tokens and whatever shows them.
+
+Knows the request, the events of an answer, the state of a swarm and the errors that a user can cause.
+Does not know HTTP, tokenizers, swarms or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from petals_win.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model that can be asked for: its public name, Unix time of loading (s), longest prompt plus answer (tokens)."""
+
+    id: str
+    created: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class PeerStatus:
+    """One node of the swarm and the half-open range of blocks [start, end) that it serves."""
+
+    peer_id: str
+    start_block: int
+    end_block: int
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class SwarmStatus:
+    """Whether a prompt could be answered now, and if not, what is missing. `detail` is one sentence for people."""
+
+    ready: bool
+    detail: str
+    missing_blocks: tuple[int, ...] = ()
+    peers: tuple[PeerStatus, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and how to continue it. Exactly one of `messages` and `prompt` is given.
+
+    messages: role and content per message; the engine applies the model's chat template.
+    prompt: plain text, or token ids, continued as it stands.
+    max_tokens: longest answer in tokens; None, or more than fits: up to the end of the model's context.
+    temperature, top_p, top_k, repetition_penalty: None is the model's own default; temperature 0 is greedy.
+    stop: the answer ends before the first of these strings (`petals_win.engines.stopping.StopStrings` does it).
+    seed: the same request with the same seed gives the same answer; None draws anew.
+    """
+
+    model: str
+    messages: tuple[dict[str, str], ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("a request has either messages or a prompt")
+
+
+@dataclass(frozen=True)
+class Token:
+    """The next piece of the answer: whole characters, never half of a multi-byte one; one token or several."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete: "stop" (end of turn or a stop string) or "length" (max_tokens or end of context)."""
+
+    reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens the prompt had (chat template included) and how many were generated."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+Event = Token | Finished | Usage
+
+
+class Engine(Protocol):
+    """Computes answers. All methods are called on one event loop, and `generate` several times at once."""
+
+    def models(self) -> list[ModelCard]:
+        """The models that can be asked for. Answers from memory, without waiting."""
+        ...
+
+    def status(self) -> SwarmStatus:
+        """The last known state of the swarm. Answers from memory, without waiting."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yield any number of Token, then one Finished, then one Usage. (An `async def` with `yield`.)
+
+        Whoever consumes it may stop at any point, by `aclose()` or by being cancelled: the computation ends
+        then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.
+
+        Raises ModelNotFound and ContextTooLong before the first event, SwarmUnavailable at any time;
+        any other exception is a defect of the engine.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Cancel what is running and release everything. May be called twice."""
+        ...
+
+
+class ModelNotFound(UserError):
+    """The request names a model that this engine does not have."""
+
+    def __init__(self, model: str, available: Sequence[str]):
+        super().__init__(f"There is no model {model!r} here. Ask for one of: {', '.join(available) or '(none)'}.")
+        self.model = model
+
+
+class ContextTooLong(UserError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+    def __init__(self, prompt_tokens: int, context_length: int):
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens, but prompt and answer together may have {context_length}. "
+            "Shorten it, or start a new chat."
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
+class SwarmUnavailable(UserError):
+    """No node serves some of the model's blocks, or none of those that do could be reached."""
+
+    def __init__(self, missing_blocks: Sequence[int]):
+        where = f"blocks {block_ranges(missing_blocks)}" if missing_blocks else "some of the blocks"
+        super().__init__(
+            f"The swarm cannot answer now: no reachable PC serves {where} of the model. "
+            "Start 'petals-win serve' for them on another PC, or try again when the missing PC is back."
+        )
+        self.missing_blocks = tuple(missing_blocks)
+
+
+def block_ranges(blocks: Sequence[int]) -> str:
+    """Block numbers as half-open ranges, written as `--blocks` takes them: [0, 1, 2, 7] is "0:3, 7:8"."""
+    ranges: list[list[int]] = []
+    for block in sorted(blocks):
+        if ranges and block == ranges[-1][1]:
+            ranges[-1][1] = block + 1
+        else:
+            ranges.append([block, block + 1])
+    return ", ".join(f"{start}:{end}" for start, end in ranges)

@@ -1,0 +1,43 @@
+"""Stop strings in text that arrives in pieces. Knows text only: no tokens, no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through until one of the stop strings is complete, which is cut off with everything after it.
+
+    The end of the text so far is held back as long as it could be the beginning of a stop string. The result does
+    not depend on where the pieces are cut: the stop string that is complete first counts, of several the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """Take the next piece and return what may be shown now. Afterwards `stopped` tells whether to go on."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)[1]], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """Return what is still held back, at the end of the text."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop` (shorter than all of it)."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
