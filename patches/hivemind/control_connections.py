@@ -1,0 +1,47 @@
+"""Open and accept the local connections to p2pd through petals_win.daemon.
+
+Why: the control client knows asyncio.open_unix_connection and bare TCP; on Windows only loopback TCP exists, which any local
+    user can connect to and whose port is known only after binding, but the address was sent to the daemon before. A failed
+    read or a response that comes after a call was given up left callers waiting for ever.
+Status: windows-only
+Upstream-issue: none
+Drop-when: hivemind supports loopback TCP with a secret.
+"""
+
+from petals_win.upstream.declare import add, add_import, replace
+
+add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control")
+
+
+@replace("hivemind.p2p.p2p_daemon_bindings.control:DaemonConnector.open_connection", digest="?")
+async def open_connection(self) -> (asyncio.StreamReader, asyncio.StreamWriter):
+    return await open_control(str(self.control_maddr))
+
+
+@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient.listen", digest="?")
+@asynccontextmanager
+async def listen(self) -> AsyncIterator["ControlClient"]:
+    async with serve_control(str(self.listen_maddr), self._handler) as address:
+        self.listen_maddr = Multiaddr(address)
+        self.listening.set()
+        yield self
+
+
+@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient._ensure_persistent_conn", digest="?")
+async def _ensure_persistent_conn(self):
+    self.listening = asyncio.Event()
+    reader, writer = await self.daemon_connector.open_persistent_connection()
+    self._read_task = asyncio.create_task(self._read_until_lost(reader))
+    self._write_task = asyncio.create_task(self._write_to_persistent_conn(writer))
+
+
+@add("hivemind.p2p.p2p_daemon_bindings.control:ControlClient")
+async def _read_until_lost(self, reader: asyncio.StreamReader):
+    try:
+        await self._read_from_persistent_conn(reader)
+    except ConnectionError as e:
+        logger.debug(f"The connection to p2pd broke: {e}")
+    finally:
+        for call in self._pending_calls.values():
+            if not call.done():
+                call.set_exception(P2PDaemonError("The connection to p2pd was lost: the daemon has ended"))

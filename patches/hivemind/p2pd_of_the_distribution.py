@@ -1,0 +1,97 @@
+"""Start the p2pd that petals_win.daemon finds, over the kind of local socket that the system has.
+
+Why: hivemind looks for a file `p2pd` without .exe inside its own package, talks to it over /unix/tmp/hivemind-… sockets that
+    anybody can squat and Windows Python cannot open ("AttributeError: module 'asyncio' has no attribute
+    'open_unix_connection'"), leaves it running when Python is killed, and reports "Daemon failed to start" without its output.
+Status: windows-only
+Upstream-issue: none
+Drop-when: hivemind takes the binary and the control address as arguments.
+"""
+
+from petals_win.upstream.declare import add, add_import, remove, replace, swap_call
+
+add_import("hivemind.p2p.p2p_daemon", "from contextlib import nullcontext")
+add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.binary import find_p2pd")
+add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.control import control_address, remove_control_socket")
+add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.process import explain_start_failure, start_p2pd")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", digest="?")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="?", nth=1)
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="?", nth=2)
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.subprocess.create_subprocess_exec", "start_p2pd", digest="?")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="?", nth=5)
+swap_call("hivemind.p2p.p2p_daemon:P2P.replicate", "Multiaddr", "_local_maddr", digest="?")
+remove("hivemind.p2p.p2p_daemon:P2P._terminate", digest="?")
+
+
+@add("hivemind.p2p.p2p_daemon")
+def _installed_p2pd(_package, _name):
+    return nullcontext(find_p2pd().path)
+
+
+@add("hivemind.p2p.p2p_daemon")
+def _local_maddr(unix_maddr: str) -> Multiaddr:
+    kind, token = unix_maddr.removeprefix(P2P._UNIX_SOCKET_PREFIX).removesuffix(".sock").split("-", 1)
+    return Multiaddr(control_address(kind, token))
+
+
+@add("hivemind.p2p.p2p_daemon:P2P")
+def _start_failure(self, message: str) -> Exception:
+    return explain_start_failure(self._first_lines, message)
+
+
+@replace("hivemind.p2p.p2p_daemon:P2P._read_outputs", digest="?")
+async def _read_outputs(self, ready: asyncio.Future) -> None:
+    self._first_lines = []
+    async for raw in self._child.stdout:
+        line = raw.decode(errors="replace").rstrip()
+        self._log_p2pd_message(line)
+        if ready.done():
+            continue
+        self._first_lines.append(line)
+        if line.startswith("Control socket:"):
+            self._daemon_listen_maddr = Multiaddr(line.split(": ", 1)[1])
+        elif line.startswith("Peer ID:"):
+            ready.set_result(None)
+    if not ready.done():
+        ready.set_exception(self._start_failure("it ended at once"))
+
+
+@replace("hivemind.p2p.p2p_daemon:P2P.__del__", digest="?")
+def __del__(self):
+    # Without a loop nothing can be closed in order; ending the child is what must not be forgotten.
+    if self._child is not None and self._child.returncode is None:
+        with suppress(ProcessLookupError, RuntimeError):
+            self._child.terminate()
+
+
+@replace("hivemind.p2p.p2p_daemon:P2P.shutdown", digest="?")
+async def shutdown(self) -> None:
+    """Close the connections to the daemon, and end the daemon if this instance started it. Safe to call twice."""
+    self._alive = False
+    if self._client is not None:
+        self._client.close()
+    tasks = [task for task in (self._listen_task, self._reader_task) if task is not None]
+    child, self._child = self._child, None
+    if child is not None and child.returncode is None:
+        with suppress(ProcessLookupError):
+            child.terminate()
+        try:
+            await asyncio.wait_for(child.wait(), 5)
+        except asyncio.TimeoutError:
+            child.kill()
+            await child.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if child is not None:
+        remove_control_socket(str(self._daemon_listen_maddr))
+    remove_control_socket(str(self._client_listen_maddr))
+
+
+@replace("hivemind.p2p.p2p_daemon:P2P.add_binary_stream_handler", digest="?")
+async def add_binary_stream_handler(self, name: str, handler: p2pclient.StreamHandler, balanced: bool = False) -> None:
+    """Let peers open streams to `handler`. The listener is bound before the daemon hears of it."""
+    if self._listen_task is None:
+        self._start_listening()
+    await asyncio.wait_for(self._client.control.listening.wait(), 10)
+    await self._client.stream_handler(name, handler, balanced)

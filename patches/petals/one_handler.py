@@ -1,0 +1,88 @@
+"""Serve all requests of a node by one handler on the DHT's event loop.
+
+Why: upstream starts eight handler processes and connects them by multiprocessing queues, listened to from executor threads
+    ("PicklingError" under spawn); pushed tensors had to find the process that owns their session.
+Status: windows-only
+Upstream-issue: none
+Drop-when: upstream's server runs in one process.
+"""
+
+from petals_win.upstream.declare import remove, remove_import, replace
+
+remove_import("petals.server.handler", "mp")
+remove("petals.server.handler:Event", digest="?")
+remove("petals.server.handler:TransformerConnectionHandler._listen_to_event_queue", digest="?")
+remove("petals.server.handler:TransformerConnectionHandler.add_p2p_handlers", digest="?")
+remove("petals.server.handler:TransformerConnectionHandler.shutdown", digest="?")
+
+
+@replace("petals.server.handler:TransformerConnectionHandler.__init__", digest="?")
+def __init__(
+    self,
+    dht: DHT,
+    module_backends: Dict[str, TransformerBackend],
+    *,
+    adapters: Optional[Sequence[str]],
+    dht_prefix: str,
+    inference_max_length: int,
+    request_timeout: float,
+    session_timeout: float,
+    step_timeout: float,
+    task_prioritizer: TaskPrioritizerBase = DummyTaskPrioritizer(),
+    quant_type: QuantType,
+):
+    super().__init__(dht, module_backends)
+    self.dht_prefix, self.adapters, self.quant_type = dht_prefix, adapters, quant_type
+    self.inference_max_length = inference_max_length
+    self.request_timeout, self.session_timeout, self.step_timeout = request_timeout, session_timeout, step_timeout
+    self._prioritizer = task_prioritizer
+    self._session_queues: Dict[str, asyncio.Queue] = {}
+
+
+@replace("petals.server.handler:TransformerConnectionHandler._managed_session", digest="?")
+@contextlib.contextmanager
+def _managed_session(self, session_id: str):
+    if session_id in self._session_queues:
+        raise ValueError(f"A session with the id {session_id} is open already")
+    self._session_queues[session_id] = asyncio.Queue()
+    try:
+        yield
+    finally:
+        # Whoever still waits for a push learns that the session has ended.
+        self._session_queues.pop(session_id).put_nowait(None)
+
+
+@replace("petals.server.handler:TransformerConnectionHandler._put_into_session_queue", digest="?")
+def _put_into_session_queue(self, session_id: str, request: runtime_pb2.ExpertRequest):
+    queue = self._session_queues.get(session_id)
+    if queue is None:
+        logger.debug(f"A push came for the session {session_id}, which is not open here")
+    else:
+        queue.put_nowait(request)
+
+
+@replace("petals.server.handler:TransformerConnectionHandler._get_from_session_queue", digest="?")
+async def _get_from_session_queue(self, session_id: str) -> Optional[runtime_pb2.ExpertRequest]:
+    return await self._session_queues[session_id].get()
+
+
+@replace("petals.server.handler:TransformerConnectionHandler._allocate_cache", digest="?")
+@contextlib.asynccontextmanager
+async def _allocate_cache(
+    self,
+    backends: Sequence[TransformerBackend],
+    *,
+    batch_size: int,
+    max_length: int,
+    timeout: Optional[float],
+) -> AsyncIterator[Any]:
+    """Open a session of the span over these blocks, within the node's budget for KV caches; close it at the end."""
+    first = backends[0]
+    span, blocks = first.span, (first.block_index, backends[-1].block_index + 1)
+    async with first.memory_cache.reserve(span.session_bytes(batch_size, max_length, *blocks), timeout):
+        session = await first.compute.submit(span.open, batch_size, max_length, *blocks)
+        try:
+            yield session
+        finally:
+            # The compute thread may still be at a step of this session: it closes the session after that.
+            first.compute.submit(session.close)

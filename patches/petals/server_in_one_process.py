@@ -1,0 +1,167 @@
+"""Run a node as one process: the DHT's event loop, one compute thread, and the main thread for its life cycle.
+
+Why: ModuleContainer forks handlers, joins pools of processes and selects on their pipes ("OSError: [WinError 10038] An operation
+    was attempted on something that is not a socket"), and splits blocks over devices by tensor_parallel. Loading and computing
+    belong in one thread, else two OpenMP pools slow each other down by a quarter.
+Status: superseded-by petals_win.span
+Upstream-issue: none
+Drop-when: upstream's server runs in one process.
+"""
+
+from petals_win.upstream.declare import add_import, remove, remove_import, replace
+
+remove_import("petals.server.server", "mp")
+remove_import("petals.server.server", "add_custom_models_from_file")
+remove_import("petals.server.server", "BatchTensorDescriptor")
+remove_import("petals.server.server", "Runtime")
+remove_import("petals.server.server", "TransformerBackend")
+remove_import("petals.server.server", "merge_inference_pools_inplace")
+remove_import("petals.server.server", "load_pretrained_block")
+remove_import("petals.server.server", "convert_block")
+add_import("petals.server.server", "from petals.server.backend import TransformerBackend")
+add_import("petals.server.server", "from petals.server.throughput import throughput_info")
+add_import("petals.server.server", "from petals_win.errors import UserError")
+add_import("petals.server.server", "from petals_win.host.memory import available_bytes")
+add_import("petals.server.server", "from petals_win.span.compute import ComputeThread")
+add_import("petals.server.server", "from petals_win.span.footprint import cache_bytes_per_token")
+add_import("petals.server.server", "from petals_win.span.source import open_model")
+add_import("petals.server.server", "from petals_win.span.span import Span")
+add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
+remove("petals.server.server:RuntimeWithDeduplicatedPools", digest="?")
+
+
+@replace("petals.server.server:Server._choose_num_blocks", digest="?")
+def _choose_num_blocks(self) -> int:
+    block = get_block_size(self.block_config, "memory", dtype=self.torch_dtype, quant_type=self.quant_type)
+    free = available_bytes(self.device)
+    # One tenth stays free for activations and for whoever else uses this PC.
+    num_blocks = min(int(0.9 * free / (block + self._cache_bytes_per_block)), self.block_config.num_hidden_layers)
+    mib = 2**20
+    if num_blocks < 1:
+        raise UserError(
+            f"This PC has {free / mib:.0f} MiB free on {self.device}, but one block with its cache takes "
+            f"{(block + self._cache_bytes_per_block) / mib:.0f} MiB: 0 blocks fit. Close other programs, or serve a smaller model."
+        )
+    logger.info(
+        f"{num_blocks} of {self.block_config.num_hidden_layers} blocks fit into {free / mib:.0f} MiB free on {self.device}"
+    )
+    return num_blocks
+
+
+@replace("petals.server.server:ModuleContainer", digest="?")
+class ModuleContainer:
+    """The blocks that this node serves now: loaded, announced, and answering requests."""
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        dht: DHT,
+        dht_prefix: str,
+        converted_model_name_or_path: str,
+        block_config: PretrainedConfig,
+        attn_cache_bytes: int,
+        server_info: ServerInfo,
+        model_info: ModelInfo,
+        block_indices: Sequence[int],
+        max_batch_size: int,
+        max_alloc_timeout: float,
+        inference_max_length: int,
+        torch_dtype: torch.dtype,
+        device: torch.device,
+        compression: CompressionType,
+        update_period: float,
+        expiration: float,
+        request_timeout: float,
+        session_timeout: float,
+        step_timeout: float,
+        revision: Optional[str],
+        token: Optional[Union[str, bool]],
+        cache_dir: Optional[str],
+        quant_type: QuantType,
+        should_validate_reachability: bool,
+        **_settings_of_processes,
+    ) -> ModuleContainer:
+        """Announce the blocks as joining, load them, announce them as online. Nothing is left behind if that fails."""
+        start, end = block_indices[0], block_indices[-1] + 1
+        module_uids = [f"{dht_prefix}{UID_DELIMITER}{index}" for index in range(start, end)]
+        memory_cache = MemoryCache(attn_cache_bytes, max_alloc_timeout)
+        server_info.state = ServerState.JOINING
+        announcer = ModuleAnnouncerThread(
+            module_uids,
+            dht,
+            server_info,
+            model_info,
+            block_config=block_config,
+            memory_cache=memory_cache,
+            update_period=update_period,
+            expiration=expiration,
+            daemon=True,
+        )
+        announcer.start()
+        logger.info(f"Blocks {start}:{end} are joining the swarm")
+        compute = ComputeThread()
+        compute.start()
+        try:
+            source = open_model(converted_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir)
+            span = compute.submit(
+                Span.load, source, start, end, dtype=torch_dtype, device=device, adapters=server_info.adapters
+            ).result()
+            speed = compute.submit(measure_speed, span).result()
+            for name, value in throughput_info(speed, block_config, end - start, server_info.using_relay).items():
+                setattr(server_info, name, value)
+            backends = {
+                uid: TransformerBackend(
+                    index,
+                    span=span,
+                    compute=compute,
+                    memory_cache=memory_cache,
+                    compression=compression,
+                    max_batch_size=max_batch_size,
+                )
+                for uid, index in zip(module_uids, range(start, end))
+            }
+            handler = TransformerConnectionHandler(
+                dht,
+                backends,
+                adapters=server_info.adapters,
+                dht_prefix=dht_prefix,
+                inference_max_length=inference_max_length,
+                request_timeout=request_timeout,
+                session_timeout=session_timeout,
+                step_timeout=step_timeout,
+                quant_type=quant_type,
+            )
+            handler.run_in_background()
+            if should_validate_reachability:
+                validate_reachability(dht.peer_id)
+        except BaseException:
+            announcer.announce(ServerState.OFFLINE)
+            compute.stop()
+            raise
+        announcer.announce(ServerState.ONLINE)
+        logger.info(f"Serving blocks {start}:{end} in {span.weight_bytes / 2**20:.0f} MiB of {span.device} memory")
+        return cls(dht, handler, compute, announcer, f"{start}:{end}")
+
+    def __init__(self, dht, handler, compute, announcer, blocks: str):
+        self.dht, self.handler, self.compute, self.dht_announcer, self.blocks = dht, handler, compute, announcer, blocks
+        self.ready = threading.Event()
+        self.ready.set()
+
+    def is_healthy(self) -> bool:
+        """Whether all threads that serve these blocks are alive."""
+        return self.dht.is_alive() and self.compute.is_alive() and self.dht_announcer.is_alive()
+
+    def is_alive(self) -> bool:
+        return self.compute.is_alive()
+
+    def join(self, timeout: Optional[float] = None) -> None:
+        self.compute.join(timeout)
+
+    def shutdown(self):
+        """Tell the swarm that these blocks leave, stop answering, free the memory."""
+        self.ready.clear()
+        self.dht_announcer.announce(ServerState.OFFLINE)
+        self.handler.shutdown()
+        self.compute.stop()
+        logger.info(f"Blocks {self.blocks} have left the swarm")

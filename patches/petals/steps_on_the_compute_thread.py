@@ -1,0 +1,145 @@
+"""Hand each request to the compute thread whole, as one call of the span.
+
+Why: upstream submits forward and backward block by block to separate task pools, with a hop between processes for each
+    (two pipes and a shared-memory tensor, which Windows names and never frees).
+Status: superseded-by petals_win.span
+Upstream-issue: none
+Drop-when: never; it goes with backend_on_the_span.
+"""
+
+from petals_win.upstream.declare import replace_module
+
+replace_module("petals.server.block_functions", digest="?")
+
+from typing import Any, AsyncIterator, List, Optional, Sequence, Tuple
+
+import torch
+from hivemind.compression.serialization import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.moe.expert_uid import ExpertUID
+from hivemind.proto import runtime_pb2
+
+from petals.server.backend import TransformerBackend
+from petals.server.task_prioritizer import TaskPrioritizerBase
+from petals.utils.misc import is_dummy
+from petals.utils.packaging import unpack_args_kwargs
+from petals_win.span.span import Session
+
+
+def _unpack(flat_tensors: Sequence[torch.Tensor], args_structure: Any) -> Sequence[Any]:
+    if args_structure is None:
+        return flat_tensors
+    args, _kwargs = unpack_args_kwargs(flat_tensors, args_structure)
+    return args
+
+
+def _prompt_of_each_block(
+    prompts: Optional[torch.Tensor], backends: Sequence[TransformerBackend]
+) -> Optional[List[torch.Tensor]]:
+    """Deep prompts [blocks, batch or 1, prefix, hidden] as one tensor for each block; None if there are none."""
+    if prompts is None or is_dummy(prompts):
+        return None
+    if prompts.ndim != 4 or len(prompts) != len(backends):
+        raise ValueError(f"Deep prompts have the shape {tuple(prompts.shape)}, but {len(backends)} blocks were asked for")
+    return list(prompts.to(backends[0].dtype).unbind(0))
+
+
+def _hidden_states(tensor: torch.Tensor, backends: Sequence[TransformerBackend]) -> torch.Tensor:
+    hidden_size = backends[0].span.hidden_size
+    if tensor.ndim != 3 or tensor.shape[-1] != hidden_size:
+        raise ValueError(f"Hidden states must have the shape [batch, tokens, {hidden_size}], got {tuple(tensor.shape)}")
+    n_tokens = tensor.shape[0] * tensor.shape[1]
+    if n_tokens > backends[0].max_batch_size:
+        raise ValueError(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")
+    return tensor.to(backends[0].dtype)
+
+
+def _range_of(backends: Sequence[TransformerBackend]) -> Tuple[int, int]:
+    start, end = backends[0].block_index, backends[-1].block_index + 1
+    if [backend.block_index for backend in backends] != list(range(start, end)):
+        raise ValueError("The blocks of one request must follow one another")
+    return start, end
+
+
+async def run_rpc_forward(
+    *flat_tensors: torch.Tensor,
+    requested_backends: Sequence[TransformerBackend],
+    active_adapter: str = "",
+    prioritizer: TaskPrioritizerBase,
+    points: int = 0,
+    args_structure: Any = None,
+) -> torch.Tensor:
+    """Hidden states [batch, tokens, hidden] after the requested blocks, without a cache."""
+    hidden_states, prompts, *_ = _unpack(flat_tensors, args_structure)
+    hidden_states = _hidden_states(hidden_states, requested_backends)
+    backend = requested_backends[0]
+    return await backend.compute.submit(
+        backend.span.forward,
+        hidden_states,
+        *_range_of(requested_backends),
+        prompts=_prompt_of_each_block(prompts, requested_backends),
+        adapter=active_adapter,
+        priority=prioritizer.prioritize(hidden_states, points=points, backend=backend, type="forward"),
+    )
+
+
+async def run_rpc_backward(
+    *flat_tensors: torch.Tensor,
+    requested_backends: Sequence[TransformerBackend],
+    active_adapter: str = "",
+    prioritizer: TaskPrioritizerBase,
+    points: int = 0,
+    args_structure: Any = None,
+) -> Sequence[torch.Tensor]:
+    """Gradients with respect to the inputs and, if there were deep prompts, to them: [blocks, batch, prefix, hidden]."""
+    inputs, grad_outputs, prompts, *_ = _unpack(flat_tensors, args_structure)
+    inputs = _hidden_states(inputs, requested_backends)
+    grad_outputs = _hidden_states(grad_outputs, requested_backends)
+    backend = requested_backends[0]
+    grad_inputs, grad_prompts = await backend.compute.submit(
+        backend.span.backward,
+        inputs,
+        grad_outputs,
+        *_range_of(requested_backends),
+        prompts=_prompt_of_each_block(prompts, requested_backends),
+        adapter=active_adapter,
+        priority=prioritizer.prioritize(inputs, grad_outputs, points=points, backend=backend, type="backward"),
+    )
+    return [grad_inputs] if grad_prompts is None else [grad_inputs, torch.stack(list(grad_prompts))]
+
+
+async def iterate_rpc_inference(
+    requested_uids: Sequence[ExpertUID],
+    requested_backends: Sequence[TransformerBackend],
+    active_adapter: Optional[str],
+    input_iterator: AsyncIterator[Tuple[runtime_pb2.ExpertRequest, dict]],
+    cache_handles: Session,
+    *,
+    max_length: int,
+    prioritizer: TaskPrioritizerBase,
+    points: int,
+    args_structure: Any = None,
+    **_quantization,
+) -> AsyncIterator[Tuple[Sequence[runtime_pb2.Tensor], bool]]:
+    """For each request of a session: its output tensors, and whether they may be pushed to the next server."""
+    session, backend = cache_handles, requested_backends[0]
+    session.adapter = active_adapter or ""
+    async for request, _metadata in input_iterator:
+        flat_tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
+        hidden_states, prompts, hypo_ids, *_ = _unpack(flat_tensors, args_structure)
+        hidden_states = _hidden_states(hidden_states, requested_backends)
+        prompts = _prompt_of_each_block(prompts, requested_backends)
+        # A client may send no tokens at all to find out whether its cache can be allocated.
+        if hidden_states.numel() > 0:
+            hidden_states = await backend.compute.submit(
+                backend.span.step,
+                session,
+                hidden_states,
+                prompts=prompts,
+                hypo_ids=None if is_dummy(hypo_ids) else hypo_ids,
+                priority=prioritizer.prioritize(
+                    hidden_states, hypo_ids, points=points, requested_uids=requested_uids, type="inference"
+                ),
+            )
+        (schema,) = requested_backends[-1].outputs_schema
+        output = serialize_torch_tensor(hidden_states.to(schema.dtype), schema.compression, allow_inplace=True)
+        yield [output], prompts is None

@@ -1,0 +1,79 @@
+"""The one thread that owns a node's device: all torch work, loading included, is done there, the most urgent call first.
+
+Knows calls and priorities. Does not know what they compute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from petals_win.host.futures import AwaitableFuture
+
+T = TypeVar("T")
+
+_STOP = (float("-inf"), -1, None)
+
+
+class ComputeThread(threading.Thread):
+    """Runs calls one at a time, lowest priority value first, in order of submission among equals.
+
+    Two threads that compute would start two OpenMP pools, which slow each other down by a quarter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="compute", daemon=True)
+        self._calls: queue.PriorityQueue[tuple[float, int, Any]] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._stopped = False
+
+    def submit(
+        self, function: Callable[..., T], /, *args: Any, priority: float = 0.0, **kwargs: Any
+    ) -> AwaitableFuture[T]:
+        """Queue `function(*args, **kwargs)`; the future can be awaited on any event loop or waited for in any thread.
+
+        A future that is cancelled before its turn is skipped. Raises RuntimeError once `stop` has been called.
+        """
+        if self._stopped:
+            raise RuntimeError("This node no longer computes: it is shutting down")
+        future: AwaitableFuture[T] = AwaitableFuture()
+        self._calls.put((priority, next(self._order), (future, function, args, kwargs)))
+        return future
+
+    def run(self) -> None:
+        while True:
+            _priority, _order, call = self._calls.get()
+            if call is None:
+                break
+            future, function, args, kwargs = call
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as e:
+                future.set_exception(e)
+            else:
+                future.set_result(result)
+            # The loop variables would keep the last call's tensors alive until the next one comes.
+            del future, function, args, kwargs, call
+            result = None
+        self._cancel_the_rest()
+
+    def stop(self, timeout: float = 60) -> None:
+        """Finish the call in work, cancel those that wait, end the thread. Waits up to `timeout` seconds."""
+        self._stopped = True
+        self._calls.put(_STOP)
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(timeout)
+
+    def _cancel_the_rest(self) -> None:
+        while True:
+            try:
+                _priority, _order, call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            if call is not None:
+                call[0].cancel()
