@@ -1,0 +1,68 @@
+"""The program `petals-win`. Knows its commands and how errors reach the user."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from petals_win import __version__
+from petals_win.cli import api, bench, patches, serve, up
+from petals_win.errors import UserError
+from petals_win.host.console import use_utf8
+
+app = typer.Typer(
+    name="petals-win",
+    help="Run language models too big for one PC on several PCs together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("up")(up.up)
+app.command("serve")(serve.serve)
+app.command("api")(api.api)
+app.command("bench")(bench.bench)
+app.add_typer(patches.app, name="patches")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"petals-win {__version__} (petals 2.2.0.post1, hivemind 1.1.12)")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    _Debug.wanted = debug
+
+
+class _Debug:
+    wanted = False
+
+
+def main() -> None:
+    """Run the command line: exit code 0 for success, 1 for a failure, 2 for wrong usage."""
+    use_utf8()
+    try:
+        app()
+    except UserError as e:
+        if _Debug.wanted:
+            raise
+        typer.secho(f"petals-win: {e}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""`petals-win serve`: one node of a swarm."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
+    peers: Annotated[
+        Optional[list[str]], typer.Option(help="Address of a peer of the swarm to join; none starts a new swarm.")
+    ] = None,
+    blocks: Annotated[
+        Optional[str], typer.Option(help="Blocks to serve, e.g. 0:15; default: as many as fit, where they are needed most.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 keeps the node on this PC.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="TCP port to listen on; 0 takes a free one.", min=0, max=65535)] = 0,
+    device: Annotated[Optional[str], typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    adapters: Annotated[Optional[list[str]], typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads to compute with; default: all cores.", min=1)] = None,
+    name: Annotated[Optional[str], typer.Option(help="Name of this PC that others see.")] = None,
+    token_file: Annotated[
+        Optional[str], typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")] = False,
+) -> None:
+    """Serve some of a model's blocks to a swarm.
+
+    Example: petals-win serve --model meta-llama/Llama-2-70b-hf --blocks 0:40
+    """
+    from petals_win.host.children import exit_with_parent
+    from petals_win.host.memory import own_bytes
+    from petals_win.host.threads import apply_thread_settings
+
+    exit_with_parent()
+    apply_thread_settings(threads)
+    from petals_win.swarm.node import Node, NodeSettings
+
+    settings = NodeSettings(
+        model=model,
+        peers=tuple(peers or ()),
+        blocks=blocks,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        adapters=tuple(adapters or ()),
+        name=name,
+        token_file=token_file,
+    )
+    with Node(settings) as node:
+        if as_json:
+            _emit("joined", peers=node.addresses, memory_bytes=own_bytes())
+            node.run(on_serving=lambda blocks: _emit("serving", blocks=blocks))
+        else:
+            typer.echo(f"This PC is in the swarm. On the next PC type:\n\n    {node.join_command}\n")
+            node.run()
+
+
+def _emit(event: str, **facts: object) -> None:
+    typer.echo(json.dumps({"event": event, **facts}))

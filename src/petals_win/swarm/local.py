@@ -1,0 +1,122 @@
+"""A private swarm on this PC: nodes as child processes on loopback.
+
+Knows the command `petals-win serve` and its events. Does not know petals, so that importing it is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from petals_win.errors import UserError
+from petals_win.host.children import Child, spawn
+
+_JOIN_SECONDS = 120  # from the start of a node's process to its place in the swarm
+_SERVE_SECONDS = 600  # from there until its blocks are loaded
+
+
+class NodeFailed(UserError):
+    """A node of the local swarm ended, or did not get ready in time. The message has its last lines."""
+
+
+@dataclass
+class LocalNode:
+    """One node: its process, its blocks, its addresses, and the bytes of memory that it had before loading."""
+
+    blocks: str
+    child: Child
+    _events: queue.SimpleQueue[dict] = field(default_factory=queue.SimpleQueue)
+    addresses: list[str] = field(default_factory=list)
+    bytes_before_loading: int = 0
+
+    def wait_for(self, event: str, seconds: float) -> dict:
+        """The node's next event, which must be `event`. Raises NodeFailed if the node ends or takes too long."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                found = self._events.get(timeout=0.2)
+            except queue.Empty:
+                if self.child.returncode is not None:
+                    raise NodeFailed(self._sentence(f"ended with status {self.child.returncode}")) from None
+                if time.monotonic() > deadline:
+                    raise NodeFailed(self._sentence(f"did not report {event!r} within {seconds:.0f} s")) from None
+                continue
+            if found["event"] == event:
+                return found
+
+    def _sentence(self, what: str) -> str:
+        lines = [line for line in self.child.output_tail(5) if line.strip()]
+        return f"The node for blocks {self.blocks} {what}. Its last lines:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+class LocalSwarm:
+    """Nodes that serve the given spans of one model on 127.0.0.1, one thread each. A context that ends them all.
+
+    :param spans: e.g. ["0:15", "15:30"]; the same span twice makes a swarm that survives the loss of one
+    :param on_line: called with the span and each line that its node prints
+    """
+
+    def __init__(
+        self,
+        model: str,
+        spans: Sequence[str],
+        *,
+        options: Sequence[str] = (),
+        on_line: Callable[[str, str], None] | None = None,
+    ):
+        self._model, self._spans, self._options = model, spans, options
+        self._on_line = on_line
+        self.nodes: list[LocalNode] = []
+
+    @property
+    def peers(self) -> list[str]:
+        """Addresses by which a client joins."""
+        return self.nodes[0].addresses[:1]
+
+    def __enter__(self) -> LocalSwarm:
+        try:
+            for span in self._spans:
+                self.add_node(span)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def add_node(self, span: str) -> LocalNode:
+        """Start one more node and wait until it has joined the swarm; its blocks may still be loading then."""
+        command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
+        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1", "--threads", "1", *self._options]
+        for peer in self.nodes[0].addresses[:1] if self.nodes else ():
+            command += ["--peers", peer]
+        events: queue.SimpleQueue[dict] = queue.SimpleQueue()
+
+        def take(line: str) -> None:
+            if line.startswith('{"event"'):
+                events.put(json.loads(line))
+            elif self._on_line is not None:
+                self._on_line(span, line)
+
+        node = LocalNode(span, spawn(command, on_line=take), events)
+        self.nodes.append(node)
+        joined = node.wait_for("joined", _JOIN_SECONDS)
+        node.addresses, node.bytes_before_loading = joined["peers"], joined["memory_bytes"]
+        return node
+
+    def wait_until_serving(self) -> None:
+        """Wait until every node has loaded its blocks."""
+        for node in self.nodes:
+            if node.child.returncode is None:
+                node.wait_for("serving", _SERVE_SECONDS)
+
+    def stop(self) -> None:
+        """End all nodes, the last first, so that each can still tell the others. Safe to call twice."""
+        while self.nodes:
+            self.nodes.pop().child.stop()
+
+    def __exit__(self, _type: type | None, _value: BaseException | None, _traceback: TracebackType | None) -> None:
+        self.stop()

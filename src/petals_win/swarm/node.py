@@ -1,0 +1,159 @@
+"""One node: checks what it was asked for, then runs petals' Server until a signal ends it.
+
+Knows petals' server, models and this PC's memory. Does not know the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from petals.server.server import ModuleContainer, Server
+from petals.utils.convert_block import QuantType
+
+from petals_win.errors import UserError
+from petals_win.host.ports import check_port_free
+from petals_win.host.signals import stop_event
+from petals_win.span.footprint import check_fits
+from petals_win.span.source import ModelSource, open_model
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UPDATE_SECONDS = 20  # how often blocks are announced; a node that dies is forgotten after three times as long
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What the user asked of this node; None is "choose for me"."""
+
+    model: str
+    peers: tuple[str, ...] = ()
+    blocks: str | None = None
+    host: str = "0.0.0.0"
+    port: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    adapters: tuple[str, ...] = ()
+    name: str | None = None
+    token_file: str | None = None
+
+
+class _Server(Server):
+    """Petals' server, which tells when it has loaded blocks, the first time and after it moved to others."""
+
+    on_serving: Callable[[str], None] | None = None
+    _container: ModuleContainer | None = None
+
+    @property
+    def module_container(self) -> ModuleContainer | None:
+        return self._container
+
+    @module_container.setter
+    def module_container(self, container: ModuleContainer | None) -> None:
+        self._container = container
+        if container is not None and self.on_serving is not None:
+            self.on_serving(container.blocks)
+
+
+class Node:
+    """Joins the swarm when entered, serves in `run`, leaves when exited. Raises UserError for what the user can mend."""
+
+    def __init__(self, settings: NodeSettings):
+        self._settings = settings
+        self._stop = stop_event()
+
+    def __enter__(self) -> Node:
+        settings = self._settings
+        token = Path(settings.token_file).read_text(encoding="utf-8").strip() if settings.token_file else None
+        source = open_model(settings.model, token=token)
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, source, device)
+        if settings.blocks is not None:
+            start, end = parse_blocks(settings.blocks, source.num_blocks)
+            check_fits(source, start, end, dtype, device)
+        if settings.port:
+            check_port_free(settings.host, settings.port)
+        listen = [f"/ip4/{settings.host}/tcp/{settings.port}"]
+        on_this_pc = settings.host == "127.0.0.1"
+        self._server = _Server(
+            initial_peers=list(settings.peers),
+            dht_prefix=source.dht_prefix,
+            converted_model_name_or_path=settings.model,
+            public_name=settings.name,
+            throughput="auto",
+            block_indices=settings.blocks,
+            torch_dtype=str(dtype).removeprefix("torch."),
+            device=device,
+            quant_type=QuantType.NONE,
+            token=token,
+            adapters=settings.adapters,
+            update_period=_UPDATE_SECONDS,
+            expiration=3 * _UPDATE_SECONDS,
+            inference_max_length=source.context_length,
+            host_maddrs=listen,
+            startup_timeout=60,
+            # A peer behind a NAT is found out by asking the others to dial it; on one PC or as the first there is no need.
+            reachable_via_relay=False if on_this_pc or not settings.peers else None,
+            use_relay=not on_this_pc,
+            use_auto_relay=not on_this_pc,
+        )
+        return self
+
+    @property
+    def addresses(self) -> list[str]:
+        """Multiaddrs at which other PCs can join, the most useful first."""
+        maddrs = [str(maddr) for maddr in self._server.dht.get_visible_maddrs()]
+        return sorted(maddrs, key=lambda maddr: "/127.0.0.1/" in maddr or "/::1/" in maddr)
+
+    @property
+    def join_command(self) -> str:
+        """What to type on the next PC."""
+        return f"petals-win serve --model {self._settings.model} --peers {self.addresses[0]}"
+
+    def run(self, on_serving: Callable[[str], None] | None = None) -> None:
+        """Serve until a signal comes; `on_serving` is called with the range of blocks whenever they are loaded."""
+        self._server.stop, self._server.on_serving = self._stop, on_serving
+        self._server.run()
+
+    def __exit__(self, *_exception: object) -> None:
+        self._server.shutdown()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU if there is one. Raises UserError if it does not exist here."""
+    if name is None:
+        name = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"This PC has no device {name!r} that torch can use. Leave --device out, or use cpu.") from e
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+
+def choose_dtype(name: str | None, source: ModelSource, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the checkpoint's; float16 is computed as bfloat16 on a CPU, which has no fast float16."""
+    if name is None:
+        return torch.bfloat16 if source.dtype is torch.float16 and device.type == "cpu" else source.dtype
+    if name not in _DTYPES:
+        raise UserError(f"There is no dtype {name!r} to serve in. Use one of: {', '.join(_DTYPES)}.")
+    dtype = _DTYPES[name]
+    if dtype is torch.float16 and device.type == "cpu":
+        raise UserError("A CPU does not compute in float16. Use --dtype bfloat16 or --dtype float32.")
+    return dtype
+
+
+def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
+    """A range like "0:15" as (0, 15). Raises UserError if it is none, or not within the model."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None:
+        raise UserError(f"{text!r} is not a range of blocks. Write it as START:END, e.g. --blocks 0:{num_blocks // 2}.")
+    start, end = int(match[1]), int(match[2])
+    if not start < end <= num_blocks:
+        raise UserError(f"The blocks {text} are out of range: the model has the blocks 0:{num_blocks}.")
+    return start, end
