@@ -1,0 +1,79 @@
+"""The FastAPI application: puts guards, routes and pages together. Knows no engine in particular."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from petals_win import __version__
+from petals_win.api import errors
+from petals_win.api.generations import Generations
+from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
+from petals_win.api.routes import engine_routes, open_routes
+from petals_win.api.settings import Settings
+from petals_win.engines.base import Engine
+from petals_win.errors import UserError
+from petals_win.web import pages
+
+_OPEN_PATHS = pages.PATHS | {"/health", "/openapi.json"}
+
+
+def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
+    """The API in front of `engine`, which the app closes when it shuts down.
+
+    `app.state.generations` runs the answers; a server calls its `stop()` before it waits for open connections.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await engine.close()
+
+    app = FastAPI(
+        title="petals-win",
+        summary="OpenAI's API, answered by a swarm of PCs",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    generations = Generations(engine, settings.max_running, settings.max_waiting)
+    app.state.generations = generations
+
+    app.include_router(open_routes())
+    # RequireKey does the checking; the dependency makes /docs offer a field for the key.
+    shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(pages.page_routes())
+
+    app.add_exception_handler(errors.ApiError, errors.on_api_error)
+    app.add_exception_handler(UserError, errors.on_user_error)
+    app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(RequestValidationError, errors.on_invalid_request)
+    app.add_exception_handler(ClientDisconnect, errors.on_disconnect)
+    app.add_exception_handler(Exception, errors.on_defect)
+
+    # The last one added is the first one asked.
+    app.add_middleware(LimitBody, settings=settings)
+    app.add_middleware(RequireKey, settings=settings, open_paths=_OPEN_PATHS)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        # A page on the internet may be allowed to use an API in the home network: the user named its origin.
+        allow_private_network=True,
+        expose_headers=("Retry-After", "WWW-Authenticate"),
+    )
+    app.add_middleware(TrustedPages, settings=settings)
+    return app

@@ -1,0 +1,108 @@
+"""Errors as OpenAI's clients expect them. Knows status codes and the JSON body of an error; not who raises which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from petals_win.engines.base import ContextTooLong, ModelNotFound, SwarmUnavailable
+from petals_win.errors import UserError
+
+RETRY_AFTER_S = 10
+
+
+class ApiError(Exception):
+    """An answer other than success: HTTP status, a sentence for people, and OpenAI's fields for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body, also sent as the last event of a stream that breaks."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def from_engine(error: UserError) -> ApiError:
+    """Translate what an engine raises."""
+    match error:
+        case ModelNotFound():
+            return ApiError(404, str(error), code="model_not_found", param="model")
+        case ContextTooLong():
+            return ApiError(400, str(error), code="context_length_exceeded")
+        case SwarmUnavailable():
+            return ApiError(503, str(error), code="swarm_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
+        case _:
+            return ApiError(400, str(error))
+
+
+async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_user_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, UserError)
+    return from_engine(error).response()
+
+
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads this answer any more; 499 is what proxies write into their logs then."""
+    return Response(status_code=499)
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: no such route, wrong method, a body that is no text."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    match error.status_code:
+        case 404:
+            message = f"There is no {what} here. /docs lists what there is."
+        case 405:
+            message = f"{what} is not possible: use {(error.headers or {}).get('Allow', 'another method')}."
+        case 400:
+            message = "The request body cannot be read as JSON."
+        case _:
+            message = str(error.detail)
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """A body of the wrong shape. Names the field, never repeats the value: it may be long or private."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    location = first["loc"][1:]
+    if first["type"] == "json_invalid":
+        reason, position = first["ctx"]["error"], location[0]
+        return ApiError(400, f"The request body is not valid JSON: {reason}, character {position}.").response()
+    if not location:
+        message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
+        return ApiError(400, message).response()
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {reason[:1].lower()}{reason[1:]}.", param=param).response()
+
+
+async def on_defect(request: Request, error: Exception) -> JSONResponse:
+    """A defect of ours: the server logs the traceback, the client learns only that it happened."""
+    return ApiError(500, "An error inside petals-win; its log has the details.").response()

@@ -1,0 +1,161 @@
+"""What stands before the routes: which host and page may ask, the key, the size of the body.
+
+Knows raw requests only. Each guard is an ASGI middleware that answers by itself or passes the request on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from petals_win.api.errors import ApiError
+from petals_win.api.settings import Settings, is_loopback
+
+BODY_DEADLINE_S = 60.0
+
+
+class TrustedPages:
+    """Refuses requests that a foreign web page makes through its visitor's browser.
+
+    A page may ask if it comes from this server or if its origin is allowed. Without keys the Host header is
+    checked too: otherwise a page could have its own name resolved to this machine and pass as coming from it.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        if not self._settings.api_keys and not self._host_is_ours(host):
+            refusal = ApiError(403, f"This API does not answer under the name {host!r}. Use http://127.0.0.1.")
+            await refusal.response()(scope, receive, send)
+        elif origin is not None and not self._origin_is_allowed(origin, host):
+            refusal = ApiError(
+                403, f"Pages of {origin} may not use this API. Start it with --cors-origin {origin} to allow them."
+            )
+            await refusal.response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, _with_header(send, "X-Content-Type-Options", "nosniff"))
+
+    def _host_is_ours(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if is_loopback(name) or name == self._settings.host.lower():
+            return True
+        if is_loopback(self._settings.host):
+            return False
+        # Open to the local network by --insecure: an address or a local name cannot be a stranger's domain.
+        return _is_address(name) or "." not in name or name.endswith(".local")
+
+    def _origin_is_allowed(self, origin: str, host: str) -> bool:
+        return origin in self._settings.cors_origins or origin in (f"http://{host}", f"https://{host}")
+
+
+class RequireKey:
+    """Asks for one of the keys (Authorization: Bearer KEY) everywhere except on the open paths."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, open_paths: Collection[str]):
+        self._app = app
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._keys or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._is_valid(key.strip().encode("latin-1")):
+            await self._app(scope, receive, send)
+            return
+        problem = "This API key is not valid." if key else "This API needs a key."
+        refusal = ApiError(
+            401,
+            f"{problem} Send 'Authorization: Bearer KEY' with a key from the server's key file.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await refusal.response()(scope, receive, send)
+
+    def _is_valid(self, given: bytes) -> bool:
+        # Every key is compared, so that the time taken does not tell which one was nearly right.
+        return any([hmac.compare_digest(given, key) for key in self._keys])
+
+
+class LimitBody:
+    """Reads the body before the routes do: up to a size, within a deadline."""
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app = app
+        self._max_bytes = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            if int(Headers(scope=scope).get("content-length", "0")) > self._max_bytes:
+                raise self._too_large()
+            body = await asyncio.wait_for(self._read(receive), BODY_DEADLINE_S)
+        except ApiError as refusal:
+            # The server goes on to discard what still comes: a client that is cut off would not see the answer.
+            await refusal.response()(scope, receive, send)
+            return
+        except asyncio.TimeoutError:
+            refusal = ApiError(408, f"The request was not complete after {BODY_DEADLINE_S:.0f} s.")
+            await refusal.response()(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The request is larger than {self._max_bytes / 2**20:g} MiB. Shorten the prompt.")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_header(send: Send, name: str, value: str) -> Send:
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)[name] = value
+        await send(message)
+
+    return wrapped

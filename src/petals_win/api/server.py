@@ -1,0 +1,136 @@
+"""Listening and serving until told to stop. Knows sockets and uvicorn; nothing of the routes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from petals_win.api.settings import Settings
+from petals_win.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 5
+
+
+class PortInUse(UserError):
+    """Another program listens there already."""
+
+    def __init__(self, host: str, port: int):
+        super().__init__(
+            f"Port {port} on {host} is in use by another program, perhaps another petals-win. "
+            "Stop that program, or choose another port with --port."
+        )
+        self.port = port
+
+
+class ApiServer:
+    """The API on its address. Listens from the moment it is made: a port in use shows before anything slow begins.
+
+    Raises PortInUse, or UserError for an address that this machine does not have.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings):
+        self._sockets = _listen(settings.host, settings.port)
+        self.port: int = self._sockets[0].getsockname()[1]
+        # Where a browser on this machine finds it.
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        self._uvicorn = _Uvicorn(config, app)
+
+    async def serve(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Answer requests until `stop()`, then return. Signals are the caller's business.
+
+        `on_ready` is called once, on the event loop, when requests are answered; it must not block.
+        """
+        self._uvicorn.on_ready = on_ready
+        await self._uvicorn.serve(self._sockets)
+
+    def stop(self) -> None:
+        """End `serve()` soon, from any thread: running answers break off with an error, connections close."""
+        self._uvicorn.should_exit = True
+
+    def close(self) -> None:
+        """Stop listening, if `serve()` was never called."""
+        for listener in self._sockets:
+            listener.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, leaving signals alone, and ending the answers before it waits for connections to close."""
+
+    on_ready: Callable[[], None] | None = None
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI):
+        super().__init__(config)
+        self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.on_ready:
+            self.on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.generations.stop()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """One listening socket for each address of the host: "localhost" may be 127.0.0.1, ::1 or both."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise UserError(
+            f"{host!r} is no address of this PC. Give --host an IP address of it, or 0.0.0.0 for all."
+        ) from error
+    listeners: list[socket.socket] = []
+    refused: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        listener = socket.socket(family, kind, protocol)
+        try:
+            if sys.platform == "win32":
+                # Without it, Windows lets a second program take over a port that is in use.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            else:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # With port 0, all addresses get the port that the first one was given.
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            listener.bind((address[0], chosen, *address[2:]))
+            listener.listen(socket.SOMAXCONN)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE:
+                for other in listeners:
+                    other.close()
+                raise PortInUse(host, port) from error
+            refused = error
+            logger.debug("Cannot listen on %s: %s", address, error)
+            continue
+        listeners.append(listener)
+    if not listeners:
+        raise UserError(
+            f"This PC does not let petals-win listen on {host}, port {port}: {refused}. "
+            "Choose another with --host or --port."
+        ) from refused
+    return listeners

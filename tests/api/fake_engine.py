@@ -1,0 +1,115 @@
+"""A scripted fake of an engine: no model, no swarm. It stands in where a test is about HTTP and not about answers.
+
+One word is one token. What it does depends on the last message or prompt:
+
+    "say WORDS"        answers WORDS
+    "count N"          answers "1 2 3 ... N", one token every `pace` seconds
+    "wait"             computes for ever and never gets to its first token
+    "break" "crash"    two tokens, then the swarm fails, or the engine itself does
+    "missing"          the swarm cannot begin
+    anything else      answers "You said: ..."
+"""
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator
+
+from petals_win.engines.base import (
+    ContextTooLong,
+    Event,
+    Finished,
+    GenerationRequest,
+    ModelCard,
+    ModelNotFound,
+    PeerStatus,
+    SwarmStatus,
+    SwarmUnavailable,
+    Token,
+    Usage,
+)
+from petals_win.engines.stopping import StopStrings
+
+MODEL = "made-up/fake-model"
+
+
+class FakeEngine:
+    def __init__(self, pace: float = 0.001, missing_blocks: tuple[int, ...] = ()):
+        self.pace = pace
+        self.missing_blocks = missing_blocks
+        self.context_length = 2000
+        self.requests: list[GenerationRequest] = []
+        self.running = 0
+        self.most_running = 0
+        self.completed = 0
+        self.cancelled = 0
+        self.closed = 0
+
+    def models(self) -> list[ModelCard]:
+        return [ModelCard(MODEL, 1_700_000_000, self.context_length)]
+
+    def status(self) -> SwarmStatus:
+        peers = (PeerStatus("12D3KooWFakePeer", 0, 15, "gaming-pc"),)
+        if self.missing_blocks:
+            return SwarmStatus(False, "No node serves blocks 15:30.", self.missing_blocks, peers)
+        return SwarmStatus(True, "All 30 blocks are served by 2 nodes.", (), peers)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            if request.model != MODEL:
+                raise ModelNotFound(request.model, [MODEL])
+            text = request.messages[-1]["content"] if request.messages else request.prompt
+            words = [f"#{token}" for token in text] if isinstance(text, tuple) else str(text).split()
+            if len(words) >= self.context_length:
+                raise ContextTooLong(len(words), self.context_length)
+            order = words[0] if words else ""
+            if order == "missing":
+                raise SwarmUnavailable(range(15, 30))
+            if order == "wait":
+                await asyncio.sleep(600)
+            match order:
+                case "say":
+                    answer = words[1:]
+                case "count":
+                    answer = [str(n) for n in range(1, int(words[1]) + 1)]
+                case "break" | "crash":
+                    answer = ["two", "tokens"]
+                case _:
+                    answer = ["You", "said:", *words]
+            if request.seed is not None:
+                answer.append(str(zlib.crc32(repr((answer, request.seed)).encode())))
+            async for event in self._speak(answer, request, len(words)):
+                if isinstance(event, Finished) and order == "break":
+                    raise SwarmUnavailable(range(15, 30))
+                if isinstance(event, Finished) and order == "crash":
+                    raise RuntimeError("scripted defect")
+                yield event
+            self.completed += 1
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _speak(
+        self, words: list[str], request: GenerationRequest, prompt_tokens: int
+    ) -> AsyncGenerator[Event, None]:
+        stops = StopStrings(request.stop)
+        limit = len(words) if request.max_tokens is None else request.max_tokens
+        count = 0
+        for word in words[:limit]:
+            await asyncio.sleep(self.pace)
+            count += 1
+            if piece := stops.feed(word if count == 1 else f" {word}"):
+                yield Token(piece)
+            if stops.stopped:
+                break
+        if rest := stops.flush():
+            yield Token(rest)
+        yield Finished("length" if not stops.stopped and limit < len(words) else "stop")
+        yield Usage(prompt_tokens, count)
+
+    async def close(self) -> None:
+        self.closed += 1
