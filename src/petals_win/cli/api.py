@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from petals_win.errors import UserError
+from petals_win.host.signals import stop_event
+
+if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
+    from petals_win.api.settings import Settings
+    from petals_win.engines.petals import PetalsEngine
 
 
 def api(
@@ -31,8 +38,8 @@ def api(
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
-    from petals_win.api import serve
     from petals_win.api.settings import Settings, read_api_keys
+    from petals_win.host.ports import check_port_free
     from petals_win.host.threads import apply_thread_settings
 
     settings = Settings(
@@ -44,9 +51,43 @@ def api(
     )
     if not peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    stop = stop_event()
+    check_port_free(host, port)  # before anything slow begins
     apply_thread_settings(1)
     from petals_win.engines.petals import PetalsEngine
 
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
-    engine = PetalsEngine.connect(model, peers, token=token)
-    asyncio.run(serve(engine, settings))
+    engine = PetalsEngine.connect(model, peers, token=read_token(token_file))
+    answer_until(stop, engine, settings, on_ready=lambda url: typer.echo(f"The API and the chat page: {url}"))
+
+
+def answer_until(
+    stop: threading.Event, engine: PetalsEngine, settings: Settings, on_ready: Callable[[str], None]
+) -> None:
+    """Serve the API in front of `engine` until `stop` is set; `on_ready` gets its address. Closes the engine."""
+    from petals_win.api.app import create_app
+    from petals_win.api.server import ApiServer
+
+    async def serve() -> None:
+        await engine.watch()
+        await server.serve(lambda: on_ready(server.url))
+
+    def wait_for_stop() -> None:
+        stop.wait()
+        server.stop()
+
+    try:
+        server = ApiServer(create_app(engine, settings=settings), settings)
+        threading.Thread(target=wait_for_stop, name="stop the API", daemon=True).start()
+        asyncio.run(serve())
+    finally:
+        asyncio.run(engine.close())
+
+
+def read_token(file: Path | None) -> str | None:
+    """The Hugging Face token in a file; it is never given on the command line, where others could read it."""
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except OSError as e:
+        raise UserError(f"The token file {file} cannot be read: {e.strerror}.") from e

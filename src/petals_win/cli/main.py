@@ -62,6 +62,8 @@ def main() -> None:
             raise
         typer.secho(f"petals-win: {e}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from petals_win.cli.api import read_token
 
 
 def serve(
@@ -24,7 +27,7 @@ def serve(
     threads: Annotated[Optional[int], typer.Option(help="CPU threads to compute with; default: all cores.", min=1)] = None,
     name: Annotated[Optional[str], typer.Option(help="Name of this PC that others see.")] = None,
     token_file: Annotated[
-        Optional[str], typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
+        Optional[Path], typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")] = False,
 ) -> None:
@@ -50,7 +53,7 @@ def serve(
         dtype=dtype,
         adapters=tuple(adapters or ()),
         name=name,
-        token_file=token_file,
+        token=read_token(token_file),
     )
     with Node(settings) as node:
         if as_json:

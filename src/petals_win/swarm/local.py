@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,17 +31,20 @@ class LocalNode:
 
     blocks: str
     child: Child
-    _events: queue.SimpleQueue[dict] = field(default_factory=queue.SimpleQueue)
+    _events: queue.SimpleQueue[dict]
+    _stop: threading.Event
     addresses: list[str] = field(default_factory=list)
     bytes_before_loading: int = 0
 
     def wait_for(self, event: str, seconds: float) -> dict:
-        """The node's next event, which must be `event`. Raises NodeFailed if the node ends or takes too long."""
+        """The node's next `event`. Raises NodeFailed if the node ends or takes too long, KeyboardInterrupt if stopped."""
         deadline = time.monotonic() + seconds
         while True:
             try:
                 found = self._events.get(timeout=0.2)
             except queue.Empty:
+                if self._stop.is_set():
+                    raise KeyboardInterrupt from None
                 if self.child.returncode is not None:
                     raise NodeFailed(self._sentence(f"ended with status {self.child.returncode}")) from None
                 if time.monotonic() > deadline:
@@ -59,6 +63,7 @@ class LocalSwarm:
 
     :param spans: e.g. ["0:15", "15:30"]; the same span twice makes a swarm that survives the loss of one
     :param on_line: called with the span and each line that its node prints
+    :param stop: set to give up waiting
     """
 
     def __init__(
@@ -68,9 +73,10 @@ class LocalSwarm:
         *,
         options: Sequence[str] = (),
         on_line: Callable[[str, str], None] | None = None,
+        stop: threading.Event | None = None,
     ):
         self._model, self._spans, self._options = model, spans, options
-        self._on_line = on_line
+        self._on_line, self._stop = on_line, stop or threading.Event()
         self.nodes: list[LocalNode] = []
 
     @property
@@ -101,7 +107,7 @@ class LocalSwarm:
             elif self._on_line is not None:
                 self._on_line(span, line)
 
-        node = LocalNode(span, spawn(command, on_line=take), events)
+        node = LocalNode(span, spawn(command, on_line=take), events, self._stop)
         self.nodes.append(node)
         joined = node.wait_for("joined", _JOIN_SECONDS)
         node.addresses, node.bytes_before_loading = joined["peers"], joined["memory_bytes"]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from petals.server.server import ModuleContainer, Server
@@ -40,7 +39,7 @@ class NodeSettings:
     dtype: str | None = None
     adapters: tuple[str, ...] = ()
     name: str | None = None
-    token_file: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 class _Server(Server):
@@ -69,8 +68,7 @@ class Node:
 
     def __enter__(self) -> Node:
         settings = self._settings
-        token = Path(settings.token_file).read_text(encoding="utf-8").strip() if settings.token_file else None
-        source = open_model(settings.model, token=token)
+        source = open_model(settings.model, token=settings.token)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, source, device)
         if settings.blocks is not None:
@@ -90,7 +88,7 @@ class Node:
             torch_dtype=str(dtype).removeprefix("torch."),
             device=device,
             quant_type=QuantType.NONE,
-            token=token,
+            token=settings.token,
             adapters=settings.adapters,
             update_period=_UPDATE_SECONDS,
             expiration=3 * _UPDATE_SECONDS,

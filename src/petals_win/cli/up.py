@@ -1,0 +1,101 @@
+"""`petals-win up`: the whole thing on one PC: a model, two nodes, the API and the chat page."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from typing import Annotated
+
+import typer
+
+from petals_win.errors import UserError
+from petals_win.host.signals import stop_event
+
+_QUESTION = "What is the capital of France?"
+_ANSWER = "Paris"
+_CHECK_SECONDS = 120
+
+
+def up(
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")
+    ] = "SmolLM2-135M-Instruct",
+    port: Annotated[int, typer.Option(help="Port of the API and the chat page.", min=0, max=65535)] = 8000,
+    check: Annotated[
+        bool, typer.Option("--check", help=f"Ask {_QUESTION!r} through the API and end: 0 if the answer says {_ANSWER}.")
+    ] = False,
+) -> None:
+    """Start a private swarm of two nodes on this PC, and its API.
+
+    Example: petals-win up
+    """
+    from petals_win.api.settings import Settings
+    from petals_win.cli.api import answer_until
+    from petals_win.host.console import Progress
+    from petals_win.host.ports import check_port_free
+    from petals_win.host.threads import apply_thread_settings
+    from petals_win.swarm.local import LocalSwarm
+
+    stop = stop_event()
+    settings = Settings(port=0 if check else port)
+    check_port_free(settings.host, settings.port)  # before anything slow begins
+    apply_thread_settings(1)
+    result = _Check()
+    with Progress() as progress:
+        progress.step(f"Opening {model}")
+        from petals_win.span.source import open_model
+
+        source = open_model(model)
+        half = source.num_blocks // 2
+        spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
+        progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")
+        with LocalSwarm(model, spans, on_line=progress.detail, stop=stop) as swarm:
+            from petals_win.engines.petals import PetalsEngine
+
+            progress.step("Loading the model's embeddings and head")
+            engine = PetalsEngine.connect(model, swarm.peers)
+            progress.step("Waiting for the nodes to load their blocks")
+            swarm.wait_until_serving()
+
+            def ready(url: str) -> None:
+                progress.done(f"{source.name} answers at {url}")
+                if check:
+                    threading.Thread(target=lambda: (result.ask(url, source.name), stop.set()), daemon=True).start()
+                else:
+                    typer.echo(f"\n    Chat page: {url}\n    API:       {url}/v1\n\nCtrl+C ends everything.")
+
+            answer_until(stop, engine, settings, on_ready=ready)
+    if check:
+        result.report()
+
+
+class _Check:
+    """One question through the API, as a user would ask it."""
+
+    answer: str | None = None
+    tokens_per_s = 0.0
+    error: Exception | None = None
+
+    def ask(self, url: str, model: str) -> None:
+        body = {"model": model, "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 64}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        begin = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request, timeout=_CHECK_SECONDS) as response:
+                completion = json.load(response)
+        except OSError as e:
+            self.error = e
+            return
+        self.answer = completion["choices"][0]["message"]["content"]
+        self.tokens_per_s = completion["usage"]["completion_tokens"] / (time.perf_counter() - begin)
+
+    def report(self) -> None:
+        if self.error is not None or self.answer is None:
+            raise UserError(f"The API did not answer {_QUESTION!r}: {self.error or 'it was ended before'}.")
+        typer.echo(f"{_QUESTION}\n{self.answer}\n{self.tokens_per_s:.1f} tokens/s")
+        if _ANSWER not in self.answer:
+            raise UserError(f"The answer does not say {_ANSWER}: the model or the swarm computes something wrong.")

@@ -1,0 +1,90 @@
+"""The two-node swarm computes what transformers computes in one process: prefill, 32 decode steps, greedy text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import connect, disconnect
+from transformers import AutoModelForCausalLM
+
+from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.swarm.local import LocalSwarm
+
+PROMPT = torch.tensor([[1, 40, 7, 300, 22, 5, 9, 41, 8, 100, 63, 12]])
+SMALL = dict(vocab_size=320, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256)
+FAMILIES = {
+    "llama": dict(num_key_value_heads=2, intermediate_size=128),  # grouped queries, as in Llama 2 70B
+    "mistral": dict(num_key_value_heads=2, intermediate_size=128, sliding_window=16),
+    "qwen3": dict(num_key_value_heads=2, intermediate_size=128, head_dim=32),
+    "gpt2": dict(),
+}
+
+
+def logits_step_by_step(model, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [1, prompt + tokens, vocab] of a prefill and one decode step for each token, with a cache."""
+    outputs = model(prompt, use_cache=True)
+    logits, cache = [outputs.logits], outputs.get("cache")
+    for token in tokens.split(1, dim=1):
+        outputs = model(token) if cache is None else model(token, cache=cache, use_cache=True)
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.inference_mode()
+def assert_same(remote, local, prompt: torch.Tensor, tolerance: float) -> None:
+    expected_text = local.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)
+    text = remote.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)
+    assert torch.equal(text, expected_text)
+
+    tokens = expected_text[:, prompt.shape[1] :]
+    expected = logits_step_by_step(local, prompt, tokens)
+    with remote.inference_session(max_length=prompt.shape[1] + 32):
+        actual = logits_step_by_step(remote, prompt, tokens)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance
+    assert (remote(prompt).logits - expected[:, : prompt.shape[1]]).abs().max() <= tolerance  # rpc_forward
+
+
+def test_smollm2(remote):
+    source = open_model(DEFAULT_MODEL)
+    prompt = source.tokenizer()("The capital of France is the city of", return_tensors="pt")["input_ids"]
+    assert_same(remote, source.whole_model(), prompt, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, checkpoint):
+    folder = checkpoint(family, **SMALL, **FAMILIES[family])
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with LocalSwarm(str(folder), ["0:1", "1:4"]) as swarm:
+        swarm.wait_until_serving()
+        remote = connect(swarm, str(folder))
+        try:
+            assert_same(remote, local, PROMPT, 1e-4)
+        finally:
+            disconnect(remote)
+
+
+@torch.inference_mode()
+def test_generate_as_transformers_does(remote):
+    """Beams, a streamer, a session that goes on, and a batch."""
+    source = open_model(DEFAULT_MODEL)
+    tokenizer, local = source.tokenizer(), source.whole_model()
+    prompt = tokenizer("Once upon a time, there was a", return_tensors="pt")["input_ids"]
+
+    beams = dict(num_beams=3, max_new_tokens=12, do_sample=False)
+    assert torch.equal(remote.generate(prompt, **beams), local.generate(prompt, **beams))
+
+    batch = torch.cat([prompt, prompt.flip(1)])
+    greedy = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(remote.generate(batch, **greedy), local.generate(batch, **greedy))
+
+    whole = local.generate(prompt, max_new_tokens=9, do_sample=False)
+    with remote.inference_session(max_length=64) as session:
+        parts = [remote.generate(prompt, max_new_tokens=3, do_sample=False, session=session)]
+        parts += [remote.generate(max_new_tokens=3, do_sample=False, session=session) for _ in range(2)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+    torch.manual_seed(5)
+    sampled = remote.generate(prompt, max_new_tokens=10, do_sample=True, temperature=0.8, top_p=0.9)
+    torch.manual_seed(5)
+    assert torch.equal(sampled, local.generate(prompt, max_new_tokens=10, do_sample=True, temperature=0.8, top_p=0.9))
