@@ -60,6 +60,7 @@ async def open_control(address: str) -> tuple[asyncio.StreamReader, asyncio.Stre
     if isinstance(where, int):
         connecting = asyncio.open_connection("127.0.0.1", where)
     else:
+        assert sys.platform != "win32"
         connecting = asyncio.open_unix_connection(where)
     try:
         return await asyncio.wait_for(connecting, _CONNECT_TIMEOUT_S)
@@ -75,6 +76,7 @@ async def serve_control(address: str, handler: StreamHandler) -> AsyncIterator[s
         server = await asyncio.start_server(handler, "127.0.0.1", where)
         address = f"/ip4/127.0.0.1/tcp/{server.sockets[0].getsockname()[1]}"
     else:
+        assert sys.platform != "win32"
         server = await asyncio.start_unix_server(handler, where)
     try:
         yield address

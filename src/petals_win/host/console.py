@@ -3,18 +3,19 @@
 Knows encodings and how progress is shown. Does not know what is in progress.
 """
 
+from __future__ import annotations
+
 import io
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
-_REPORT_EVERY_S = 5.0
+_REPORT_EVERY_S = 10.0
 
 
 def use_utf8() -> None:
@@ -33,86 +34,113 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-class Step:
-    """One thing in progress. Made by `Progress.step`; use it from one thread at a time."""
-
-    def __init__(self, what: str, total: int | None):
-        self.what, self.total, self.done = what, total, 0
-        self.began = time.monotonic()
-
-    def advance(self, size: int) -> None:
-        """`size` more bytes are done."""
-        self.done += size
-
-    def note(self, text: str) -> None:
-        """Say what is being done now within the step."""
-
-    def finish(self) -> str:
-        """The line that remains of the step."""
-        size = f", {size_text(self.total or self.done)}" if self.total or self.done else ""
-        return f"{self.what}: done{size}, {time.monotonic() - self.began:.1f} s"
-
-
 class Progress:
-    """Shows steps as they go: a moving line on a terminal, timed lines anywhere else."""
+    """Shows one step after another, each with its size and time: a moving line on a terminal, timed lines elsewhere.
+
+    A context, whose end ends the last step. Its methods may be called from any thread.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         """:param stream: where to show it; standard error if None, so that a command's result can be piped on"""
         self._console = Console(file=stream, stderr=stream is None, highlight=False)
+        self._lock = threading.Lock()
+        self._step: _Step | None = None
+        self._ended = threading.Event()
 
-    def say(self, text: str) -> None:
-        """Show one line."""
+    def __enter__(self) -> Progress:
+        if not self._console.is_terminal:
+            threading.Thread(target=self._report, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        with self._lock:
+            self._end_step("done" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed")
+
+    def step(self, what: str, total: int | None = None) -> None:
+        """The step before is done, this one begins.
+
+        :param what: what is being done, e.g. "Fetching SmolLM2-135M-Instruct"
+        :param total: its size in bytes, if it is known
+        """
+        with self._lock:
+            self._end_step("done")
+            self._step = _Step(what, total, self._console if self._console.is_terminal else None)
+            if not self._console.is_terminal:
+                self._say(what + (f" ({size_text(total)})" if total else ""))
+
+    def advance(self, size: int) -> None:
+        """`size` more bytes of the step are done."""
+        with self._lock:
+            if self._step is not None:
+                self._step.advance(size)
+
+    def detail(self, *words: str) -> None:
+        """What is going on within the step, e.g. a line that a child process printed."""
+        text = " ".join(words)
+        with self._lock:
+            if not self._console.is_terminal:
+                self._say(f"  {text}")
+            elif self._step is not None:
+                self._step.show(text)
+
+    def done(self, text: str) -> None:
+        """The last step is done; `text` is its result."""
+        with self._lock:
+            self._end_step("done")
+            self._say(text)
+
+    def _end_step(self, how: str) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.close()
+            self._say(f"{step.what}: {how}{step.size_text()}, {step.seconds:.1f} s")
+
+    def _say(self, text: str) -> None:
         stamp = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
         self._console.print(stamp + text, markup=False, soft_wrap=True)
 
-    @contextmanager
-    def step(self, what: str, total: int | None = None) -> Iterator[Step]:
-        """Show one step for the length of a with block, one at a time.
-
-        :param what: what is being done, e.g. "Fetch the model SmolLM2-135M-Instruct"
-        :param total: its size in bytes, if it is known
-        """
-        if self._console.is_terminal:
-            columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
-            if total is not None:
-                columns[2:2] = [BarColumn(bar_width=24), DownloadColumn()]
-            with RichProgress(*columns, console=self._console, transient=True) as bar:
-                step: Step = _LiveStep(what, total, bar)
-                yield step
-        else:
-            self.say(what + (f" ({size_text(total)})" if total else ""))
-            step = _PlainStep(what, total, self)
-            yield step
-        self.say(step.finish())
+    def _report(self) -> None:
+        # Whoever reads a log must be able to tell slow from stuck.
+        while not self._ended.wait(_REPORT_EVERY_S):
+            with self._lock:
+                if self._step is not None and self._step.seconds >= _REPORT_EVERY_S:
+                    self._say(f"{self._step.what}: {self._step.seconds:.0f} s{self._step.size_text()}")
 
 
-class _LiveStep(Step):
-    def __init__(self, what: str, total: int | None, bar: RichProgress):
-        super().__init__(what, total)
-        self._bar = bar
-        self._task: TaskID = bar.add_task(what, total=total)
+class _Step:
+    """One step, with its moving line if there is a terminal for it."""
 
-    def advance(self, size: int) -> None:
-        super().advance(size)
-        self._bar.advance(self._task, size)
+    def __init__(self, what: str, total: int | None, terminal: Console | None):
+        self.what, self._total, self._size = what, total, 0
+        self._began = time.monotonic()
+        self._bar: Bar | None = None
+        if terminal is not None:
+            sizes = [] if total is None else [BarColumn(bar_width=24), DownloadColumn()]
+            text = TextColumn("{task.description}", markup=False)
+            self._bar = Bar(SpinnerColumn(), TimeElapsedColumn(), *sizes, text, console=terminal, transient=True)
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
 
-    def note(self, text: str) -> None:
-        self._bar.update(self._task, description=f"{self.what}: {text}")
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
 
-
-class _PlainStep(Step):
-    def __init__(self, what: str, total: int | None, progress: Progress):
-        super().__init__(what, total)
-        self._progress = progress
-        self._next_report = self.began + _REPORT_EVERY_S
+    def size_text(self) -> str:
+        if not self._size:
+            return ""
+        of = f" of {size_text(self._total)}" if self._total and self._total != self._size else ""
+        return f", {size_text(self._size)}{of}"
 
     def advance(self, size: int) -> None:
-        super().advance(size)
-        now = time.monotonic()
-        if now >= self._next_report:
-            self._next_report = now + _REPORT_EVERY_S
-            of = f" of {size_text(self.total)}" if self.total else ""
-            self._progress.say(f"{self.what}: {size_text(self.done)}{of}, {now - self.began:.0f} s")
+        self._size += size
+        if self._bar is not None:
+            self._bar.advance(self._task, size)
 
-    def note(self, text: str) -> None:
-        self._progress.say(f"{self.what}: {text}")
+    def show(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self.what}: {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,20 +1,25 @@
-"""Memory that is free now, on the PC and on its accelerators.
+"""Memory: what is free on the PC and on its accelerators, and what this process has.
 
-Knows how to ask the system and, if it is loaded already, torch; importing torch only to ask would take seconds. Does
-not know what the memory is wanted for.
+Knows how to ask the system and torch. Does not know what the memory is wanted for.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
 
-def free_memory_bytes(device: str = "cpu") -> int:
-    """Bytes that can be allocated now on a torch device such as "cpu", "cuda:1" or "mps".
 
-    Raises RuntimeError for any device but "cpu" as long as torch has not been imported.
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that can be allocated now on a device of torch.
+
+    Raises RuntimeError for any device but the CPU as long as torch has not been imported: doing it here would cost seconds.
     """
-    kind = device.partition(":")[0]
+    kind = str(device).partition(":")[0]
     if kind == "cpu":
         return psutil.virtual_memory().available
     torch = sys.modules.get("torch")
@@ -25,3 +30,8 @@ def free_memory_bytes(device: str = "cpu") -> int:
         unused = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(unused, psutil.virtual_memory().available)
     return getattr(torch, kind).mem_get_info(device)[0]
+
+
+def own_bytes() -> int:
+    """Bytes of memory that this process keeps resident."""
+    return psutil.Process().memory_info().rss
