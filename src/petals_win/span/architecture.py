@@ -1,0 +1,134 @@
+"""Where a decoder keeps its blocks, and which decoders cannot be cut into spans.
+
+Knows the accessors that all models of transformers share. Knows no checkpoint and no single model's code.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from petals_win.errors import UserError
+
+_RECURRENT = "its blocks carry a recurrent state, and petals-win keeps only keys and values between tokens"
+_SHARED = "its blocks need more than the previous block's output"
+_REFUSED = {
+    "bamba": _RECURRENT,
+    "falcon_h1": _RECURRENT,
+    "falcon_mamba": _RECURRENT,
+    "jamba": _RECURRENT,
+    "mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
+    "nemotron_h": _RECURRENT,
+    "recurrent_gemma": _RECURRENT,
+    "rwkv": _RECURRENT,
+    "zamba": _RECURRENT,
+    "zamba2": _RECURRENT,
+    "gpt_neo": "its blocks alternate between two kinds of attention that the configuration does not tell apart",
+    "llama4": "its attention works in chunks, which a span does not keep apart yet",
+    "llama4_text": "its attention works in chunks, which a span does not keep apart yet",
+    "deepseek_v4": "its compressed attention keeps more than keys and values between tokens",
+    "gemma3n": _SHARED,
+    "gemma3n_text": _SHARED,
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder of a model and the list of its blocks inside it."""
+
+    decoder: PreTrainedModel
+    list_name: str  # the attribute of the decoder that holds the list
+    prefix: str  # of the parameters' names in the whole model, such as "model.layers."
+    layers: nn.ModuleList
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of the configuration that describes the decoder of text."""
+    return config.get_text_config(decoder=True)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise a UserError for an architecture that cannot be served in spans."""
+    decoder = text_config(config)
+    for model_type in (config.model_type, decoder.model_type):
+        if model_type in _REFUSED:
+            raise UserError(
+                f"Models of the type {model_type} cannot be split over several PCs: {_REFUSED[model_type]}. "
+                "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+            )
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"Models of the type {config.model_type} have an encoder; petals-win runs decoders only. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+        )
+    strange = set(attention_windows(decoder)[1])
+    if strange:
+        raise UserError(
+            f"Models of the type {decoder.model_type} have blocks of the kind {', '.join(sorted(strange))}, which petals-win "
+            "cannot serve yet. Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+        )
+
+
+def attention_windows(decoder_config: PreTrainedConfig) -> tuple[list[int | None], list[str]]:
+    """For each block the length of its sliding window in tokens (None: sees all), and the kinds of blocks that are neither."""
+    types, settings = get_layer_types_and_kwargs(decoder_config)
+    windows = [setting["sliding_window"] if "sliding_window" in setting else None for setting in settings]
+    return windows, [name for name in types if name not in ("full_attention", "sliding_attention")]
+
+
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The whole model with its parameters on the meta device (no memory) and its buffers computed.
+
+    Raises UserError if transformers has no such model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
+    except ValueError as e:
+        if "Unrecognized configuration class" not in str(e):
+            raise
+        raise UserError(
+            f"Models of the type {config.model_type} do not generate text; petals-win runs decoders only. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+        ) from e
+    return model.eval().requires_grad_(False)
+
+
+def find_blocks(model: PreTrainedModel) -> Blocks:
+    """Find the list of blocks. Raises UserError if the model has none that can be told by its length."""
+    decoder = model.get_decoder()
+    count = decoder.config.num_hidden_layers
+    lists = [
+        (name, child)
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(lists) != 1:
+        raise UserError(
+            f"Models of the type {decoder.config.model_type} are built in a way that petals-win cannot split. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+        )
+    name, layers = lists[0]
+    path = next(path for path, module in model.named_modules() if module is layers)
+    return Blocks(decoder, name, f"{path}.", layers)
+
+
+def config_of_blocks(decoder_config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
+    """A copy of the decoder's configuration that speaks of the blocks [start, end) alone."""
+    count = decoder_config.num_hidden_layers
+    part = copy.deepcopy(decoder_config)
+    for name, value in vars(decoder_config).items():
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(part, name, value[start:end])
+    part.num_hidden_layers = end - start
+    return part

@@ -1,0 +1,135 @@
+"""Keys and values of one session, in memory that is allocated once and filled as tokens come.
+
+Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one block keeps for one token of one sequence."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+    window: int | None  # of the block's sliding window, in tokens; None: it sees all
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return (self.key_heads * self.key_size + self.value_heads * self.value_size) * self.dtype.itemsize
+
+
+class SessionCache(Cache):
+    """The cache of a run of blocks. `position` is the number of tokens that it holds; the caller advances it.
+
+    Layers pass their absolute index to `update`; everything that a decoder asks about a layer counts from the first of
+    this run, as the decoder's own loop does.
+    """
+
+    def __init__(
+        self, shapes: Sequence[KvShape], first: int, batch_size: int, max_length: int, device: torch.device
+    ) -> None:
+        """Allocate for the blocks first, first + 1, … Raises RuntimeError (torch's) if the device's memory does not suffice."""
+        self.position = 0
+        self._first = first
+        super().__init__(layers=[_Slots(self, shape, batch_size, max_length, device) for shape in shapes])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[layer_idx - self._first].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let row i of each layer continue what row rows[i] (int64, [batch]) held."""
+        for layer in self.layers:
+            layer.reorder_cache(rows)
+
+
+class _Slots(CacheLayerMixin):
+    """Keys and values of one block: [batch, heads, max_length, size] each, filled up to the owner's position."""
+
+    def __init__(
+        self, owner: SessionCache, shape: KvShape, batch_size: int, max_length: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._owner = owner
+        self._window = shape.window
+        self.is_sliding = shape.window is not None
+        self.keys = torch.empty(batch_size, shape.key_heads, max_length, shape.key_size, dtype=shape.dtype, device=device)
+        self.values = torch.empty(
+            batch_size, shape.value_heads, max_length, shape.value_size, dtype=shape.dtype, device=device
+        )
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do: the memory was allocated at the start."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None and self.values is not None
+        start = self._owner.position
+        end = start + key_states.shape[-2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        first = self._first_visible()
+        return self.keys[:, :, first:end], self.values[:, :, first:end]
+
+    def _first_visible(self) -> int:
+        return 0 if self._window is None else max(self._owner.position - self._window + 1, 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first_visible()
+        return self._owner.position + query_length - first, first
+
+    def get_seq_length(self) -> int:
+        return self._owner.position
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[-2]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        end = self._owner.position
+        for held in (self.keys, self.values):
+            held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
+
+
+class _Recorded(Exception):
+    """Ends a forward pass as soon as a block has shown what it keeps."""
+
+
+class ShapeRecorder(Cache):
+    """Learns the shape of what a single block stores, from its first call of `update`."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__(layers=[])
+        self._window = window
+        self.shape: KvShape | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, key_heads, _, key_size = key_states.shape
+        _, value_heads, _, value_size = value_states.shape
+        self.shape = KvShape(key_heads, key_size, value_heads, value_size, self._window, key_states.dtype)
+        raise _Recorded
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    recorded = _Recorded

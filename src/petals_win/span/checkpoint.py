@@ -1,0 +1,109 @@
+"""The tensors of a checkpoint, read one at a time from safetensors files.
+
+Knows the safetensors format and the index of a sharded checkpoint. Does not know models or where the files come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from petals_win.errors import UserError
+from petals_win.span.transformers_internals import LazyTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint(Protocol):
+    """Tensors by name. The names are the checkpoint's own; transformers maps them to the model's."""
+
+    def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
+        """Every tensor that `model` may need, unread."""
+        ...
+
+    def fetch(self, keys: Iterable[str]) -> None:
+        """Make sure that these tensors can be read without a network."""
+        ...
+
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are stored; float32 for quantized ones."""
+        ...
+
+
+class SafetensorsCheckpoint:
+    """One file, or the shards that an index names. `locate` gives the path of a file by its name, downloading it if need be."""
+
+    def __init__(self, locate: Callable[[str], Path], index: Path | None) -> None:
+        """`index` is the path of the index of a sharded checkpoint; None for a single file. Raises UserError if it is broken."""
+        self._locate = locate
+        self._file_of: dict[str, str] | None = None
+        self._open: dict[str, Any] = {}
+        if index is not None:
+            try:
+                self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{index} is damaged: it is no index of safetensors files. Download the model again.") from e
+
+    def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
+        if self._file_of is None:
+            return {key: _Stored(self, SINGLE, key) for key in self._file(SINGLE).keys()}
+        return {key: _Stored(self, file, key) for key, file in self._file_of.items()}
+
+    def fetch(self, keys: Iterable[str]) -> None:
+        if self._file_of is not None:
+            for file in sorted({self._file_of[key] for key in keys}):
+                self._file(file)
+
+    def dtype(self) -> torch.dtype:
+        name = SINGLE if self._file_of is None else min(self._file_of.values())
+        file = self._file(name)
+        for key in file.keys():
+            dtype = _DTYPES.get(file.get_slice(key).get_dtype())
+            if dtype is not None:
+                return dtype
+        return torch.float32
+
+    def read(self, name: str, key: str) -> torch.Tensor:
+        """Raises UserError if the file does not hold what its index or header says."""
+        try:
+            return self._file(name).get_tensor(key)
+        except SafetensorError as e:
+            raise UserError(
+                f"{self._locate(name)} does not contain the tensor {key}: the file and the index belong to different versions of "
+                "the model. Download the model again."
+            ) from e
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self._locate(name)
+            try:
+                # Reading, not mapping: on Windows a mapping reserves memory for the whole file.
+                self._open[name] = safe_open(path, framework="pt", backend="pread")
+            except FileNotFoundError as e:
+                raise UserError(f"{path} is missing. Download the model again, with all of its files.") from e
+            except SafetensorError as e:
+                raise UserError(
+                    f"{path} is damaged or was not downloaded completely ({path.stat().st_size:,} bytes). "
+                    "Delete it and download the model again."
+                ) from e
+        return self._open[name]
+
+
+class _Stored:
+    """One tensor in one file."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint, file: str, key: str) -> None:
+        self._checkpoint, self._file, self._key = checkpoint, file, key
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.read(self._file, self._key)[index]
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,0 +1,147 @@
+"""A decoder of transformers cut down to a run of its blocks: hidden states in, hidden states out.
+
+The decoder's own forward() runs, so masks, positions and everything per layer are transformers'. Knows modules and hooks.
+Does not know checkpoints, sessions or devices.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from petals_win.span.architecture import attention_windows, config_of_blocks, find_blocks
+from petals_win.span.cache import KvShape, ShapeRecorder
+
+Prompts = Sequence["torch.Tensor | None"]
+
+
+class CutDecoder:
+    """The blocks [start, end) of a model. Blocks keep their absolute index: some compute with it."""
+
+    def __init__(self, model: PreTrainedModel, start: int, end: int) -> None:
+        blocks = find_blocks(model)
+        self.start, self.end = start, end
+        self._list_name = blocks.list_name
+        self._config = blocks.decoder.config
+        self._windows, _ = attention_windows(self._config)
+        self._layers = list(blocks.layers)[start:end]
+        self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
+        self._views: dict[tuple[int, int], nn.Module] = {}
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks themselves, in order."""
+        return self._layers
+
+    def to(self, device: torch.device) -> None:
+        """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
+        for module in [self._frame, *self._layers]:
+            module.to(device)
+        self._views.clear()
+
+    def run(
+        self, hidden: torch.Tensor, start: int, end: int, cache: Cache | None = None, prompts: Prompts | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] through the blocks [start, end), which lie within this run.
+
+        `prompts` has an entry for each block: None or [batch or 1, p, hidden], added to the block's input at its first p
+        tokens.
+        """
+        layers = self._layers[start - self.start : end - self.start]
+        output: list[torch.Tensor] = []
+
+        # The decoder's own way to the first block (scales, norms, positions) has been gone at the client: only what comes
+        # out of it is put aside.
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return _with_hidden(hidden, args, kwargs)
+
+        def leave(_module: nn.Module, _args: Any, result: Any) -> None:
+            output.append(result[0] if isinstance(result, tuple) else result)
+
+        hooks = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
+        for layer, prompt in zip(layers, prompts or ()):
+            if prompt is not None:
+                hooks.append(layer.register_forward_pre_hook(_adding(prompt), with_kwargs=True))
+        hooks.append(layers[-1].register_forward_hook(leave))
+        try:
+            self._view(start, end)(inputs_embeds=hidden.detach(), cache=cache, use_cache=cache is not None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output[0]
+
+    def kv_shapes(self, dtype: torch.dtype) -> list[KvShape]:
+        """What each block keeps per token of `dtype`, found by running it on the meta device.
+
+        Works while the parameters are on the meta device only. Raises whatever the block raises if it cannot be run alone.
+        """
+        shapes = []
+        for index in range(self.start, self.end):
+            recorder = ShapeRecorder(self._windows[index])
+            hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device="meta")
+            try:
+                self.run(hidden, index, index + 1, cache=recorder)
+            except ShapeRecorder.recorded:
+                pass
+            if recorder.shape is None:
+                raise TypeError(f"Block {index} keeps no keys and values")
+            shapes.append(recorder.shape)
+        return shapes
+
+    def _view(self, start: int, end: int) -> nn.Module:
+        if (start, end) not in self._views:
+            view = copy.copy(self._frame)
+            view._modules = dict(self._frame._modules)
+            view._modules[self._list_name] = nn.ModuleList(self._layers[start - self.start : end - self.start])
+            view.config = config_of_blocks(self._config, start, end)
+            self._views[start, end] = view
+        return self._views[start, end]
+
+
+class _Zero(nn.Module):
+    """In the place of an embedding: what is added to the hidden states is already in them."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        # Without dimensions, so that it takes the dtype and the device of what it is added to.
+        return torch.zeros(())
+
+
+class _PassThrough(nn.Module):
+    """In the place of a norm or projection before the first or after the last block."""
+
+    def forward(self, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return hidden
+
+
+def _without_own_parameters(decoder: PreTrainedModel, list_name: str) -> PreTrainedModel:
+    """A shallow copy of the decoder without blocks, embeddings and norms; what has buffers only (rotary tables) stays."""
+    frame = copy.copy(decoder)
+    frame._modules = dict(decoder._modules)
+    for name, child in decoder.named_children():
+        if name == list_name:
+            frame._modules[name] = nn.ModuleList()
+        elif any(True for _ in child.parameters()):
+            frame._modules[name] = _Zero() if isinstance(child, nn.Embedding) else _PassThrough()
+    return frame
+
+
+def _with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _adding(prompt: torch.Tensor) -> Any:
+    def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        length = min(prompt.shape[1], hidden.shape[1])
+        hidden = torch.cat([hidden[:, :length] + prompt[:, :length], hidden[:, length:]], dim=1)
+        return _with_hidden(hidden, args, kwargs)
+
+    return add

@@ -1,0 +1,261 @@
+"""A loaded span [start, end) of the blocks of a model: steps with a cache, and forward and backward passes without.
+
+All methods of one span run in one thread, the caller's compute thread. Knows torch. Knows nothing of networks, and leaves the
+number of threads to the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from petals_win.span.architecture import empty_model, find_blocks
+from petals_win.span.cache import KvShape, SessionCache
+from petals_win.span.decoder import CutDecoder, Prompts
+from petals_win.span.loading import load_parts
+from petals_win.span.source import ModelSource
+
+logger = logging.getLogger(__name__)
+
+# A long prompt goes through the blocks in pieces of at most so many tokens (of all rows together), which bounds the memory for
+# activations and attention.
+_CHUNK_TOKENS = 1024
+
+
+@dataclass
+class Session:
+    """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end)."""
+
+    batch_size: int
+    max_length: int
+    start: int
+    end: int
+    adapter: str
+    cache: SessionCache | None = field(repr=False)
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session has seen."""
+        return self._open_cache.position
+
+    @property
+    def _open_cache(self) -> SessionCache:
+        if self.cache is None:
+            raise ValueError("The session is closed")
+        return self.cache
+
+    def close(self) -> None:
+        """Free the cache. Closing twice is allowed."""
+        self.cache = None
+
+
+class Span:
+    """The blocks [start, end) of a model on one device. Indices of blocks are always the whole model's."""
+
+    def __init__(self, config: PreTrainedConfig, decoder: CutDecoder, shapes: Sequence[KvShape], device: torch.device):
+        self._decoder = decoder
+        self._shapes = list(shapes)
+        self.config = config
+        self.start, self.end = decoder.start, decoder.end
+        self.device = device
+        parameters = [parameter for layer in decoder.layers for parameter in layer.parameters()]
+        self.dtype = shapes[0].dtype
+        self.weight_bytes = sum(parameter.nbytes for parameter in parameters)
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        adapters: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Span:
+        """Load the blocks [start, end) of `source`, and only them.
+
+        `dtype` defaults to the checkpoint's. `progress` gets the number of blocks loaded so far and of all. Raises ValueError
+        for a range outside of the model, UserError for a checkpoint that is damaged or cannot be served.
+        """
+        if not 0 <= start < end <= source.num_blocks:
+            raise ValueError(f"{source.name} has the blocks 0:{source.num_blocks}; {start}:{end} is no part of them")
+        began = time.perf_counter()
+        device, dtype = torch.device(device), dtype or source.dtype
+        model = empty_model(source.config, dtype)
+        blocks = find_blocks(model)
+        shapes = CutDecoder(model, start, end).kv_shapes(dtype)
+
+        def block(index: int) -> Callable[[str], bool]:
+            return lambda name: name.startswith(f"{blocks.prefix}{index}.")
+
+        parts = [block(index) for index in range(start, end)]
+        load_parts(source, model, parts, dtype=dtype, device=device, progress=progress)
+        decoder = CutDecoder(model, start, end)
+        decoder.to(device)
+        span = cls(source.config, decoder, shapes, device)
+        seconds = time.perf_counter() - began
+        logger.info(
+            "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s", start, end, source.name, span.weight_bytes / 2**20, seconds
+        )
+        return span
+
+    @property
+    def num_blocks(self) -> int:
+        return self.end - self.start
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of one sequence in all blocks of the span."""
+        return sum(shape.bytes_per_token for shape in self._shapes)
+
+    @property
+    def block_cache_bytes_per_token(self) -> int:
+        """Of one sequence in the block that keeps most."""
+        return max(shape.bytes_per_token for shape in self._shapes)
+
+    def session_bytes(self, batch_size: int, max_length: int, start: int | None = None, end: int | None = None) -> int:
+        """What a session over the blocks [start, end) will allocate; default: all blocks of the span."""
+        shapes = self._shapes_of(*self._range(start, end))
+        return batch_size * max_length * sum(shape.bytes_per_token for shape in shapes)
+
+    def open(
+        self,
+        batch_size: int,
+        max_length: int,
+        start: int | None = None,
+        end: int | None = None,
+        adapter: str = "",
+    ) -> Session:
+        """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
+
+        Raises ValueError for a range outside of the span or sizes below one, KeyError for an unknown adapter.
+        """
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}")
+        start, end = self._range(start, end)
+        cache = SessionCache(self._shapes_of(start, end), start, batch_size, max_length, self.device)
+        return Session(batch_size, max_length, start, end, adapter, cache)
+
+    def step(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        *,
+        prompts: Prompts | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Continue a session by hidden states [batch, tokens, hidden] of at least one token; returns the same shape.
+
+        `hypo_ids` (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. `prompts` has an entry for each block of
+        the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. Raises
+        ValueError for shapes that do not fit the session, or more tokens than it can hold. A step that raises leaves the
+        session's position as it was.
+        """
+        cache = session._open_cache
+        self._check_hidden(hidden)
+        batch_size, length, _ = hidden.shape
+        if batch_size != session.batch_size:
+            raise ValueError(f"The session has {session.batch_size} rows, the hidden states have {batch_size}")
+        if length < 1 or cache.position + length > session.max_length:
+            raise ValueError(
+                f"The session holds {session.max_length} tokens, {cache.position} are used; {length} more were sent"
+            )
+        hidden = hidden.to(self.device, self.dtype)
+        prompts = self._check_prompts(prompts, session.end - session.start, batch_size)
+        begin, chunk = cache.position, max(1, _CHUNK_TOKENS // batch_size)
+        try:
+            with torch.inference_mode():
+                if hypo_ids is not None:
+                    cache.reorder(_check_rows(hypo_ids, batch_size))
+                outputs = []
+                for offset in range(0, length, chunk):
+                    piece = hidden[:, offset : offset + chunk]
+                    added = prompts and [prompt if prompt is None else prompt[:, offset:] for prompt in prompts]
+                    outputs.append(self._decoder.run(piece, session.start, session.end, cache, added))
+                    cache.position += piece.shape[1]
+        except BaseException:
+            cache.position = begin
+            raise
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def forward(
+        self, hidden: torch.Tensor, start: int, end: int, *, prompts: Prompts | None = None, adapter: str = ""
+    ) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] through the blocks [start, end), without a cache. `prompts` as in `step`."""
+        self._range(start, end)
+        self._check_hidden(hidden)
+        prompts = self._check_prompts(prompts, end - start, len(hidden))
+        with torch.no_grad():
+            return self._decoder.run(hidden.to(self.device, self.dtype), start, end, None, prompts)
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        grad_out: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        prompts: Prompts | None = None,
+        adapter: str = "",
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
+        """Gradients with respect to the inputs of `forward` and to its prompts, whose entries that are None stay None.
+
+        The forward pass is computed anew. The blocks' own weights are frozen.
+        """
+        self._range(start, end)
+        self._check_hidden(hidden)
+        prompts = self._check_prompts(prompts, end - start, len(hidden))
+        with torch.enable_grad():
+            inputs = hidden.detach().to(self.device, self.dtype).requires_grad_()
+            learned = prompts and [prompt if prompt is None else prompt.detach().requires_grad_() for prompt in prompts]
+            output = self._decoder.run(inputs, start, end, None, learned)
+            wanted = [inputs, *(prompt for prompt in learned or () if prompt is not None)]
+            grads = iter(torch.autograd.grad(output, wanted, grad_out.to(self.device, self.dtype)))
+        grad_hidden = next(grads)
+        return grad_hidden, learned and [prompt if prompt is None else next(grads) for prompt in learned]
+
+    def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
+        start, end = self.start if start is None else start, self.end if end is None else end
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"This span has the blocks {self.start}:{self.end}; {start}:{end} is no part of them")
+        return start, end
+
+    def _shapes_of(self, start: int, end: int) -> list[KvShape]:
+        return self._shapes[start - self.start : end - self.start]
+
+    def _check_hidden(self, hidden: torch.Tensor) -> None:
+        if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"Hidden states must be [batch, tokens, {self.hidden_size}], not {list(hidden.shape)}")
+
+    def _check_prompts(self, prompts: Prompts | None, num_blocks: int, batch_size: int) -> list[torch.Tensor | None] | None:
+        if prompts is None or all(prompt is None for prompt in prompts):
+            return None
+        if len(prompts) != num_blocks:
+            raise ValueError(f"There are prompts for {len(prompts)} blocks, but {num_blocks} blocks")
+        for prompt in prompts:
+            if prompt is None:
+                continue
+            if prompt.ndim != 3 or prompt.shape[0] not in (1, batch_size) or prompt.shape[2] != self.hidden_size:
+                raise ValueError(
+                    f"A prompt must be [1 or {batch_size}, tokens, {self.hidden_size}], not {list(prompt.shape)}"
+                )
+        return [prompt if prompt is None else prompt.to(self.device, self.dtype) for prompt in prompts]
+
+
+def _check_rows(hypo_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    if hypo_ids.shape != (batch_size,) or hypo_ids.dtype != torch.int64:
+        raise ValueError(f"hypo_ids must be {batch_size} int64 values, not {list(hypo_ids.shape)} of {hypo_ids.dtype}")
+    if not ((hypo_ids >= 0) & (hypo_ids < batch_size)).all():
+        raise ValueError(f"hypo_ids must be rows of the session, 0 to {batch_size - 1}")
+    return hypo_ids

@@ -1,0 +1,124 @@
+"""The parts of transformers that are not a stable API: the loading of single tensors and the mapping of GGUF names.
+
+Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way. Does not know
+what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
+breaks here, and tests/span/test_transformers_internals.py says so first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+
+class LazyTensor(Protocol):
+    """A tensor of a checkpoint that is read from its file when it is indexed with `...`."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor: ...
+
+
+class Loader:
+    """Puts checkpoint tensors into the parameters of a model whose parameters are on the meta device."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._expected = model.state_dict()
+        self.expected_names = frozenset(self._expected)
+
+    def target(self, checkpoint_key: str) -> str:
+        """The name in the model that this checkpoint key ends up under; of several, the first. May be unknown to the model."""
+        prefix = self._model.base_model_prefix
+        name, _ = rename_source_key(checkpoint_key, self._renamings, self._converters, prefix, self._expected)
+        if name not in self._expected and checkpoint_key in self._expected:
+            name, _ = rename_source_key(checkpoint_key, [], [], prefix, self._expected)
+        return name
+
+    def load(self, tensors: Mapping[str, LazyTensor], device: torch.device) -> set[str]:
+        """Read `tensors` (by checkpoint key) one after the other into the model on `device`.
+
+        Returns the names in the model that they filled. Raises ValueError, with the name, for a tensor of a wrong shape or one
+        that cannot be converted.
+        """
+        config = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=self._mapping,
+        )
+        with _one_tensor_at_a_time():
+            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        for name, found, wanted in sorted(info.mismatched_keys, key=lambda entry: entry[0]):
+            raise ValueError(f"{name} has the shape {list(found)} where the model needs {list(wanted)}")
+        for name, error in sorted(info.conversion_errors.items()):
+            raise ValueError(f"{name} cannot be converted: {error.strip().splitlines()[-1]}")
+        return set(self.expected_names) - set(info.missing_keys)
+
+    def may_be_missing(self, name: str) -> bool:
+        """Whether transformers loads this model without a word when the checkpoint lacks `name`."""
+        return any(re.search(pattern, name) for pattern in self._model._keys_to_ignore_on_load_missing or ())
+
+
+@contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Without this, transformers reads ahead in four threads: memory for four tensors, and torch work outside our thread."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(variable)
+    bars = transformers_logging.is_progress_bar_enabled()
+    os.environ[variable] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+class GgufNames:
+    """Which tensors of a GGUF file make up which parameter of a model, and how."""
+
+    def __init__(self, model: PreTrainedModel, architecture: str) -> None:
+        """`architecture` is the file's `general.architecture`. Raises NotImplementedError if it has no mapping."""
+        config = model.config.get_text_config(decoder=True)
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        self._targets: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+
+    def target(self, gguf_name: str) -> str | None:
+        """The model's name of what this tensor is, or is a part of."""
+        expert = re.fullmatch(r"(.*_exps)\.weight", gguf_name)
+        return self._targets.get(gguf_name) or (self._targets.get(expert[1]) if expert else None)
+
+    def convert(self, parts: Mapping[str, np.ndarray], target: str) -> torch.Tensor:
+        """The model's tensor `target` from the dequantized tensors it is made of, by their names in the file."""
+        parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+        for name, weights in parts.items():
+            result = self._processor.process(
+                weights=weights, name=name, tensor_key_mapping=self._targets, parsed_parameters=parsed
+            )
+            if result.name is not None:
+                parsed["tensors"][target] = torch.from_numpy(np.ascontiguousarray(result.weights))
+        return parsed["tensors"][target]
