@@ -2,11 +2,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from api.serving import Served, serving
+from api.serving import Served, eventually, serving
+
+
+@pytest.fixture(scope="session")
+def _running() -> Iterator[Served]:
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture
-def served() -> Iterator[Served]:
-    """A server without keys in front of a fake engine."""
-    with serving() as running:
-        yield running
+def served(_running: Served) -> Iterator[Served]:
+    """A server without keys in front of a fake engine that has answered nothing yet."""
+    _running.engine.__init__()
+    yield _running
+    assert eventually(lambda: _running.engine.running == 0), "the test left a generation running"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from petals_win.api.errors import ApiError
 from petals_win.engines.base import GenerationRequest
@@ -30,6 +30,16 @@ _IGNORED = {
 }
 
 
+def _whole_characters(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text")
+    return text
+
+
+# JSON can escape what UTF-8 cannot carry; no tokenizer takes it.
+Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
 class StreamOptions(BaseModel):
     """include_usage: a last event before [DONE] counts the tokens."""
 
@@ -48,7 +58,7 @@ class Sampling(BaseModel):
         "presence_penalty": (0,),
     }
 
-    model: str
+    model: Text
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -57,7 +67,7 @@ class Sampling(BaseModel):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=0, description="not in OpenAI's API; 0: no limit")] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10, description="not in OpenAI's API")] = None
-    stop: Annotated[list[str], Field(max_length=16, description="a string or a list of strings")] = []
+    stop: Annotated[list[Text], Field(max_length=16, description="a string or a list of strings")] = []
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
 
     @model_validator(mode="before")
@@ -70,7 +80,7 @@ class Sampling(BaseModel):
             if name in cls.model_fields:
                 continue
             if name not in cls.unsupported:
-                raise ApiError(400, f"There is no field {name!r}. /docs lists the fields.", param=name)
+                raise ApiError(400, f"There is no field {name[:40]!r}. /docs lists the fields.", code="unknown_field")
             if given.pop(name) not in cls.unsupported[name]:
                 raise ApiError(400, f"{name} is not supported here. Leave it out.", code="unsupported", param=name)
         return given
@@ -105,7 +115,7 @@ class Message(BaseModel):
     """One turn of a conversation. Other fields, as answers of OpenAI's have them, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(description="text, or a list of parts of type text")]
+    content: Annotated[Text, Field(description="text, or a list of parts of type text")]
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +186,9 @@ class CompletionRequest(Sampling):
     @classmethod
     def _one_kind_of_prompt(cls, value: Any) -> Any:
         if isinstance(value, str) or (isinstance(value, list) and value and _is_prompt_list(value)):
+            for text in [value] if isinstance(value, str) else value:
+                if isinstance(text, str):
+                    _whole_characters(text)
             return value
         raise ValueError("a text, a list of texts, a list of token ids or a list of such lists is needed")
 

@@ -42,7 +42,7 @@ class Settings:
         if not 0 <= self.port < 2**16:
             raise UserError(f"{self.port} is no port. Give --port a number from 1 to 65535, or 0 for a free one.")
         for origin in self.cors_origins:
-            if not _ORIGIN.fullmatch(origin):
+            if not _ORIGIN.fullmatch(origin) or origin != origin.lower():
                 raise UserError(
                     f"{origin!r} is not an origin that a browser would send. "
                     "Write --cors-origin as https://example.org or http://localhost:3000: in lower case, without a path."

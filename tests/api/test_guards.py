@@ -1,0 +1,157 @@
+"""Who may ask: keys, origins, host names."""
+
+import logging
+
+import httpx
+import pytest
+
+from api.serving import serving
+
+SITE = "https://baremetalrt.example"
+
+
+def preflight(url: str, origin: str, **headers: str) -> httpx.Response:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    return httpx.options(f"{url}/v1/chat/completions", headers={**asked, **headers})
+
+
+def test_keys_guard_everything_but_the_open_paths():
+    with serving(api_keys=("key",)) as served:
+        for path in ("/health", "/", "/chat.js", "/chat.css", "/docs", "/openapi.json"):
+            assert httpx.get(served.url + path).status_code == 200, path
+        for path in ("/ready", "/v1/models", "/v1/models/x", "/v1%2Fmodels", "/nothing", "/health/", "//v1/models"):
+            response = httpx.get(served.url + path)
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), path
+            assert "Send 'Authorization: Bearer KEY'" in response.json()["error"]["message"]
+        assert httpx.get(f"{served.url}/ready", headers={"Authorization": "Bearer key"}).status_code == 200
+
+
+def test_wrong_keys():
+    with serving(api_keys=("key", "other")) as served:
+        for value in ("", "Bearer", "key", "Basic key", "Bearer key2", "Bearer ke", "Bearer KEY", b"Bearer k\xe9y"):
+            response = httpx.get(f"{served.url}/v1/models", headers={"Authorization": value})
+            assert response.status_code == 401, value
+
+
+def test_every_key_is_compared(monkeypatch):
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda given, key: compared.append(key) or given == key)
+    with serving(api_keys=("one", "two", "three")) as served:
+        assert httpx.get(f"{served.url}/v1/models", headers={"authorization": "bearer one"}).status_code == 200
+    assert compared == [b"one", b"two", b"three"]
+
+
+def test_keys_are_not_logged(caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(api_keys=("secret-key",)) as served:
+        for key in ("secret-key", "guessed-key"):
+            httpx.get(f"{served.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+        httpx.post(f"{served.url}/v1/completions", json={}, headers={"Authorization": "Bearer secret-key"})
+    assert "secret-key" not in caplog.text
+    assert "guessed-key" not in caplog.text
+
+
+def test_an_allowed_origin_may_ask_and_read():
+    with serving(api_keys=("key",), cors_origins=(SITE,)) as served:
+        response = preflight(served.url, SITE)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == SITE
+        assert "x-stainless-os" in response.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in response.headers
+        asked = {"Origin": SITE, "Authorization": "Bearer key"}
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers=asked)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == SITE
+        assert "Origin" in response.headers["vary"]
+        # The page must be able to tell a missing key and a missing swarm from a broken network.
+        response = httpx.get(f"{served.url}/v1/models", headers={"Origin": SITE})
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (401, SITE)
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("missing"), headers=asked)
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (503, SITE)
+        assert "Retry-After" in response.headers["access-control-expose-headers"]
+
+
+def test_a_page_on_the_internet_may_reach_the_home_network_if_allowed():
+    with serving(api_keys=("key",), cors_origins=(SITE,)) as served:
+        response = preflight(served.url, SITE, **{"Access-Control-Request-Private-Network": "true"})
+        assert response.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize("keys", [(), ("key",)])
+def test_other_origins_are_refused(keys):
+    with serving(api_keys=keys, cors_origins=(SITE,)) as served:
+        for origin in (
+            "https://evil.example",
+            "http://baremetalrt.example",
+            f"{SITE}:444",
+            f"{SITE}.evil.example",
+            "https://sub.baremetalrt.example",
+            "null",
+            "http://localhost:1",
+            "",
+        ):
+            # Also without a preflight: what a form or a script of mode "no-cors" can send.
+            headers = {"Origin": origin, "Authorization": "Bearer key", "Content-Type": "text/plain"}
+            plain = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers=headers)
+            for response in (preflight(served.url, origin), plain):
+                assert response.status_code == 403, origin
+                assert "access-control-allow-origin" not in response.headers
+        assert served.engine.requests == []
+
+
+def test_the_own_page_may_ask(served):
+    for host in (f"127.0.0.1:{served.port}", f"localhost:{served.port}", "[::1]:8000", "localhost"):
+        headers = {"Origin": f"http://{host}", "Host": host}
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers=headers)
+        assert response.status_code == 200, host
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "192.168.1.5", "[", ""]
+)
+def test_without_keys_only_local_names_are_answered(served, host):
+    response = httpx.get(f"{served.url}/v1/models", headers={"Host": host})
+    assert response.status_code == 403
+    assert "does not answer under the name" in response.json()["error"]["message"]
+    # A page whose own name was resolved to this machine: origin and host agree.
+    response = httpx.post(
+        f"{served.url}/v1/chat/completions",
+        json=served.chat("Hi"),
+        headers={"Host": host, "Origin": f"http://{host}"},
+    )
+    assert response.status_code == 403
+    assert served.engine.requests == []
+
+
+def test_with_keys_any_name_is_answered():
+    with serving(api_keys=("key",)) as served:
+        headers = {"Host": "llm.example", "Authorization": "Bearer key"}
+        assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == 200
+
+
+def test_insecure_answers_in_the_local_network_but_not_to_strangers_domains():
+    with serving(host="0.0.0.0", insecure=True) as served:
+        for host, status in (
+            ("192.168.1.5:8000", 200),
+            ("gaming-pc:8000", 200),
+            ("gaming-pc.local", 200),
+            ("localhost", 200),
+            ("evil.example", 403),
+        ):
+            assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == status, host
+        foreign = {"Origin": "https://evil.example"}
+        assert httpx.get(f"{served.url}/v1/models", headers=foreign).status_code == 403
+
+
+def test_the_page_can_load_and_reach_nothing_else(served):
+    response = httpx.get(served.url)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
