@@ -1,0 +1,144 @@
+"""The client's half of a model: embeddings, final norm and head here, all blocks behind one remote module.
+
+Knows how transformers' models and generate() use their layers and their cache. Does not know what the remote module does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from petals_win.span.architecture import config_of_blocks, empty_model, find_blocks
+from petals_win.span.loading import load_parts
+from petals_win.span.source import ModelSource
+
+_TASKS = {
+    "base": AutoModel,
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+
+# No mask function is registered under this name, so transformers makes no causal mask: no attention is computed here.
+_NO_ATTENTION = "petals_win_remote"
+
+
+class RemoteCache(Cache):
+    """Stands for keys and values that are kept elsewhere: it knows how many tokens they cover, and no tensors.
+
+    It cannot be cropped, so ways of generating that take back tokens (assisted decoding) refuse it.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, position: Callable[[], int]) -> None:
+        """`position` returns the number of tokens that the remote session has seen."""
+        super().__init__(layers=[])
+        self._position = position
+        self._hypo_ids: list[torch.Tensor] = []
+
+    def at(self, position: Callable[[], int]) -> RemoteCache:
+        """The same cache for a caller that counts positions otherwise; reordering one reorders the other."""
+        other = RemoteCache(position)
+        other._hypo_ids = self._hypo_ids
+        return other
+
+    def take_hypo_ids(self) -> torch.Tensor | None:
+        """Which row (int64, [batch]) each row goes on from since the last call; None if nothing was reordered."""
+        if not self._hypo_ids:
+            return None
+        hypo_ids = self._hypo_ids[0]
+        for later in self._hypo_ids[1:]:
+            hypo_ids = hypo_ids[later]
+        self._hypo_ids.clear()
+        return hypo_ids
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._hypo_ids.append(beam_idx.to(torch.int64))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._position()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._position() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # generate() asks whether *all* layers are linear, which an empty list would affirm.
+        return [False]
+
+
+def hollow_model(
+    source: ModelSource, remote: nn.Module, *, dtype: torch.dtype | None = None, task: str = "causal_lm"
+) -> PreTrainedModel:
+    """The transformers model of `source`, frozen, with `remote` in the place of its layers.
+
+    `remote` maps hidden states [batch, tokens, hidden] to the same shape. Only the tensors outside of the layers are read.
+    `task` is "causal_lm", "base" (without a head) or "sequence_classification". Called with an attention mask that hides
+    tokens, the model raises ValueError.
+    """
+    dtype = dtype or source.dtype
+    model = empty_model(source.config, dtype, _TASKS[task])
+    blocks = find_blocks(model)
+
+    def is_local(name: str) -> bool:
+        return not name.startswith(blocks.prefix)
+
+    load_parts(source, model, [is_local], dtype=dtype, device=torch.device("cpu"))
+    model.tie_weights()
+    model.requires_grad_(False)
+    decoder = blocks.decoder
+    decoder.config = config_of_blocks(decoder.config, 0, 1)
+    decoder.config._attn_implementation = _NO_ATTENTION
+    layer = _RemoteLayer(remote)
+    setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
+    layer.in_a_tuple = _expects_tuples(decoder, layer)
+    model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return model
+
+
+class _RemoteLayer(nn.Module):
+    """What the decoder's loop takes for its only layer."""
+
+    def __init__(self, remote: nn.Module) -> None:
+        super().__init__()
+        self.remote = remote
+        self.in_a_tuple = False
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        output = self.remote(hidden_states)
+        return (output,) if self.in_a_tuple else output
+
+
+def _expects_tuples(decoder: PreTrainedModel, layer: _RemoteLayer) -> bool:
+    """Whether the decoder's loop takes the hidden states out of a tuple, as Falcon's and BLOOM's do.
+
+    A loop that does would take the first row of a plain tensor instead, so two rows go through and are counted.
+    """
+    remote, layer.remote = layer.remote, nn.Identity()
+    try:
+        with torch.no_grad():
+            output = decoder(input_ids=torch.zeros(2, 3, dtype=torch.int64), use_cache=False)
+        return output.last_hidden_state.shape[:2] != (2, 3)
+    finally:
+        layer.remote = remote
+
+
+def _without_mask(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return args, kwargs
+    if mask.ndim != 2 or not mask.bool().all():
+        raise ValueError(
+            "The attention mask hides tokens, but a swarm sees all tokens of a sequence. Send sequences of one length, "
+            "without padding."
+        )
+    return args, {**kwargs, "attention_mask": None}
