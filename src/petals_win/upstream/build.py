@@ -1,0 +1,173 @@
+"""The generated trees external/<folder>/<package>: made from lock and patches, complete or not at all.
+
+Knows wheels as archives and the file system. Does not know what a patch says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from petals_win.errors import UserError
+from petals_win.upstream.fetch import cache_folder, fetch
+from petals_win.upstream.lock import Pin, read_lock
+
+logger = logging.getLogger(__name__)
+
+_STAMP = ".built-from"
+LICENCE = "LICENSE"
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """The folders of one checkout. cache: where wheels are kept; None is the user's own."""
+
+    root: Path
+    cache: Path | None = None
+
+    @property
+    def external(self) -> Path:
+        return self.root / "external"
+
+    @property
+    def patches(self) -> Path:
+        return self.root / "patches"
+
+    def pins(self) -> tuple[Pin, ...]:
+        return read_lock(self.external / "upstream.lock")
+
+    def wheel(self, pin: Pin) -> Path:
+        """Raises UserError if it is not in the cache and cannot be fetched."""
+        return fetch(pin, self.cache or cache_folder())
+
+    def upstream_files(self) -> dict[str, bytes]:
+        """Upstream as it is: the files of all packages, without the daemon."""
+        files: dict[str, bytes] = {}
+        for pin in self.pins():
+            with zipfile.ZipFile(self.wheel(pin)) as archive:
+                names = [name for name in archive.namelist() if name.startswith(f"{pin.name}/")]
+                files.update((name, archive.read(name)) for name in names if name != pin.daemon and name[-1] != "/")
+        return files
+
+    def patched_files(self) -> dict[str, bytes]:
+        """Upstream with all patches. Raises PatchError."""
+        # LibCST takes a third of a second to import; a build that is up to date does without.
+        from petals_win.upstream.apply import apply_patches
+        from petals_win.upstream.patchfile import read_series
+
+        return apply_patches(read_series(self.patches), self.upstream_files())
+
+
+def this_checkout() -> Checkout:
+    """The checkout that this very file lies in. Raises UserError in an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "external" / "upstream.lock").is_file():
+        raise UserError("Patches are applied in a checkout of petals-win; this is an installed package.")
+    return Checkout(root)
+
+
+def build(checkout: Checkout, *, force: bool = False) -> bool:
+    """Generate the trees; False if they were up to date. Raises UserError; then the old trees are still there."""
+    pins = checkout.pins()
+    stamp = _stamp(checkout)
+    if not force and all(_stamped(checkout.external / pin.folder) == stamp for pin in pins):
+        return False
+    files = checkout.patched_files()
+    workshop = checkout.root / "build"  # on the same file system as external/, so that finished trees can be moved
+    workshop.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="upstream-", dir=workshop) as temporary:
+        for pin in pins:
+            _write_tree(Path(temporary) / "new" / pin.folder, pin, checkout.wheel(pin), files, stamp)
+        _swap([pin.folder for pin in pins], Path(temporary), checkout.external)
+    logger.info("Wrote %s", " and ".join(str(checkout.external / pin.folder / pin.name) for pin in pins))
+    return True
+
+
+def tree_files(checkout: Checkout) -> dict[str, bytes]:
+    """The generated trees as they are on disk, without what Python leaves there."""
+    files: dict[str, bytes] = {}
+    for pin in checkout.pins():
+        import_root = checkout.external / pin.folder
+        for path in (import_root / pin.name).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                files[path.relative_to(import_root).as_posix()] = path.read_bytes()
+    return files
+
+
+def extract_p2pd(checkout: Checkout) -> Path:
+    """Put the Linux daemon of upstream's wheel to bin/p2pd, unless something is there. Linux on x86_64 only."""
+    target = checkout.root / "bin" / "p2pd"
+    if target.exists():
+        return target
+    pin = next(pin for pin in checkout.pins() if pin.daemon)
+    assert pin.daemon is not None
+    target.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(checkout.wheel(pin)) as archive, tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        program = Path(temporary) / "p2pd"
+        program.write_bytes(archive.read(pin.daemon))
+        program.chmod(0o755)
+        os.replace(program, target)
+    return target
+
+
+def can_run_upstream_p2pd() -> bool:
+    return sys.platform == "linux" and os.uname().machine == "x86_64"
+
+
+def _write_tree(folder: Path, pin: Pin, wheel: Path, files: Mapping[str, bytes], stamp: str) -> None:
+    for name in sorted(files):
+        if name.startswith(f"{pin.name}/"):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[name])
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / LICENCE).write_bytes(archive.read(pin.licence_file))
+    (folder / _STAMP).write_text(stamp, encoding="utf-8")
+
+
+def _swap(folders: Sequence[str], temporary: Path, external: Path) -> None:
+    """Move the new trees in and the old ones out. If one of them cannot be moved, all old ones come back."""
+    moved: list[tuple[Path, Path]] = []
+    (temporary / "old").mkdir()
+    try:
+        for folder in folders:
+            new, old, place = temporary / "new" / folder, temporary / "old" / folder, external / folder
+            if place.exists():
+                os.replace(place, old)
+                moved.append((old, place))
+            os.replace(new, place)
+            moved.append((place, new))
+    except OSError as e:
+        for now, before in reversed(moved):
+            os.replace(now, before)
+        raise UserError(
+            f"{external} cannot be changed ({e.strerror}). Stop what runs from there (petals-win up, serve) and try again."
+        ) from e
+
+
+def _stamped(folder: Path) -> str | None:
+    try:
+        return (folder / _STAMP).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _stamp(checkout: Checkout) -> str:
+    """A digest of all that the trees are made from: lock, patches and this applier."""
+    sources = [checkout.external / "upstream.lock", checkout.patches / "series", *checkout.patches.rglob("*.py")]
+    sources += Path(__file__).parent.glob("*.py")
+    sha = hashlib.sha256()
+    for path in sorted(sources):
+        try:
+            content = path.read_bytes()
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}). Restore it from version control.") from e
+        sha.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    return sha.hexdigest()
