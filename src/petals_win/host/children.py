@@ -25,6 +25,7 @@ import threading
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,7 @@ from petals_win.host.signals import request_stop
 logger = logging.getLogger(__name__)
 
 _HELD_PIPE = "PETALS_WIN_HELD_PIPE"
+_ASKED = "stop"  # what is in the held pipe when the parent is still there, and reads the output
 _GRACE_S = 15.0  # for an orderly end after the parent has gone
 
 _DIE_WITH_THREAD = """
@@ -106,8 +108,11 @@ class Child:
 
     def stop(self, timeout: float = 10.0) -> int:
         """Ask the process to end, and end it by force after `timeout` seconds. Safe to call twice."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        pipe = self._process.stdin
+        if pipe is not None and not pipe.closed:
+            with suppress(OSError):  # it has ended, and with it the other end of the pipe
+                pipe.write(_ASKED)
+                pipe.close()
         if sys.platform != "win32":
             self._process.terminate()
         try:
@@ -159,7 +164,7 @@ def spawn(
 
 
 def exit_with_parent() -> None:
-    """In a process that `spawn` started: end it when the parent goes or closes the pipe. Elsewhere: do nothing.
+    """In a process that `spawn` started: end it when the parent asks for it or is gone. Elsewhere: do nothing.
 
     The stop event (host.signals) is set first; a process that nobody has told to watch that event, or that is not done
     15 seconds later, ends at once with status 1.
@@ -173,8 +178,11 @@ def exit_with_parent() -> None:
     os.close(nothing)
 
     def watch() -> None:
-        while os.read(pipe, 1):
-            pass
+        if not os.read(pipe, 1):
+            # Nobody reads the output any more: a last word must not raise BrokenPipeError in the middle of the clean-up.
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
         if request_stop():
             time.sleep(_GRACE_S)
         os._exit(1)

@@ -14,6 +14,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 _REPORT_EVERY_S = 10.0
 
@@ -117,7 +118,8 @@ class _Step:
         self._bar: Bar | None = None
         if terminal is not None:
             sizes = [] if total is None else [BarColumn(bar_width=24), DownloadColumn()]
-            text = TextColumn("{task.description}", markup=False)
+            one_line = Column(no_wrap=True, overflow="ellipsis")
+            text = TextColumn("{task.description}", markup=False, table_column=one_line)
             self._bar = Bar(SpinnerColumn(), TimeElapsedColumn(), *sizes, text, console=terminal, transient=True)
             self._task = self._bar.add_task(what, total=total)
             self._bar.start()

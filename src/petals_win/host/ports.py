@@ -21,6 +21,8 @@ def free_loopback_port() -> int:
 
 def check_port_free(host: str, port: int) -> None:
     """Raise UserError when nothing can listen on TCP `port` of the local address `host`; names whoever does."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"{port} is no port. Choose one between 1024 and 65535 with --port.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as e:
@@ -36,8 +38,6 @@ def check_port_free(host: str, port: int) -> None:
             probe.bind(address)
         except PermissionError as e:
             raise UserError(f"This user may not listen on port {port}. Choose another with --port.") from e
-        except OverflowError as e:
-            raise UserError(f"{port} is no port. Choose one between 1024 and 65535 with --port.") from e
         except OSError as e:
             user = _listener(port)
             if user is None and e.errno != errno.EADDRINUSE:
