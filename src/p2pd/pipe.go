@@ -1,0 +1,80 @@
+package main
+
+// Joining a local socket and a libp2p stream.
+
+import (
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+)
+
+const (
+	pipeBufferSize = 128 << 10
+	// lingerTimeout is how long a client may take to close its side after the peer closed: closing a TCP socket with
+	// unread input would destroy what the client has not read yet.
+	lingerTimeout = 5 * time.Second
+)
+
+var pipeBuffers = sync.Pool{New: func() any { return new([pipeBufferSize]byte) }}
+
+// pipe copies both ways until either side ends; there is no half-close, the first end closes both sides. It closes
+// both before it returns.
+//
+// A direction ends when its source does. When only its sink fails, it goes quiet and leaves the verdict to the other
+// direction, which may still have bytes to deliver.
+func pipe(conn net.Conn, s network.Stream) {
+	toPeer := make(chan struct{})
+	go func() {
+		defer close(toPeer)
+		err, sinkErr := copyAll(s, conn)
+		if sinkErr != nil {
+			// Keep reading, so that a client in the middle of a write gets to see the end of the stream.
+			_, err = io.Copy(io.Discard, conn)
+		}
+		if err == nil || err == io.EOF {
+			s.Close()
+		} else {
+			s.Reset()
+		}
+	}()
+	err, sinkErr := copyAll(conn, s)
+	switch {
+	case err == io.EOF:
+		s.Close()
+		linger(conn)
+	case sinkErr == nil:
+		s.Close()
+		conn.Close()
+	}
+	<-toPeer
+	conn.Close()
+	s.Close()
+}
+
+// copyAll copies until the source or the sink fails. It returns the source's error (io.EOF at its end) or the sink's.
+func copyAll(dst io.Writer, src io.Reader) (srcErr, dstErr error) {
+	buf := pipeBuffers.Get().(*[pipeBufferSize]byte)
+	defer pipeBuffers.Put(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			if _, werr := dst.Write(buf[:n]); werr != nil {
+				return nil, werr
+			}
+		}
+		if err != nil {
+			return err, nil
+		}
+	}
+}
+
+// linger tells the client that no more comes, and gives it time to close.
+func linger(conn net.Conn) {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(lingerTimeout))
+}
