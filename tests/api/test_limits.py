@@ -1,5 +1,6 @@
 """Many at once, and the end: the line of waiting requests, shutting down, ports, settings."""
 
+import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import pytest
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
+from petals_win.api import replies
 from petals_win.api.app import create_app
 from petals_win.api.server import ApiServer, PortInUse
 from petals_win.api.settings import Settings, read_api_keys
@@ -46,6 +48,19 @@ def test_a_full_line_refuses():
         assert eventually(lambda: httpx.post(url, json=served.chat("say x")).status_code == 200)
         assert len([r for r in served.engine.requests if r.prompt == "wait"]) <= 2
         assert eventually(lambda: served.engine.running == 0)
+
+
+def test_a_client_that_stops_reading_loses_its_place(monkeypatch):
+    monkeypatch.setattr(replies, "SEND_S", 0.3)
+    with serving(FakeEngine(pace=0)) as served:
+        words = " ".join(["say"] + ["x" * 4000] * 900)
+        body = json.dumps(served.chat(words, n=16, stream=True)).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert eventually(lambda: served.engine.running == 1)
+            assert eventually(lambda: served.engine.running == 0 and served.engine.cancelled == 1)
+            assert served.engine.completed < 16
 
 
 def test_shutting_down_ends_open_answers_and_closes_the_engine():

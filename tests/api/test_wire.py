@@ -222,6 +222,13 @@ def test_unknown_routes_and_methods(served):
     assert "use POST" in error_of(response)["message"]
 
 
+def test_a_defect_has_the_shape_of_an_error_and_tells_nothing(served, monkeypatch):
+    monkeypatch.setattr(served.engine, "status", lambda: 1 / 0)
+    response = httpx.get(f"{served.url}/ready")
+    assert response.status_code == 500
+    assert "zero" not in error_of(response)["message"]
+
+
 def test_health(served):
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "version": petals_win.__version__}
 

@@ -47,5 +47,6 @@ def browser(_chrome: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     _chrome.get_log("browser")
     yield _chrome
     _chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    _chrome.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
     _chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     _chrome.get("about:blank")

@@ -112,8 +112,9 @@ class Engine(Protocol):
         Whoever consumes it may stop at any point, by `aclose()` or by being cancelled: the computation ends
         then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.
 
-        Raises ModelNotFound and ContextTooLong before the first event, SwarmUnavailable at any time;
-        any other exception is a defect of the engine.
+        Raises ModelNotFound and ContextTooLong before the first event, as any other UserError about the request
+        (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable
+        at any time. An exception that is no UserError is a defect of the engine.
         """
         ...
 
