@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,10 @@ class Checkout:
     @property
     def patches(self) -> Path:
         return self.root / "patches"
+
+    @property
+    def register(self) -> Path:
+        return self.root / "windows_patches.md"
 
     def pins(self) -> tuple[Pin, ...]:
         return read_lock(self.external / "upstream.lock")
@@ -74,62 +78,63 @@ def this_checkout() -> Checkout:
 
 
 def build(checkout: Checkout, *, force: bool = False) -> bool:
-    """Generate the trees; False if they were up to date. Raises UserError; then the old trees are still there."""
+    """Generate the trees; False if they were up to date. Raises UserError; then the old trees are still there.
+
+    Where upstream's own p2pd runs, it is put to bin/p2pd if nothing is there.
+    """
     pins = checkout.pins()
+    stale = force or not is_up_to_date(checkout)
+    if stale:
+        workshop = checkout.root / "build"  # on the same file system as external/, so that finished trees can be moved
+        workshop.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="upstream-", dir=workshop) as temporary:
+            write_trees(checkout, Path(temporary) / "new")
+            _swap([pin.folder for pin in pins], Path(temporary), checkout.external)
+        logger.info("Wrote %s", " and ".join(str(checkout.external / pin.folder / pin.name) for pin in pins))
+    if sys.platform == "linux" and os.uname().machine == "x86_64":
+        extract_p2pd(checkout)
+    return stale
+
+
+def is_up_to_date(checkout: Checkout) -> bool:
+    """Whether the trees were made from the lock, patches and applier that are here now."""
     stamp = _stamp(checkout)
-    if not force and all(_stamped(checkout.external / pin.folder) == stamp for pin in pins):
-        return False
-    files = checkout.patched_files()
-    workshop = checkout.root / "build"  # on the same file system as external/, so that finished trees can be moved
-    workshop.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="upstream-", dir=workshop) as temporary:
-        for pin in pins:
-            _write_tree(Path(temporary) / "new" / pin.folder, pin, checkout.wheel(pin), files, stamp)
-        _swap([pin.folder for pin in pins], Path(temporary), checkout.external)
-    logger.info("Wrote %s", " and ".join(str(checkout.external / pin.folder / pin.name) for pin in pins))
-    return True
+    return all(_stamped(checkout.external / pin.folder) == stamp for pin in checkout.pins())
 
 
-def tree_files(checkout: Checkout) -> dict[str, bytes]:
-    """The generated trees as they are on disk, without what Python leaves there."""
-    files: dict[str, bytes] = {}
+def write_trees(checkout: Checkout, folder: Path) -> None:
+    """Write what belongs into external/ to an empty folder. Raises UserError before anything is written."""
+    files, stamp = checkout.patched_files(), _stamp(checkout)
     for pin in checkout.pins():
-        import_root = checkout.external / pin.folder
-        for path in (import_root / pin.name).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
-                files[path.relative_to(import_root).as_posix()] = path.read_bytes()
-    return files
-
-
-def extract_p2pd(checkout: Checkout) -> Path:
-    """Put the Linux daemon of upstream's wheel to bin/p2pd, unless something is there. Linux on x86_64 only."""
-    target = checkout.root / "bin" / "p2pd"
-    if target.exists():
-        return target
-    pin = next(pin for pin in checkout.pins() if pin.daemon)
-    assert pin.daemon is not None
-    target.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(checkout.wheel(pin)) as archive, tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        program = Path(temporary) / "p2pd"
-        program.write_bytes(archive.read(pin.daemon))
-        program.chmod(0o755)
-        os.replace(program, target)
-    return target
-
-
-def can_run_upstream_p2pd() -> bool:
-    return sys.platform == "linux" and os.uname().machine == "x86_64"
-
-
-def _write_tree(folder: Path, pin: Pin, wheel: Path, files: Mapping[str, bytes], stamp: str) -> None:
-    for name in sorted(files):
-        if name.startswith(f"{pin.name}/"):
-            path = folder / name
+        import_root = folder / pin.folder
+        for name in sorted(name for name in files if name.startswith(f"{pin.name}/")):
+            path = import_root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(files[name])
-    with zipfile.ZipFile(wheel) as archive:
-        (folder / LICENCE).write_bytes(archive.read(pin.licence_file))
-    (folder / _STAMP).write_text(stamp, encoding="utf-8")
+        with zipfile.ZipFile(checkout.wheel(pin)) as archive:
+            (import_root / LICENCE).write_bytes(archive.read(pin.licence_file))
+        (import_root / _STAMP).write_text(stamp, encoding="utf-8")
+
+
+def read_trees(checkout: Checkout, folder: Path) -> dict[str, bytes]:
+    """All files of trees in such a folder by their paths, without what Python leaves there when it runs them."""
+    roots = [folder / pin.folder for pin in checkout.pins()]
+    paths = sorted(path for root in roots for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def extract_p2pd(checkout: Checkout) -> None:
+    """Put the daemon for Linux on x86_64 that is in upstream's wheel to bin/p2pd, unless something is there."""
+    target = checkout.root / "bin" / "p2pd"
+    for pin in checkout.pins():
+        if pin.daemon is None or target.exists():
+            continue
+        target.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(checkout.wheel(pin)) as archive, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            program = Path(folder) / "p2pd"
+            program.write_bytes(archive.read(pin.daemon))
+            program.chmod(0o755)
+            os.replace(program, target)
 
 
 def _swap(folders: Sequence[str], temporary: Path, external: Path) -> None:

@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import platformdirs
-
 from petals_win.errors import UserError
+from petals_win.host import folders
 from petals_win.upstream.lock import Pin
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ _DEADLINE_S = 900
 
 def cache_folder() -> Path:
     """Where wheels stay between builds, for all checkouts of this user."""
-    return platformdirs.user_cache_path("petals-win", appauthor=False) / "upstream"
+    return folders.cache_folder() / "upstream"
 
 
 def fetch(pin: Pin, cache: Path) -> Path:

@@ -12,7 +12,7 @@ from petals_win.upstream.patchfile import Declaration, read_patch
 
 
 def digest_of_symbol(target: str, upstream: Mapping[str, bytes]) -> str:
-    """The digest of "module:Symbol", "module" or a package that has no such module. Raises UserError if it is missing."""
+    """The digest of "module:Symbol" or of a whole "module". Raises UserError if upstream has no such thing."""
     module, _, symbol = target.partition(":")
     return present_digest(Declaration("digest", "remove", module, symbol, {}), upstream)
 

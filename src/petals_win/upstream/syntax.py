@@ -10,6 +10,7 @@ import io
 import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import libcst as cst
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
@@ -148,9 +149,7 @@ class _Index(cst.CSTVisitor):
         self._lines: list[cst.SimpleStatementLine] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        span = self.get_metadata(ByteSpanPositionProvider, node, None)
-        if span is not None:
-            self.spans[node] = (span.start, span.start + span.length)
+        self.spans[node] = self._span(node)
         if isinstance(node, (cst.Module, cst.IndentedBlock, cst.SimpleStatementSuite)):
             self._blocks.append(node)
             self.block_sizes[node] = len(node.body)
@@ -215,7 +214,7 @@ class _Index(cst.CSTVisitor):
             self.verbatim_lines.update(range(self.source.line_of(start) + 1, self.source.line_of(end) + 1))
 
     def _span(self, node: cst.CSTNode) -> tuple[int, int]:
-        span = self.get_metadata(ByteSpanPositionProvider, node)
+        span: Any = self.get_metadata(ByteSpanPositionProvider, node)
         return span.start, span.start + span.length
 
     def _line_span(self, node: cst.CSTNode) -> tuple[int, int]:
