@@ -13,12 +13,12 @@ from petals_win.upstream.declare import add, add_import, replace
 add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control")
 
 
-@replace("hivemind.p2p.p2p_daemon_bindings.control:DaemonConnector.open_connection", digest="?")
+@replace("hivemind.p2p.p2p_daemon_bindings.control:DaemonConnector.open_connection", digest="f12a09cc081fb0a0")
 async def open_connection(self) -> (asyncio.StreamReader, asyncio.StreamWriter):
     return await open_control(str(self.control_maddr))
 
 
-@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient.listen", digest="?")
+@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient.listen", digest="09a7f9bc3583d30f")
 @asynccontextmanager
 async def listen(self) -> AsyncIterator["ControlClient"]:
     async with serve_control(str(self.listen_maddr), self._handler) as address:
@@ -27,7 +27,7 @@ async def listen(self) -> AsyncIterator["ControlClient"]:
         yield self
 
 
-@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient._ensure_persistent_conn", digest="?")
+@replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient._ensure_persistent_conn", digest="68916f815d561521")
 async def _ensure_persistent_conn(self):
     self.listening = asyncio.Event()
     reader, writer = await self.daemon_connector.open_persistent_connection()

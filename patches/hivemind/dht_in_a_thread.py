@@ -17,7 +17,7 @@ remove_import("hivemind.dht.dht", "switch_to_uvloop")
 add_import("hivemind.dht.dht", "from petals_win.host.loop import LoopThread")
 
 
-@replace("hivemind.dht.dht:DHT", digest="?")
+@replace("hivemind.dht.dht:DHT", digest="00239c09f6dc5190")
 class DHT(LoopThread):
     """One DHT node on the event loop of its own thread, and blocking calls into it from any other thread.
 

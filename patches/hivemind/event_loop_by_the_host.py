@@ -13,7 +13,7 @@ remove_import("hivemind.utils.asyncio", "uvloop")
 add_import("hivemind.utils.asyncio", "from petals_win.host.loop import new_event_loop")
 
 
-@replace("hivemind.utils.asyncio:switch_to_uvloop", digest="?")
+@replace("hivemind.utils.asyncio:switch_to_uvloop", digest="109aa0e27ad8a336")
 def switch_to_uvloop() -> asyncio.AbstractEventLoop:
     """A new event loop of the kind that suits this system, made current for the calling thread."""
     loop = new_event_loop()

@@ -10,7 +10,7 @@ Drop-when: hivemind offers its DHT and handlers without processes.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("hivemind.utils.mpfuture", digest="?")
+replace_module("hivemind.utils.mpfuture", digest="228f4de2907968a8")
 
 from concurrent.futures import InvalidStateError
 from typing import TypeVar

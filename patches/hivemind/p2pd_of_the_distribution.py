@@ -13,14 +13,15 @@ from petals_win.upstream.declare import add, add_import, remove, replace, swap_c
 add_import("hivemind.p2p.p2p_daemon", "from contextlib import nullcontext")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.binary import find_p2pd")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.control import control_address, remove_control_socket")
-add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.process import explain_start_failure, start_p2pd")
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", digest="?")
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="?", nth=1)
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="?", nth=2)
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.subprocess.create_subprocess_exec", "start_p2pd", digest="?")
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="?", nth=5)
-swap_call("hivemind.p2p.p2p_daemon:P2P.replicate", "Multiaddr", "_local_maddr", digest="?")
-remove("hivemind.p2p.p2p_daemon:P2P._terminate", digest="?")
+add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.process import explain_start_failure, start_p2pd, start_timeout_s")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", digest="9a00d0dfe188216a")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=1)
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=2)
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.subprocess.create_subprocess_exec", "start_p2pd", digest="9a00d0dfe188216a")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.wait_for", "_wait_for_start", digest="9a00d0dfe188216a")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="9a00d0dfe188216a", nth=5)
+swap_call("hivemind.p2p.p2p_daemon:P2P.replicate", "Multiaddr", "_local_maddr", digest="1f6a676d0d269870")
+remove("hivemind.p2p.p2p_daemon:P2P._terminate", digest="b98529b7534b62af")
 
 
 @add("hivemind.p2p.p2p_daemon")
@@ -34,17 +35,23 @@ def _local_maddr(unix_maddr: str) -> Multiaddr:
     return Multiaddr(control_address(kind, token))
 
 
+@add("hivemind.p2p.p2p_daemon")
+def _wait_for_start(ready: asyncio.Future, timeout: float) -> Awaitable[None]:
+    return asyncio.wait_for(ready, start_timeout_s(timeout))
+
+
 @add("hivemind.p2p.p2p_daemon:P2P")
 def _start_failure(self, message: str) -> Exception:
     return explain_start_failure(self._first_lines, message)
 
 
-@replace("hivemind.p2p.p2p_daemon:P2P._read_outputs", digest="?")
+@replace("hivemind.p2p.p2p_daemon:P2P._read_outputs", digest="6d84a4d88935729d")
 async def _read_outputs(self, ready: asyncio.Future) -> None:
     self._first_lines = []
     async for raw in self._child.stdout:
         line = raw.decode(errors="replace").rstrip()
-        self._log_p2pd_message(line)
+        if self._alive:  # what it says while it is being ended is of no interest
+            self._log_p2pd_message(line)
         if ready.done():
             continue
         self._first_lines.append(line)
@@ -56,7 +63,7 @@ async def _read_outputs(self, ready: asyncio.Future) -> None:
         ready.set_exception(self._start_failure("it ended at once"))
 
 
-@replace("hivemind.p2p.p2p_daemon:P2P.__del__", digest="?")
+@replace("hivemind.p2p.p2p_daemon:P2P.__del__", digest="fe69c7f3169367ae")
 def __del__(self):
     # Without a loop nothing can be closed in order; ending the child is what must not be forgotten.
     if self._child is not None and self._child.returncode is None:
@@ -64,7 +71,7 @@ def __del__(self):
             self._child.terminate()
 
 
-@replace("hivemind.p2p.p2p_daemon:P2P.shutdown", digest="?")
+@replace("hivemind.p2p.p2p_daemon:P2P.shutdown", digest="0e4389c131e602b5")
 async def shutdown(self) -> None:
     """Close the connections to the daemon, and end the daemon if this instance started it. Safe to call twice."""
     self._alive = False
@@ -88,7 +95,7 @@ async def shutdown(self) -> None:
     remove_control_socket(str(self._client_listen_maddr))
 
 
-@replace("hivemind.p2p.p2p_daemon:P2P.add_binary_stream_handler", digest="?")
+@replace("hivemind.p2p.p2p_daemon:P2P.add_binary_stream_handler", digest="226a6cd62a6cd3e7")
 async def add_binary_stream_handler(self, name: str, handler: p2pclient.StreamHandler, balanced: bool = False) -> None:
     """Let peers open streams to `handler`. The listener is bound before the daemon hears of it."""
     if self._listen_task is None:

@@ -9,7 +9,7 @@ Drop-when: never; it goes with blocks_by_the_span.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("petals.server.block_utils", digest="?")
+replace_module("petals.server.block_utils", digest="545a28888250d1bd")
 
 from typing import Optional, Union
 

@@ -11,13 +11,13 @@ Drop-when: never; this is the distribution's own engine.
 
 from petals_win.upstream.declare import remove_module, remove_package
 
-remove_package("petals.models.bloom", digest="?")
-remove_package("petals.models.falcon", digest="?")
-remove_package("petals.models.llama", digest="?")
-remove_module("petals.client.from_pretrained", digest="?")
-remove_module("petals.client.lm_head", digest="?")
-remove_module("petals.server.from_pretrained", digest="?")
-remove_module("petals.server.task_pool", digest="?")
-remove_module("petals.utils.cuda_graphs", digest="?")
-remove_module("petals.utils.disk_cache", digest="?")
-remove_module("petals.utils.peft", digest="?")
+remove_package("petals.models.bloom", digest="80cfe67023c3630b")
+remove_package("petals.models.falcon", digest="eb9feed1c02774ac")
+remove_package("petals.models.llama", digest="9f655cfc10c767b6")
+remove_module("petals.client.from_pretrained", digest="6e5fcb0d78ac7c7d")
+remove_module("petals.client.lm_head", digest="2103b977b157927f")
+remove_module("petals.server.from_pretrained", digest="a4fd97766c092a96")
+remove_module("petals.server.task_pool", digest="23adb24acc5c309a")
+remove_module("petals.utils.cuda_graphs", digest="0c6b27f3651af9cb")
+remove_module("petals.utils.disk_cache", digest="d8c16690e955eb30")
+remove_module("petals.utils.peft", digest="6838f27d780bcaa9")

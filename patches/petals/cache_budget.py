@@ -9,7 +9,7 @@ Drop-when: upstream's server runs in one process.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("petals.server.memory_cache", digest="?")
+replace_module("petals.server.memory_cache", digest="f1dbfb4c2286adf7")
 
 import asyncio
 import contextlib

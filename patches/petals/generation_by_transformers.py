@@ -9,7 +9,7 @@ Drop-when: upstream follows current transformers.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("petals.client.remote_generation", digest="?")
+replace_module("petals.client.remote_generation", digest="20b067650ecf8f82")
 
 import contextlib
 from typing import ContextManager, Optional

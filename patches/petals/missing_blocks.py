@@ -9,7 +9,7 @@ Drop-when: upstream's message does not assume the public swarm.
 from petals_win.upstream.declare import replace
 
 
-@replace("petals.client.routing.sequence_manager:MissingBlocksError", digest="?")
+@replace("petals.client.routing.sequence_manager:MissingBlocksError", digest="ee52e12377b85925")
 class MissingBlocksError(RuntimeError):
     """No server that is online holds `block_indices`."""
 

@@ -10,13 +10,13 @@ Drop-when: upstream's server runs in one process.
 from petals_win.upstream.declare import remove, remove_import, replace
 
 remove_import("petals.server.handler", "mp")
-remove("petals.server.handler:Event", digest="?")
-remove("petals.server.handler:TransformerConnectionHandler._listen_to_event_queue", digest="?")
-remove("petals.server.handler:TransformerConnectionHandler.add_p2p_handlers", digest="?")
-remove("petals.server.handler:TransformerConnectionHandler.shutdown", digest="?")
+remove("petals.server.handler:Event", digest="ab1c6ef79e8de298")
+remove("petals.server.handler:TransformerConnectionHandler._listen_to_event_queue", digest="546b55e2f98833d1")
+remove("petals.server.handler:TransformerConnectionHandler.add_p2p_handlers", digest="e1c9b48699695741")
+remove("petals.server.handler:TransformerConnectionHandler.shutdown", digest="e25f5442e87f4ebf")
 
 
-@replace("petals.server.handler:TransformerConnectionHandler.__init__", digest="?")
+@replace("petals.server.handler:TransformerConnectionHandler.__init__", digest="ce8829fc512b973b")
 def __init__(
     self,
     dht: DHT,
@@ -39,7 +39,7 @@ def __init__(
     self._session_queues: Dict[str, asyncio.Queue] = {}
 
 
-@replace("petals.server.handler:TransformerConnectionHandler._managed_session", digest="?")
+@replace("petals.server.handler:TransformerConnectionHandler._managed_session", digest="245cba563cfd1476")
 @contextlib.contextmanager
 def _managed_session(self, session_id: str):
     if session_id in self._session_queues:
@@ -52,7 +52,7 @@ def _managed_session(self, session_id: str):
         self._session_queues.pop(session_id).put_nowait(None)
 
 
-@replace("petals.server.handler:TransformerConnectionHandler._put_into_session_queue", digest="?")
+@replace("petals.server.handler:TransformerConnectionHandler._put_into_session_queue", digest="cc7e41babd75866d")
 def _put_into_session_queue(self, session_id: str, request: runtime_pb2.ExpertRequest):
     queue = self._session_queues.get(session_id)
     if queue is None:
@@ -61,12 +61,12 @@ def _put_into_session_queue(self, session_id: str, request: runtime_pb2.ExpertRe
         queue.put_nowait(request)
 
 
-@replace("petals.server.handler:TransformerConnectionHandler._get_from_session_queue", digest="?")
+@replace("petals.server.handler:TransformerConnectionHandler._get_from_session_queue", digest="b240fb8dcc391954")
 async def _get_from_session_queue(self, session_id: str) -> Optional[runtime_pb2.ExpertRequest]:
     return await self._session_queues[session_id].get()
 
 
-@replace("petals.server.handler:TransformerConnectionHandler._allocate_cache", digest="?")
+@replace("petals.server.handler:TransformerConnectionHandler._allocate_cache", digest="830e1ef0b8ee922d")
 @contextlib.asynccontextmanager
 async def _allocate_cache(
     self,

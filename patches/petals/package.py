@@ -9,7 +9,7 @@ Drop-when: upstream follows current transformers.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("petals", digest="?")
+replace_module("petals", digest="ca9402e79eb1daf4")
 
 import hivemind.compression.base
 

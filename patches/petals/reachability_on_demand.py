@@ -15,11 +15,11 @@ remove_import("petals.server.reachability", "partial")
 remove_import("petals.server.reachability", "threading")
 redirect_import("petals.server.reachability", "requests", "import httpx as requests")
 swap_call(
-    "petals.server.reachability:ReachabilityProtocol.rpc_check", "self.call_check", "self._call_from_probe", digest="?"
+    "petals.server.reachability:ReachabilityProtocol.rpc_check", "self.call_check", "self._call_from_probe", digest="a4862a04b1e33742"
 )
 
 
-@replace("petals.server.reachability:ReachabilityProtocol.attach_to_dht", digest="?")
+@replace("petals.server.reachability:ReachabilityProtocol.attach_to_dht", digest="e6b3ce136fa50855")
 @classmethod
 def attach_to_dht(cls, dht: DHT, await_ready: bool = False, **kwargs) -> "ReachabilityProtocol":
     protocol = cls(**kwargs)
@@ -36,7 +36,7 @@ def attach_to_dht(cls, dht: DHT, await_ready: bool = False, **kwargs) -> "Reacha
     return protocol
 
 
-@replace("petals.server.reachability:ReachabilityProtocol.shutdown", digest="?")
+@replace("petals.server.reachability:ReachabilityProtocol.shutdown", digest="a74cc0d38d0c2f23")
 def shutdown(self):
     if self.probe is not None and self._dht.is_alive():
         self._dht.call(self.probe.shutdown(), 10)

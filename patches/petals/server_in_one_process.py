@@ -27,10 +27,10 @@ add_import("petals.server.server", "from petals_win.span.footprint import cache_
 add_import("petals.server.server", "from petals_win.span.source import open_model")
 add_import("petals.server.server", "from petals_win.span.span import Span")
 add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
-remove("petals.server.server:RuntimeWithDeduplicatedPools", digest="?")
+remove("petals.server.server:RuntimeWithDeduplicatedPools", digest="217f13ccc8509f36")
 
 
-@replace("petals.server.server:Server._choose_num_blocks", digest="?")
+@replace("petals.server.server:Server._choose_num_blocks", digest="07074f64791354f7")
 def _choose_num_blocks(self) -> int:
     block = get_block_size(self.block_config, "memory", dtype=self.torch_dtype, quant_type=self.quant_type)
     free = available_bytes(self.device)
@@ -48,7 +48,7 @@ def _choose_num_blocks(self) -> int:
     return num_blocks
 
 
-@replace("petals.server.server:ModuleContainer", digest="?")
+@replace("petals.server.server:ModuleContainer", digest="3257b906e23aa438")
 class ModuleContainer:
     """The blocks that this node serves now: loaded, announced, and answering requests."""
 

@@ -9,9 +9,9 @@ Drop-when: never; it goes with backend_on_the_span.
 
 from petals_win.upstream.declare import replace_module
 
-replace_module("petals.server.block_functions", digest="?")
+replace_module("petals.server.block_functions", digest="61aba022009e4cbd")
 
-from typing import Any, AsyncIterator, List, Optional, Sequence, Tuple
+from typing import Any, AsyncIterator, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from hivemind.compression.serialization import deserialize_torch_tensor, serialize_torch_tensor
@@ -60,6 +60,11 @@ def _range_of(backends: Sequence[TransformerBackend]) -> Tuple[int, int]:
     return start, end
 
 
+def _to_cpu(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    # On the compute thread: waiting for a GPU must not hold up the event loop.
+    return function(*args, **kwargs).cpu()
+
+
 async def run_rpc_forward(
     *flat_tensors: torch.Tensor,
     requested_backends: Sequence[TransformerBackend],
@@ -73,6 +78,7 @@ async def run_rpc_forward(
     hidden_states = _hidden_states(hidden_states, requested_backends)
     backend = requested_backends[0]
     return await backend.compute.submit(
+        _to_cpu,
         backend.span.forward,
         hidden_states,
         *_range_of(requested_backends),
@@ -104,7 +110,9 @@ async def run_rpc_backward(
         adapter=active_adapter,
         priority=prioritizer.prioritize(inputs, grad_outputs, points=points, backend=backend, type="backward"),
     )
-    return [grad_inputs] if grad_prompts is None else [grad_inputs, torch.stack(list(grad_prompts))]
+    if grad_prompts is None:
+        return [grad_inputs.cpu()]
+    return [grad_inputs.cpu(), torch.stack(list(grad_prompts)).cpu()]
 
 
 async def iterate_rpc_inference(
@@ -131,6 +139,7 @@ async def iterate_rpc_inference(
         # A client may send no tokens at all to find out whether its cache can be allocated.
         if hidden_states.numel() > 0:
             hidden_states = await backend.compute.submit(
+                _to_cpu,
                 backend.span.step,
                 session,
                 hidden_states,

@@ -13,6 +13,6 @@ remove_import("petals.utils.version", "requests")
 remove_import("petals.utils.version", "parse")
 
 
-@replace("petals.utils.version:validate_version", digest="?")
+@replace("petals.utils.version:validate_version", digest="b53efdcba73a73a5")
 def validate_version() -> None:
     logger.info(f"Running {TextStyle.BOLD}Petals {petals.__version__}{TextStyle.RESET} of petals-win")
