@@ -170,8 +170,9 @@ def test_on_a_phone(browser, scheme):
         assert len(page.texts(".user")) == 2, "on a phone the Enter key makes a new line"
         assert page.one("#prompt").size["height"] > height + 30, "the field grows with its text"
 
-        width = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-        assert width == [360, 360], "no scrolling to the side"
+        widths = """const boxes = [document.documentElement, document.getElementById("scroller")];
+            return [innerWidth, ...boxes.flatMap((box) => [box.clientWidth, box.scrollWidth])]"""
+        assert browser.execute_script(widths) == [360] * 5, "no scrolling to the side"
         overflowing = """return [...document.querySelectorAll("body *")].filter((element) => {
             const box = element.getBoundingClientRect();
             return box.width > 1 && (box.right > innerWidth + 0.5 || box.left < -0.5);
