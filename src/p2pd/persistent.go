@@ -241,14 +241,14 @@ func (d *daemon) callPeer(ctx context.Context, r persistentRequest, request fram
 
 // openStream opens a stream to a peer, over a relay if there is no other way, searching the DHT for its addresses if
 // none is known.
-func (d *daemon) openStream(ctx context.Context, peerID []byte, protos ...string) (network.Stream, error) {
+func (d *daemon) openStream(ctx context.Context, peerID []byte, proto string) (network.Stream, error) {
 	id, err := peer.IDFromBytes(peerID)
 	if err != nil {
 		return nil, fmt.Errorf("not a peer ID: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(network.WithAllowLimitedConn(ctx, "p2pd"), openTimeout)
 	defer cancel()
-	s, err := d.host.NewStream(ctx, id, protocol.ConvertFromStrings(protos)...)
+	s, err := d.host.NewStream(ctx, id, protocol.ID(proto))
 	if err != nil {
 		return nil, errors.New(oneLine(err))
 	}

@@ -4,15 +4,18 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
+	"github.com/multiformats/go-multistream"
 )
 
 // handlerDialTimeout bounds reaching a handler, which is on this computer.
@@ -26,24 +29,44 @@ func (d *daemon) openForClient(r *peerRequest) ([]byte, network.Stream, error) {
 	if len(r.protos) == 0 {
 		return nil, nil, errors.New("no protocol given")
 	}
+	id, err := peer.IDFromBytes(r.peer)
+	if err != nil {
+		return nil, nil, fmt.Errorf("not a peer ID: %w", err)
+	}
 	ctx, cancel := d.deadline(r.timeout)
 	defer cancel()
-	s, err := d.openStream(ctx, r.peer, r.protos...)
+	s, err := d.negotiate(network.WithAllowLimitedConn(ctx, "p2pd"), id, protocol.ConvertFromStrings(r.protos))
 	if err != nil {
-		return nil, nil, err
-	}
-	// A protocol that the peer has announced before is negotiated with the first bytes only. Do it now: the peer's
-	// handler starts before there is data, and its absence is an error here instead of an empty stream.
-	if until, ok := ctx.Deadline(); ok {
-		_ = s.SetReadDeadline(until)
-	}
-	if _, err := s.Read(nil); err != nil {
-		s.Reset()
 		return nil, nil, errors.New(oneLine(err))
 	}
-	_ = s.SetReadDeadline(time.Time{})
 	info := encodeStreamInfo([]byte(s.Conn().RemotePeer()), s.Conn().RemoteMultiaddr().Bytes(), string(s.Protocol()))
 	return appendBytes(okResponse(), 3, info), s, nil
+}
+
+// negotiate opens a stream and agrees on a protocol before it returns. The host's NewStream would put that off until
+// there is data, if the peer has announced the protocol before; but the peer's handler is to start at once, and if it
+// has gone, that is an error to report and not an empty stream.
+func (d *daemon) negotiate(ctx context.Context, id peer.ID, protos []protocol.ID) (network.Stream, error) {
+	if err := d.host.Connect(ctx, peer.AddrInfo{ID: id}); err != nil {
+		return nil, err
+	}
+	s, err := d.host.Network().NewStream(network.WithNoDial(ctx, "connected already"), id)
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	proto, err := multistream.SelectOneOf(protos, s)
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err == nil {
+		err = s.SetProtocol(proto)
+	}
+	if err != nil {
+		s.Reset()
+		return nil, fmt.Errorf("failed to negotiate protocol: %w", err)
+	}
+	return s, nil
 }
 
 // pipeClient joins a client's connection, whose reader may hold bytes already, to its stream.
