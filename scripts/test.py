@@ -1,0 +1,43 @@
+"""Checks, then all tests, with pytest's own summary at the end. Run by scripts/test, in .venv; arguments go to pytest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BROWSER = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # programs and their Debian packages
+
+
+def provide_browser() -> None:
+    """The tests of the web page drive a real browser. On Debian as root it is installed, elsewhere asked for."""
+    missing = [package for program, package in BROWSER.items() if shutil.which(program) is None]
+    if sys.platform != "linux" or not missing:
+        return
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        print(
+            f"The tests of the web page need a browser. Type: sudo apt install {' '.join(BROWSER.values())}",
+            flush=True,
+        )
+        return
+    print(f"Installing {' '.join(missing)}", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
+        done = subprocess.run(["apt-get", "--quiet", *command], env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"apt-get {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def main(arguments: list[str]) -> int:
+    provide_browser()
+    checked = subprocess.run([sys.executable, str(ROOT / "scripts" / "check.py")]).returncode
+    if checked != 0:
+        return checked
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,16 @@
+@echo off
+rem Runs the first Python 3.10 to 3.13 of this PC with the given arguments.
+setlocal
+set "RIGHT=import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))"
+for %%V in (3.13 3.12 3.11 3.10) do (
+    py -%%V -I -c "%RIGHT%" >nul 2>nul && set "FOUND=py -%%V" && goto found
+)
+for %%P in (python3.exe python.exe) do (
+    %%P -I -c "%RIGHT%" >nul 2>nul && set "FOUND=%%P" && goto found
+)
+echo petals-win needs Python 3.10 to 3.13, and none is installed. Get it from https://www.python.org/downloads/ 1>&2
+echo or type: winget install Python.Python.3.13 1>&2
+exit /b 1
+:found
+%FOUND% %*
+exit /b %ERRORLEVEL%
