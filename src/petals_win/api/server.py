@@ -45,6 +45,8 @@ class ApiServer:
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         config = uvicorn.Config(
             app,
+            ws="none",
+            lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
