@@ -38,10 +38,15 @@ class Checkpoint(Protocol):
 
 
 class SafetensorsCheckpoint:
-    """One file, or the shards that an index names. `locate` gives the path of a file by its name, downloading it if need be."""
+    """One file, or the shards that an index names."""
 
-    def __init__(self, locate: Callable[[str], Path], index: Path | None) -> None:
-        """`index` is the path of the index of a sharded checkpoint; None for a single file. Raises UserError if it is broken."""
+    def __init__(self, origin: str, locate: Callable[[str], Path], index: Path | None) -> None:
+        """`locate` gives the path of a file by its name, downloading it if need be, or raises FileNotFoundError; `index` is the
+        path of the index of a sharded checkpoint, None for a single file; `origin` names it all to the user.
+
+        Raises UserError if the index is damaged.
+        """
+        self._origin = origin
         self._locate = locate
         self._file_of: dict[str, str] | None = None
         self._open: dict[str, Any] = {}
@@ -82,18 +87,33 @@ class SafetensorsCheckpoint:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            path = self._locate(name)
+            try:
+                path = self._locate(name)
+            except FileNotFoundError as e:
+                raise UserError(self._lacks(name)) from e
             try:
                 # Reading, not mapping: on Windows a mapping reserves memory for the whole file.
                 self._open[name] = safe_open(path, framework="pt", backend="pread")
-            except FileNotFoundError as e:
-                raise UserError(f"{path} is missing. Download the model again, with all of its files.") from e
             except SafetensorError as e:
                 raise UserError(
-                    f"{path} is damaged or was not downloaded completely ({path.stat().st_size:,} bytes). "
-                    "Delete it and download the model again."
+                    f"{path} is damaged or was not downloaded to its end ({path.stat().st_size:,} bytes). Delete it and download "
+                    "the model again."
                 ) from e
         return self._open[name]
+
+    def _lacks(self, name: str) -> str:
+        if self._file_of is not None:
+            return f"{self._origin} lacks the file {name}. Download the model again, with all of its files."
+        for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            try:
+                self._locate(pickled)
+            except FileNotFoundError:
+                continue
+            return (
+                f"{self._origin} has its weights as {pickled} only. Such files can run any code when they are opened, so petals-win "
+                "does not read them. Choose a version of the model with safetensors files."
+            )
+        return f"{self._origin} has no weights: there is neither {SINGLE} nor {INDEX}. Download the model again, with all of its files."
 
 
 class _Stored:

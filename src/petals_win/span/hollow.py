@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from petals_win.span.architecture import config_of_blocks, empty_model, find_blocks
-from petals_win.span.loading import load_parts
+from petals_win.span.architecture import config_of_blocks, find_blocks
+from petals_win.span.loading import load_parts, model_to_fill
 from petals_win.span.source import ModelSource
 
 _TASKS = {
@@ -86,7 +86,7 @@ def hollow_model(
     tokens, the model raises ValueError.
     """
     dtype = dtype or source.dtype
-    model = empty_model(source.config, dtype, _TASKS[task])
+    model = model_to_fill(source, dtype, _TASKS[task])
     blocks = find_blocks(model)
 
     def is_local(name: str) -> bool:

@@ -6,13 +6,33 @@ Knows checkpoints and the loader of transformers. Does not know spans.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals_win.errors import UserError
-from petals_win.span.source import ModelSource
+from petals_win.span.architecture import empty_model
 from petals_win.span.transformers_internals import LazyTensor, Loader
+
+if TYPE_CHECKING:
+    from petals_win.span.source import ModelSource
+
+
+def model_to_fill(source: ModelSource, dtype: torch.dtype, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The whole model on the meta device, ready to generate as soon as it has its weights."""
+    model = empty_model(source.config, dtype, auto_class)
+    if model.can_generate():
+        model.generation_config = source.generation_config() or model.generation_config
+    return model
+
+
+def load_whole_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with all of its weights, on the CPU."""
+    model = model_to_fill(source, dtype)
+    load_parts(source, model, [lambda _name: True], dtype=dtype, device=torch.device("cpu"))
+    model.tie_weights()
+    return model.requires_grad_(False)
 
 
 def load_parts(

@@ -5,32 +5,49 @@ Knows names, configurations and tokenizers. Does not know spans.
 
 from __future__ import annotations
 
-import logging
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as VERSION
 
 from petals_win.errors import UserError
 from petals_win.span.architecture import check_supported, text_config
-from petals_win.span.checkpoint import INDEX, SINGLE, Checkpoint, SafetensorsCheckpoint
+from petals_win.span.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
+from petals_win.span.default_model import NAME as DEFAULT_MODEL
+from petals_win.span.default_model import default_model_file
+from petals_win.span.gguf_file import GgufCheckpoint
+from petals_win.span.hub import HubModel
+from petals_win.span.loading import load_whole_model
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+# What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
+_QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
 
 
 class ModelSource:
     """A model that can be read in parts. Made by `open_model`."""
 
-    def __init__(self, name: str, config: PreTrainedConfig, checkpoint: Checkpoint, pretrained: dict[str, Any]) -> None:
-        """`pretrained` are the arguments with which transformers' own from_pretrained() finds the same model."""
+    def __init__(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        checkpoint: Checkpoint,
+        place: str,
+        **hub_arguments: Any,
+    ) -> None:
+        """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files.
+
+        Raises UserError for an architecture that cannot be served.
+        """
         check_supported(config)
         self.name = name
         self.config = config
         self.checkpoint = checkpoint
-        self._pretrained = pretrained
+        self._place = place
+        self._hub_arguments = hub_arguments
 
     @property
     def num_blocks(self) -> int:
@@ -43,8 +60,10 @@ class ModelSource:
     @property
     def dtype(self) -> torch.dtype:
         """Of the checkpoint's weights; float32 if they are quantized."""
-        dtype = text_config(self.config).dtype or self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else self.checkpoint.dtype()
+        for config in (self.config, text_config(self.config)):
+            if isinstance(config.dtype, torch.dtype):
+                return config.dtype
+        return self.checkpoint.dtype()
 
     @property
     def context_length(self) -> int:
@@ -64,11 +83,25 @@ class ModelSource:
         return prefix
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(**self._pretrained)
+        """The model's tokenizer, with its chat template if it has one."""
+        try:
+            return AutoTokenizer.from_pretrained(self._place, **self._hub_arguments)
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"The tokenizer of {self.name} cannot be loaded: {str(e).strip().splitlines()[0]} "
+                "Download the model again, with all of its files."
+            ) from e
+
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model's makers want it to generate (end tokens, sampling), if they say."""
+        try:
+            return GenerationConfig.from_pretrained(self._place, **self._hub_arguments)
+        except OSError:
+            return None
 
     def whole_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model as transformers itself loads it, in this process."""
-        return AutoModelForCausalLM.from_pretrained(**self._pretrained, dtype=dtype or self.dtype).eval()
+        """The model as transformers has it, complete and in this process."""
+        return load_whole_model(self, dtype or self.dtype)
 
 
 def open_model(
@@ -76,16 +109,71 @@ def open_model(
 ) -> ModelSource:
     """Find a model and read its configuration, but none of its weights.
 
-    Raises UserError if there is no such model, or one that cannot be served.
+    `name_or_path` is the name of the default model, a folder with safetensors files, a .gguf file, or an id on the Hugging
+    Face hub; `revision`, `token` and `cache_dir` are for the hub. Raises UserError if there is no such model, or none that
+    can be served.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _from_folder(path)
-    raise UserError(f"There is no model {name_or_path!r}.")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{path} is a file, but no .gguf file. Give a .gguf file or a folder with safetensors files.")
+        return _from_gguf(path)
+    if name_or_path == DEFAULT_MODEL:
+        return _from_gguf(default_model_file())
+    if path.suffix.lower() == ".gguf" or path.is_absolute() or name_or_path.startswith(("./", ".\\", "~")):
+        raise UserError(f"There is no file or folder {path}. Check the path.")
+    return _from_hub(HubModel(name_or_path, revision, token, cache_dir))
 
 
 def _from_folder(folder: Path) -> ModelSource:
-    config = AutoConfig.from_pretrained(folder)
+    if not (folder / "config.json").exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"Name the file itself: {ggufs[0]}" if ggufs else "Download the model again, with all of its files"
+        raise UserError(f"The folder {folder} has no config.json. {hint}.")
+
+    def locate(name: str) -> Path:
+        if not (folder / name).exists():
+            raise FileNotFoundError(name)
+        return folder / name
+
     index = folder / INDEX
-    checkpoint = SafetensorsCheckpoint(folder.joinpath, index if index.exists() else None)
-    return ModelSource(folder.resolve().name, config, checkpoint, {"pretrained_model_name_or_path": str(folder)})
+    checkpoint = SafetensorsCheckpoint(str(folder), locate, index if index.exists() else None)
+    return ModelSource(folder.resolve().name, _read_config(folder), checkpoint, str(folder))
+
+
+def _from_gguf(path: Path) -> ModelSource:
+    checkpoint = GgufCheckpoint(path)
+    name = _QUANTIZATION.sub("", path.stem)
+    return ModelSource(name, _read_config(checkpoint.folder), checkpoint, str(checkpoint.folder))
+
+
+def _from_hub(repository: HubModel) -> ModelSource:
+    config_file = repository.file_if_any("config.json")
+    if config_file is None:
+        raise UserError(f"{repository.name} on the Hugging Face hub has no config.json: it is no model for transformers.")
+    checkpoint = SafetensorsCheckpoint(repository.name, repository.file, repository.file_if_any(INDEX))
+    name = repository.name.rpartition("/")[2]
+    config = _read_config(config_file.parent)
+    return ModelSource(name, config, checkpoint, repository.name, **repository.arguments)
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, TypeError, KeyError) as e:
+        raise UserError(f"{_reason(folder)} Choose a model that the installed transformers {VERSION} knows.") from e
+
+
+def _reason(folder: Path) -> str:
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{folder / 'config.json'} is damaged: it is no JSON. Download the model again."
+    if "auto_map" in described:
+        return (
+            f"Models of the type {described.get('model_type')} bring their own Python code, which petals-win does not run, for it "
+            "could do anything on this PC."
+        )
+    return f"Models of the type {described.get('model_type')} are unknown here."

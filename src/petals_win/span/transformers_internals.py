@@ -27,6 +27,8 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from petals_win.span.architecture import text_config
+
 
 class LazyTensor(Protocol):
     """A tensor of a checkpoint that is read from its file when it is indexed with `...`."""
@@ -103,14 +105,14 @@ class GgufNames:
 
     def __init__(self, model: PreTrainedModel, architecture: str) -> None:
         """`architecture` is the file's `general.architecture`. Raises NotImplementedError if it has no mapping."""
-        config = model.config.get_text_config(decoder=True)
+        config = text_config(model.config)
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-        self._targets: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        names: Any = _ParameterNames(model, depth=2)
+        self._targets: dict[str, str] = get_gguf_hf_weights_map(names, self._processor)
 
     def target(self, gguf_name: str) -> str | None:
-        """The model's name of what this tensor is, or is a part of."""
-        expert = re.fullmatch(r"(.*_exps)\.weight", gguf_name)
-        return self._targets.get(gguf_name) or (self._targets.get(expert[1]) if expert else None)
+        """The model's name of what this tensor is, or is a part of; None if the model has no use for it."""
+        return self._targets.get(gguf_name) or self._targets.get(gguf_name.removesuffix(".weight"))
 
     def convert(self, parts: Mapping[str, np.ndarray], target: str) -> torch.Tensor:
         """The model's tensor `target` from the dequantized tensors it is made of, by their names in the file."""
@@ -122,3 +124,23 @@ class GgufNames:
             if result.name is not None:
                 parsed["tensors"][target] = torch.from_numpy(np.ascontiguousarray(result.weights))
         return parsed["tensors"][target]
+
+
+class _ParameterNames:
+    """As much of a module as the mapping looks at.
+
+    Given the module itself, it would go through all modules of all blocks, which takes minutes for a large model and finds
+    nothing: no name without the number of its block can be mapped.
+    """
+
+    def __init__(self, module: Any, depth: int) -> None:
+        self.config = module.config
+        self._module = module
+        self._depth = depth
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _ParameterNames]]:
+        children = self._module.named_children() if self._depth else ()
+        return [(name, _ParameterNames(child, self._depth - 1)) for name, child in children if hasattr(child, "config")]

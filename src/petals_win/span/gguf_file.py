@@ -1,0 +1,159 @@
+"""A model in one .gguf file: its configuration and tokenizer, and its tensors, dequantized one at a time.
+
+Knows the gguf package and the folder in which what it costs seconds to find out is kept for the next time. Does not know spans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf.quants import quant_shape_to_byte_shape
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from petals_win.errors import UserError
+from petals_win.host.folders import cache_folder
+from petals_win.host.locks import hold_lock
+from petals_win.span.transformers_internals import GgufNames, LazyTensor
+
+logger = logging.getLogger(__name__)
+
+_TABLE = "petals_win_tensors.json"
+_LOCK_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in the file."""
+
+    type: int
+    shape: list[int]  # as torch counts, outermost first
+    offset: int
+    num_bytes: int
+
+
+class GgufCheckpoint:
+    """The tensors of a file, under the names that transformers gives them."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the file is damaged or of an architecture that transformers cannot read."""
+        self._path = path
+        self.folder = _description(path)
+        table = json.loads((self.folder / _TABLE).read_text(encoding="utf-8"))
+        self._architecture: str = table["architecture"]
+        self._entries = {name: _Entry(**entry) for name, entry in table["tensors"].items()}
+
+    def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
+        try:
+            names = GgufNames(model, self._architecture)
+        except NotImplementedError as e:
+            raise UserError(
+                f"The tensors of {self._path.name} cannot be read: its architecture is {self._architecture}. "
+                "Use the model's safetensors files instead."
+            ) from e
+        parts: dict[str, list[str]] = {}
+        for name in self._entries:
+            target = names.target(name)
+            if target is not None:
+                parts.setdefault(target, []).append(name)
+        return {target: _Dequantized(self, names, target, found) for target, found in parts.items()}
+
+    def fetch(self, keys: Iterable[str]) -> None:
+        """Everything is in the file."""
+
+    def dtype(self) -> torch.dtype:
+        """float16 or bfloat16 if all large tensors are; float32 if they are quantized, for it represents them best."""
+        types = {GGMLQuantizationType(entry.type) for entry in self._entries.values() if len(entry.shape) > 1}
+        if types == {GGMLQuantizationType.F16}:
+            return torch.float16
+        if types == {GGMLQuantizationType.BF16}:
+            return torch.bfloat16
+        return torch.float32
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor of the file in float32."""
+        entry = self._entries[name]
+        kind = GGMLQuantizationType(entry.type)
+        with self._path.open("rb") as file:
+            file.seek(entry.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
+        return dequantize(data.reshape(quant_shape_to_byte_shape(entry.shape, kind)), kind)
+
+
+class _Dequantized:
+    """One tensor of a model, made of one or several of the file."""
+
+    def __init__(self, checkpoint: GgufCheckpoint, names: GgufNames, target: str, parts: list[str]) -> None:
+        self._checkpoint, self._names, self._target, self._parts = checkpoint, names, target, parts
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        arrays = {name: self._checkpoint.read(name) for name in self._parts}
+        return self._names.convert(arrays, self._target)[index]
+
+
+def _description(path: Path) -> Path:
+    """A folder with config.json, the tokenizer's files and a table of the tensors, made at the first use of the file.
+
+    The gguf package parses the file's metadata, with the whole vocabulary, in Python: seconds of time and 150 MB of memory
+    that no later start has to spend.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
+    parent = cache_folder() / "gguf"
+    parent.mkdir(exist_ok=True)
+    folder = parent / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    with hold_lock(parent / f"{folder.name}.lock", f"the reading of {path.name}", timeout=_LOCK_SECONDS):
+        if not folder.exists():
+            began = time.perf_counter()
+            logger.info("Reading the description of %s (%.0f MB); this is done once", path.name, stat.st_size / 1e6)
+            unfinished = parent / f"{folder.name}.part"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            _describe(path, unfinished)
+            unfinished.rename(folder)
+            logger.info("Read the description of %s in %.1f s", path.name, time.perf_counter() - began)
+    return folder
+
+
+def _describe(path: Path, folder: Path) -> None:
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        count = reader.fields.get("split.count")
+        entries = {
+            tensor.name: _Entry(
+                int(tensor.tensor_type), [int(n) for n in reversed(tensor.shape)], int(tensor.data_offset), int(tensor.n_bytes)
+            )
+            for tensor in reader.tensors
+        }
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as e:
+        raise UserError(
+            f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
+            "Download it again."
+        ) from e
+    if count is not None and count.contents() > 1:
+        raise UserError(
+            f"{path.name} is one of {count.contents()} parts of a model. Join them into one file with llama.cpp's gguf-split --merge, "
+            "or use the model's safetensors files."
+        )
+    try:
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError) as e:
+        raise UserError(
+            f"Models of the architecture {architecture} cannot be read from a GGUF file ({e}). "
+            "Use the model's safetensors files instead."
+        ) from e
+    table = {"architecture": architecture, "tensors": {name: asdict(entry) for name, entry in entries.items()}}
+    (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Files of a model on the Hugging Face hub, downloaded one by one when they are needed.
+
+Knows huggingface_hub and what can go wrong there. Does not know what the files contain.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from petals_win.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class HubModel:
+    """A repository of the hub."""
+
+    def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: str | None) -> None:
+        self.name = name
+        self.arguments = {"revision": revision, "token": token, "cache_dir": cache_dir}
+
+    def file(self, filename: str) -> Path:
+        """Its path on this PC, after a download if it is not here yet.
+
+        Raises FileNotFoundError if the repository has no such file, UserError if there is no repository, no permission or no
+        network.
+        """
+        began = time.perf_counter()
+        with self.errors():
+            try:
+                path = Path(hf_hub_download(self.name, filename, **self.arguments))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as e:
+                raise FileNotFoundError(filename) from e
+        seconds = time.perf_counter() - began
+        if seconds > 1:
+            logger.info("Downloaded %s of %s (%.0f MB) in %.0f s", filename, self.name, path.stat().st_size / 1e6, seconds)
+        return path
+
+    def file_if_any(self, filename: str) -> Path | None:
+        """As `file`, but None if the repository has no such file."""
+        try:
+            return self.file(filename)
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what the hub's client raises into sentences for the user."""
+        try:
+            yield
+        except GatedRepoError as e:
+            raise UserError(
+                f"The model {self.name} is gated: its owner wants you to accept its terms. Accept them on the model's page on the "
+                "Hugging Face hub, make an access token there, and give it with --token or in the variable HF_TOKEN."
+            ) from e
+        except RevisionNotFoundError as e:
+            raise UserError(f"The model {self.name} has no revision {self.arguments['revision']!r}. Leave the revision out.") from e
+        except (RepositoryNotFoundError, HFValidationError) as e:
+            raise UserError(
+                f"There is no model {self.name!r} on the Hugging Face hub, or it is private and needs a token (--token or HF_TOKEN); "
+                "nor is there such a file or folder here. Check the spelling: a name on the hub looks like owner/model."
+            ) from e
+        except HfHubHTTPError as e:
+            raise UserError(_refusal(self.name, e)) from e
+        except LocalEntryNotFoundError as e:
+            # The client raises this, too, when the hub did answer and the file is not in the cache.
+            refused = isinstance(e.__cause__, HfHubHTTPError)
+            raise UserError(_refusal(self.name, e.__cause__) if refused else _unreachable(self.name)) from e
+        except (OfflineModeIsEnabled, HTTPError) as e:
+            raise UserError(_unreachable(self.name)) from e
+
+
+def _unreachable(name: str) -> str:
+    return (
+        f"The Hugging Face hub cannot be reached, and {name} is not complete on this PC. Check the internet connection, or give "
+        "a local folder or .gguf file instead."
+    )
+
+
+def _refusal(name: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status in (401, 403):
+        return (
+            f"The Hugging Face hub refuses {name} ({status}): the token is missing, wrong or has no access to the model. Accept "
+            "the model's terms on its page, and give a token with --token or in the variable HF_TOKEN."
+        )
+    return f"The Hugging Face hub answered {status} for {name}. Try again later, or give a local folder or .gguf file instead."
