@@ -39,9 +39,10 @@ def serving(engine: Any = None, model: str = MODEL, **settings: Any) -> Iterator
     """Serve `engine` (a FakeEngine unless given) until the block ends; fails if the server does not end by then."""
     engine = engine or FakeEngine()
     chosen = Settings(**{"port": 0, **settings})
-    server = ApiServer(create_app(engine, settings=chosen), chosen)
+    server = ApiServer(chosen)
+    app = create_app(engine, settings=chosen)
     ready = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(ready.set)), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(app, ready.set)), daemon=True)
     thread.start()
     try:
         assert ready.wait(10), "the server did not start"

@@ -1,5 +1,6 @@
 """Many at once, and the end: the line of waiting requests, shutting down, ports, settings."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -79,9 +80,8 @@ def test_shutting_down_ends_open_answers_and_closes_the_engine():
 
 def test_a_port_in_use_shows_at_once():
     with serving() as served:
-        settings = Settings(port=served.port)
         with pytest.raises(PortInUse, match=f"Port {served.port} on 127.0.0.1 is in use.*--port"):
-            ApiServer(create_app(FakeEngine(), settings=settings), settings)
+            ApiServer(Settings(port=served.port))
 
 
 def test_a_port_is_free_again_after_the_end():
@@ -101,9 +101,30 @@ def test_localhost_is_all_its_addresses():
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.7"])
 def test_an_address_of_somebody_else(host):
-    settings = Settings(host=host, port=0, api_keys=("key",))
     with pytest.raises(UserError, match="--host"):
-        ApiServer(create_app(FakeEngine(), settings=settings), settings)
+        ApiServer(Settings(host=host, port=0, api_keys=("key",)))
+
+
+@pytest.mark.parametrize(("host", "name"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_the_url_is_one_that_a_browser_here_can_open(host, name):
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("this Python has no IPv6")
+    server = ApiServer(Settings(host=host, port=0, insecure=True))
+    try:
+        assert server.url == f"http://{name}:{server.port}"
+        socket.create_connection((name.strip("[]"), server.port), timeout=5).close()
+    finally:
+        server.close()
+
+
+def test_stopped_before_it_served():
+    engine, settings = FakeEngine(), Settings(port=0)
+    server = ApiServer(settings)
+    server.stop()
+    asyncio.run(asyncio.wait_for(server.serve(create_app(engine, settings=settings)), 5))
+    assert engine.closed == 1
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
 def test_the_server_leaves_no_thread_behind():

@@ -32,17 +32,25 @@ class PortInUse(UserError):
 
 
 class ApiServer:
-    """The API on its address. Listens from the moment it is made: a port in use shows before anything slow begins.
+    """An address that listens from the moment it is made, before any app is there: a port in use shows at once.
 
     Raises PortInUse, or UserError for an address that this machine does not have.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings):
+    def __init__(self, settings: Settings):
         self._sockets = _listen(settings.host, settings.port)
+        self._uvicorn: _Uvicorn | None = None
+        self._stopped = False
         self.port: int = self._sockets[0].getsockname()[1]
         # Where a browser on this machine finds it.
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    async def serve(self, app: FastAPI, on_ready: Callable[[], None] | None = None) -> None:
+        """Answer requests with `app` until `stop()`, then return. To be called once. Signals are the caller's business.
+
+        `on_ready` is called once, on the event loop, when requests are answered; it must not block.
+        """
         config = uvicorn.Config(
             app,
             ws="none",
@@ -53,19 +61,15 @@ class ApiServer:
             proxy_headers=False,
             timeout_graceful_shutdown=_GRACE_S,
         )
-        self._uvicorn = _Uvicorn(config, app)
-
-    async def serve(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Answer requests until `stop()`, then return. Signals are the caller's business.
-
-        `on_ready` is called once, on the event loop, when requests are answered; it must not block.
-        """
-        self._uvicorn.on_ready = on_ready
+        self._uvicorn = _Uvicorn(config, app, on_ready)
+        self._uvicorn.should_exit = self._stopped
         await self._uvicorn.serve(self._sockets)
 
     def stop(self) -> None:
         """End `serve()` soon, from any thread: running answers break off with an error, connections close."""
-        self._uvicorn.should_exit = True
+        self._stopped = True
+        if self._uvicorn:
+            self._uvicorn.should_exit = True
 
     def close(self) -> None:
         """Stop listening, if `serve()` was never called."""
@@ -76,16 +80,15 @@ class ApiServer:
 class _Uvicorn(uvicorn.Server):
     """uvicorn, leaving signals alone, and ending the answers before it waits for connections to close."""
 
-    on_ready: Callable[[], None] | None = None
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None] | None):
         super().__init__(config)
         self._app = app
+        self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.on_ready:
-            self.on_ready()
+        if self._on_ready:
+            self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.generations.stop()
