@@ -32,7 +32,7 @@ async def _ensure_persistent_conn(self):
     self.listening = asyncio.Event()
     reader, writer = await self.daemon_connector.open_persistent_connection()
     self._read_task = asyncio.create_task(self._read_until_lost(reader))
-    self._write_task = asyncio.create_task(self._write_to_persistent_conn(writer))
+    self._write_task = asyncio.create_task(self._write_until_lost(writer))
 
 
 @add("hivemind.p2p.p2p_daemon_bindings.control:ControlClient")
@@ -45,3 +45,11 @@ async def _read_until_lost(self, reader: asyncio.StreamReader):
         for call in self._pending_calls.values():
             if not call.done():
                 call.set_exception(P2PDaemonError("The connection to p2pd was lost: the daemon has ended"))
+
+
+@add("hivemind.p2p.p2p_daemon_bindings.control:ControlClient")
+async def _write_until_lost(self, writer: asyncio.StreamWriter):
+    try:
+        await self._write_to_persistent_conn(writer)
+    except ConnectionError as e:
+        logger.debug(f"The connection to p2pd broke: {e}")  # whoever waits for an answer hears it from the reader

@@ -18,6 +18,7 @@ swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", diges
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=1)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=2)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.subprocess.create_subprocess_exec", "start_p2pd", digest="9a00d0dfe188216a")
+swap_call("hivemind.p2p.p2p_daemon:P2P.create", "self._make_process_args", "self._noted_process_args", digest="9a00d0dfe188216a")
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.wait_for", "_wait_for_start", digest="9a00d0dfe188216a")
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="9a00d0dfe188216a", nth=5)
 swap_call("hivemind.p2p.p2p_daemon:P2P.replicate", "Multiaddr", "_local_maddr", digest="1f6a676d0d269870")
@@ -41,8 +42,16 @@ def _wait_for_start(ready: asyncio.Future, timeout: float) -> Awaitable[None]:
 
 
 @add("hivemind.p2p.p2p_daemon:P2P")
-def _start_failure(self, message: str) -> Exception:
-    return explain_start_failure(self._first_lines, message)
+def _noted_process_args(self, *args, **kwargs) -> List[str]:
+    self._bootstrap_peers = kwargs.get("bootstrapPeers")
+    return self._make_process_args(*args, **kwargs)
+
+
+@add("hivemind.p2p.p2p_daemon:P2P")
+def _start_failure(self, happened: str) -> Exception:
+    if self._bootstrap_peers:
+        happened += f" while it connected to {self._bootstrap_peers}"
+    return explain_start_failure(self._first_lines, happened)
 
 
 @replace("hivemind.p2p.p2p_daemon:P2P._read_outputs", digest="6d84a4d88935729d")

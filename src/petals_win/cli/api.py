@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -14,6 +15,7 @@ from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
+    from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings
     from petals_win.engines.petals import PetalsEngine
 
@@ -38,8 +40,8 @@ def api(
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
+    from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings, read_api_keys
-    from petals_win.host.ports import check_port_free
     from petals_win.host.threads import apply_thread_settings
 
     settings = Settings(
@@ -52,35 +54,31 @@ def api(
     if not peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
     stop = stop_event()
-    check_port_free(host, port)  # before anything slow begins
-    apply_thread_settings(1)
-    from petals_win.engines.petals import PetalsEngine
+    token = read_token(token_file)
+    with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
+        apply_thread_settings(1)
+        from petals_win.engines.petals import PetalsEngine
 
-    engine = PetalsEngine.connect(model, peers, token=read_token(token_file))
-    answer_until(stop, engine, settings, on_ready=lambda url: typer.echo(f"The API and the chat page: {url}"))
+        engine = PetalsEngine.connect(model, peers, token=token)
+        answer_until(stop, engine, server, settings, on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"))
 
 
 def answer_until(
-    stop: threading.Event, engine: PetalsEngine, settings: Settings, on_ready: Callable[[str], None]
+    stop: threading.Event, engine: PetalsEngine, server: ApiServer, settings: Settings, on_ready: Callable[[], None]
 ) -> None:
-    """Serve the API in front of `engine` until `stop` is set; `on_ready` gets its address. Closes the engine."""
+    """Serve the API in front of `engine` until `stop` is set. Closes the engine."""
     from petals_win.api.app import create_app
-    from petals_win.api.server import ApiServer
 
     async def serve() -> None:
         await engine.watch()
-        await server.serve(lambda: on_ready(server.url))
+        await server.serve(create_app(engine, settings=settings), on_ready)
 
     def wait_for_stop() -> None:
         stop.wait()
         server.stop()
 
-    try:
-        server = ApiServer(create_app(engine, settings=settings), settings)
-        threading.Thread(target=wait_for_stop, name="stop the API", daemon=True).start()
-        asyncio.run(serve())
-    finally:
-        asyncio.run(engine.close())
+    threading.Thread(target=wait_for_stop, name="stop the API", daemon=True).start()
+    asyncio.run(serve())
 
 
 def read_token(file: Path | None) -> str | None:

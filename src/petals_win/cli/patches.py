@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from petals_win.errors import UserError
 from petals_win.upstream import build as building
@@ -52,10 +50,10 @@ def list_patches(as_json: Annotated[bool, typer.Option("--json", help="All field
     if as_json:
         typer.echo(json.dumps([report.as_json(patch) for patch in patches], indent=2, ensure_ascii=False))
         return
-    shown = Table(Column("patch", no_wrap=True), Column("status", no_wrap=True), "changes", box=None)
-    for patch in patches:
-        shown.add_row(patch.name, patch.header.status, patch.header.subject)
-    Console(highlight=False, markup=False).print(shown)
+    rows = [(patch.name, patch.header.status, patch.header.subject) for patch in patches]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, status, subject in rows:
+        typer.echo(f"{name:{widths[0]}}  {status:{widths[1]}}  {subject}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import urllib.request
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -31,19 +32,19 @@ def up(
 
     Example: petals-win up
     """
+    from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings
     from petals_win.cli.api import answer_until
     from petals_win.host.console import Progress
-    from petals_win.host.ports import check_port_free
     from petals_win.host.threads import apply_thread_settings
     from petals_win.swarm.local import LocalSwarm
 
     stop = stop_event()
     settings = Settings(port=0 if check else port)
-    check_port_free(settings.host, settings.port)  # before anything slow begins
     apply_thread_settings(1)
     result = _Check()
-    with Progress() as progress:
+    # The server listens before anything slow begins: a port in use shows at once.
+    with closing(ApiServer(settings)) as server, Progress() as progress:
         progress.step(f"Opening {model}")
         from petals_win.span.source import open_model
 
@@ -59,14 +60,18 @@ def up(
             progress.step("Waiting for the nodes to load their blocks")
             swarm.wait_until_serving()
 
-            def ready(url: str) -> None:
-                progress.done(f"{source.name} answers at {url}")
-                if check:
-                    threading.Thread(target=lambda: (result.ask(url, source.name), stop.set()), daemon=True).start()
-                else:
-                    typer.echo(f"\n    Chat page: {url}\n    API:       {url}/v1\n\nCtrl+C ends everything.")
+            def ask() -> None:
+                result.ask(server.url, source.name)
+                stop.set()
 
-            answer_until(stop, engine, settings, on_ready=ready)
+            def ready() -> None:
+                progress.done(f"{source.name} answers at {server.url}")
+                if check:
+                    threading.Thread(target=ask, name="check", daemon=True).start()
+                else:
+                    typer.echo(f"\n    Chat page: {server.url}\n    API:       {server.url}/v1\n\nCtrl+C ends everything.")
+
+            answer_until(stop, engine, server, settings, on_ready=ready)
     if check:
         result.report()
 

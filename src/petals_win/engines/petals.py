@@ -17,6 +17,7 @@ import torch
 from hivemind import DHT
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from petals.client.routing.sequence_manager import MissingBlocksError
+from jinja2 import TemplateError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 from tokenizers.decoders import DecodeStream
 from transformers import (
@@ -46,6 +47,7 @@ from petals_win.engines.base import (
     block_ranges,
 )
 from petals_win.engines.stopping import StopStrings
+from petals_win.errors import UserError
 from petals_win.span.source import ModelSource, open_model
 from petals_win.swarm.state import SwarmState, read_state
 
@@ -157,13 +159,29 @@ class PetalsEngine:
             await asyncio.wait([work])
 
     def _encode(self, request: GenerationRequest) -> list[int]:
+        """Token ids of the prompt. Raises UserError if there are none, or none that the model knows."""
         if request.messages is not None:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in request.messages], add_generation_prompt=True, return_dict=False
+            tokens = self._apply_template([dict(message) for message in request.messages])
+        elif isinstance(request.prompt, str):
+            tokens = self._tokenizer(request.prompt)["input_ids"]
+        else:
+            tokens = list(request.prompt or ())
+        if not tokens:
+            raise UserError("The prompt is empty. Send at least one token of text.")
+        size = self._model.config.get_text_config(decoder=True).vocab_size
+        if unknown := [token for token in tokens if not 0 <= token < size]:
+            raise UserError(f"{self._card.id} has the tokens 0 to {size - 1}, but the prompt has {unknown[0]}.")
+        return tokens
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"{self._card.id} was not made for chats: it has no chat template. Send a prompt to /v1/completions instead."
             )
-        if isinstance(request.prompt, str):
-            return self._tokenizer(request.prompt)["input_ids"]
-        return list(request.prompt or ())
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except TemplateError as e:
+            raise UserError(f"The chat template of {self._card.id} does not take these messages: {e.message}.") from e
 
     def _end_tokens(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id
