@@ -174,5 +174,5 @@ def _stamp(checkout: Checkout) -> str:
             content = path.read_bytes()
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror}). Restore it from version control.") from e
-        sha.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        sha.update(f"{'/'.join(path.parts[-2:])}\0{len(content)}\0".encode() + content)
     return sha.hexdigest()

@@ -19,6 +19,7 @@ from petals_win.upstream.header import Header, parse_header
 from petals_win.upstream.syntax import Source
 
 WHOLE_FILE = ("replace_module", "add_module")
+_ONLY = "replace_module and add_module must be the only declaration of a patch"
 _DECORATORS = ("replace", "add")
 _CALLS = (
     "remove",
@@ -151,7 +152,7 @@ class _Reader:
     def _module(self, declaration: Declaration, header: Header, statements: list) -> Declaration:
         for _start, _end, node in statements[3:]:
             if self._call(node) is not None:
-                raise declaration.refusal(f"{declaration.kind} must be the only declaration of its patch")
+                raise declaration.refusal(_ONLY)
         text = self.source.data[statements[2][1] :].decode().strip("\n")
         docstring = f'"""Made by patches/{self.name}: {header.subject}"""'
         code = Code(f"{docstring}\n\n{text}" if text else docstring)
@@ -162,7 +163,9 @@ class _Reader:
             return self._definition(start, end, node)
         declaration = self._call(node)
         if declaration is None:
-            raise self._unknown(node)
+            raise self._unknown(start)
+        if declaration.kind in WHOLE_FILE:
+            raise declaration.refusal(_ONLY)
         return declaration
 
     def _call(self, node: cst.CSTNode) -> Declaration | None:
@@ -180,7 +183,7 @@ class _Reader:
             and decorator.decorator.func.value in _DECORATORS
         ]
         if not ours:
-            raise self._unknown(node)
+            raise self._unknown(start)
         if len(ours) > 1:
             raise PatchError(self.name, node.name.value, "it carries two declarations")
         call = ours[0].decorator
@@ -221,9 +224,10 @@ class _Reader:
         module, _colon, symbol = str(arguments.pop("target")).partition(":")
         return Declaration(self.name, kind, module, symbol, arguments, code, digest_span)
 
-    def _unknown(self, node: cst.CSTNode) -> PatchError:
-        line = self.source.line_of(self.source.spans[node][0]) + 1
-        return PatchError(self.name, f"line {line}", "this is no declaration that a patch may make")
+    def _unknown(self, start: int) -> PatchError:
+        return PatchError(
+            self.name, f"line {self.source.line_of(start) + 1}", "this is no declaration that a patch may make"
+        )
 
 
 def _expression(statement: cst.CSTNode) -> cst.BaseExpression | None:
