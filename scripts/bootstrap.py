@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -70,7 +71,8 @@ CAUSES = (
     ),
     (
         r"No matching distribution found",
-        "A package does not exist for this system and this Python. Use a 64-bit Python 3.10 to 3.13 from python.org.",
+        "The package index does not answer, or has no such package for this system and this Python. Check the internet "
+        "connection, and use a 64-bit Python 3.10 to 3.13 from python.org.",
     ),
 )
 
@@ -97,6 +99,8 @@ class Report:
     def doing(self, what: str) -> None:
         """This is being done from now on."""
         with self._lock:
+            if what == self._doing:
+                return
             self._close_line()
             self._doing, self._began = what, time.monotonic()
             self._show(what)
@@ -197,7 +201,9 @@ def make_venv(report: Report) -> None:
     if venv_works():
         return
     report.doing(f"Making .venv with Python {sys.version.split()[0]}")
-    if VENV.exists():
+    if (
+        VENV.exists() and VENV not in Path(sys.executable).parents
+    ):  # in place of what this very process runs from, repair it
         shutil.rmtree(VENV)
     # Not in this process: ensurepip shows pip's output, and the standard library of some systems lacks it.
     made = subprocess.run(
@@ -290,7 +296,9 @@ def pip(report: Report, lock: int, *arguments: str) -> None:
         errors="replace",
         # Whoever kills this process leaves pip at work for a moment: the lock is held until that has ended too.
         pass_fds=() if sys.platform == "win32" else (lock,),
+        start_new_session=True,
     )
+    tree = tree_of(process)
     lines: list[str] = []
     assert process.stdout is not None
     try:
@@ -301,11 +309,21 @@ def pip(report: Report, lock: int, *arguments: str) -> None:
                 report.doing(what)
         status = process.wait()
     except BaseException:
-        process.terminate()
+        tree.kill()  # with the build that pip may have started
         process.wait()
         raise
     if status != 0:
         raise failure("The installation failed", lines)
+
+
+def tree_of(process: subprocess.Popen[Any]) -> Any:
+    """`process` and what it starts, to be ended together."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from petals_win.host.process_tree import ProcessTree
+
+    tree = ProcessTree()
+    tree.add(process.pid)
+    return tree
 
 
 def progress(line: str) -> str | None:
@@ -313,7 +331,7 @@ def progress(line: str) -> str | None:
     if found := re.match(r"\s*(Downloading|Using cached) ([^-\s]+)-([^-\s]+)\S*\.(?:whl|gz) \((.*[MG]B)\)", line):
         return f"{'Fetching' if found[1] == 'Downloading' else 'Taking from the cache:'} {found[2]} {found[3]} ({found[4]})"
     if found := re.match(r"Installing collected packages: (.*)", line):
-        return f"Installing {len(found[1].split(','))} packages"
+        return f"Installing packages: {len(found[1].split(','))}"
     if re.match(r"\s*(Building|Preparing) editable", line):
         return "Fetching and patching petals and hivemind"
     return None
@@ -365,12 +383,8 @@ def run(*command: str) -> int:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if sys.platform != "win32":
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), *command])
-    sys.path.insert(0, str(ROOT / "src"))
-    from petals_win.host.process_tree import ProcessTree
-
     process = subprocess.Popen([VENV_PYTHON, *command])
-    tree = ProcessTree()
-    tree.add(process.pid)
+    tree_of(process)  # on Windows it lasts until this process ends
     while True:
         try:
             return process.wait()

@@ -1,0 +1,311 @@
+"""The launcher and scripts/bootstrap.py on a tiny project: its package index is never asked, nothing big is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WINDOWS = sys.platform == "win32"
+VENV_PYTHON = "Scripts/python.exe" if WINDOWS else "bin/python"
+
+PYPROJECT = """
+    [build-system]
+    requires = []
+    build-backend = "backend"
+    backend-path = ["."]
+
+    [project]
+    name = "petals-win"
+    version = "1.0"
+    dependencies = []
+
+    [project.optional-dependencies]
+    speed = []
+    test = []
+"""
+# Builds a wheel that points to src, and says so in builds.log. The file "sabotage", if there is one, is run first.
+BACKEND = """
+    import pathlib, zipfile
+
+    ROOT = pathlib.Path(__file__).parent
+
+    def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+        if (ROOT / "sabotage").exists():
+            exec((ROOT / "sabotage").read_text())
+        name = "petals_win-1.0-py3-none-any.whl"
+        metadata = "Metadata-Version: 2.1\\nName: petals-win\\nVersion: 1.0\\nProvides-Extra: speed\\nProvides-Extra: test\\n"
+        for requirement in (ROOT / "requirements").read_text().split():
+            metadata += f"Requires-Dist: {requirement}\\n"
+        with zipfile.ZipFile(pathlib.Path(wheel_directory) / name, "w") as wheel:
+            wheel.writestr("petals_win.pth", str(ROOT / "src"))
+            wheel.writestr("petals_win-1.0.dist-info/METADATA", metadata)
+            wheel.writestr("petals_win-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+            wheel.writestr("petals_win-1.0.dist-info/RECORD", "")
+        with open(ROOT / "builds.log", "a") as log:
+            log.write("built\\n")
+        return name
+"""
+MAIN = """
+    import json, os, sys
+    if __name__ == "__main__":
+        print(json.dumps({"arguments": sys.argv[1:], "python": sys.executable, "pid": os.getpid(), "cwd": os.getcwd()}))
+        sys.exit(int(os.environ.get("STATUS", 0)))
+"""
+
+
+@pytest.fixture(scope="session")
+def made_venv(tmp_path_factory) -> Path:
+    """A working environment to copy, since pip takes seconds to get into one."""
+    folder = tmp_path_factory.mktemp("made") / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A fresh checkout of a tiny petals-win, in a folder with a space and an umlaut in its name."""
+    root = tmp_path / "petals wïn"
+    files = {
+        "pyproject.toml": PYPROJECT,
+        "backend.py": BACKEND,
+        "requirements": "",
+        "src/petals_win/__init__.py": "",
+        "src/petals_win/cli/__init__.py": "",
+        "src/petals_win/cli/main.py": MAIN,
+        "src/petals_win/upstream/apply.py": "",
+        "patches/petals/a.py": "",
+        "external/upstream.lock": "",
+        "external/petals-main/petals/__init__.py": "",
+        "external/hivemind/hivemind/__init__.py": "",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(textwrap.dedent(text), "utf-8")
+    shutil.copytree(ROOT / "src/petals_win/host", root / "src/petals_win/host")
+    shutil.copytree(ROOT / "bin", root / "bin", ignore=shutil.ignore_patterns("p2pd*"))
+    (root / "scripts").mkdir()
+    for name in ("bootstrap.py", "with-python", "with-python.cmd", "install", "install.cmd"):
+        shutil.copy2(ROOT / "scripts" / name, root / "scripts" / name)
+    return root
+
+
+@pytest.fixture
+def project(bare, made_venv) -> Path:
+    """The same with an environment in which petals-win is not installed yet."""
+    shutil.copytree(made_venv, bare / ".venv", symlinks=True)
+    return bare
+
+
+def command(root: Path, *arguments: str) -> list[str]:
+    return [str(root / "bin" / ("petals-win.cmd" if WINDOWS else "petals-win")), *arguments]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON", "PETALS_WIN_"))
+    }
+    # The index refuses every connection at once: whoever asks it fails the test.
+    return {**kept, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", **variables}
+
+
+def start(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(root, *arguments), env=environment(**variables), capture_output=True, encoding="utf-8", timeout=120
+    )
+
+
+def builds(root: Path) -> int:
+    log = root / "builds.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_from_nothing(bare):
+    done = start(bare, "up", "--model", "a b", "")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["arguments"] == ["up", "--model", "a b", ""]
+    assert Path(found["python"]) == bare / ".venv" / VENV_PYTHON
+    assert "Making .venv" in done.stderr and "Installing petals-win" in done.stderr
+    assert builds(bare) == 1
+
+
+def test_the_second_start_does_nothing_and_takes_no_time(project):
+    assert start(project).returncode == 0
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = start(project)
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0 and done.stderr == ""
+    assert builds(project) == 1
+    assert min(times) < 0.3
+
+
+def test_the_users_folder_and_the_exit_status_are_kept(project, tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    done = subprocess.run(
+        command(project), cwd=tmp_path, env=environment(STATUS="7"), capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout)["cwd"] == str(tmp_path)
+
+
+@pytest.mark.skipif(WINDOWS, reason="there a process cannot become another")
+def test_the_program_takes_the_launchers_place(project):
+    start(project)
+    with subprocess.Popen(command(project), env=environment(), stdout=subprocess.PIPE) as process:
+        output, _ = process.communicate(timeout=60)
+    assert json.loads(output)["pid"] == process.pid
+
+
+@pytest.mark.skipif(WINDOWS, reason="links need a privilege there")
+def test_the_launcher_can_be_linked_to(project, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/one").symlink_to(project / "bin/petals-win")
+    (tmp_path / "links/two").symlink_to("one")
+    done = subprocess.run([tmp_path / "links/two"], env=environment(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed", ["pyproject.toml", "external/upstream.lock", "patches/petals/a.py", "src/petals_win/upstream/apply.py"]
+)
+def test_what_an_installation_is_made_from_is_watched(project, changed):
+    start(project)
+    with (project / changed).open("a") as file:
+        file.write("\n# changed\n")
+    assert start(project).returncode == 0
+    assert builds(project) == 2
+
+
+def test_our_own_code_is_not_installed_again(project):
+    start(project)
+    with (project / "src/petals_win/cli/main.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert start(project).returncode == 0
+    assert builds(project) == 1
+
+
+def test_trees_that_were_deleted_are_made_again(project):
+    start(project)
+    shutil.rmtree(project / "external/hivemind")
+    start(project)
+    assert builds(project) == 2
+
+
+def test_scripts_install_only_installs(project):
+    script = project / "scripts" / ("install.cmd" if WINDOWS else "install")
+    done = subprocess.run([str(script)], env=environment(), capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and done.stdout == "" and "petals-win up" in done.stderr
+    start(project)
+    assert builds(project) == 1
+
+
+def test_a_broken_environment_is_made_anew(bare):
+    (bare / ".venv/bin").mkdir(parents=True)
+    (bare / ".venv/bin/python").write_text("half")
+    assert start(bare).returncode == 0
+    assert builds(bare) == 1
+
+
+def test_a_package_that_is_half_there_is_installed_again(project):
+    folder = "Lib/site-packages" if WINDOWS else "lib/python3.*/site-packages"
+    site = next((project / ".venv").glob(folder))
+    (site / "petals_win-1.0.dist-info").mkdir()
+    (site / "petals_win-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: petals-win\nVersion: 1.0\n")
+    done = start(project)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_starts_at_once_install_once(project):
+    (project / "sabotage").write_text("import time; time.sleep(1.5)")
+    processes = [
+        subprocess.Popen(
+            command(project), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    output = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert builds(project) == 1
+    assert sum("waiting for it" in stderr for _, stderr in output) == 1
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(WINDOWS, reason="there is no signal to send there but the end by force")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_an_interrupted_installation_is_finished_later(project, how):
+    (project / "sabotage").write_text("open(ROOT / 'begun', 'w').close(); import time; time.sleep(3)")
+    process = subprocess.Popen(command(project), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for((project / "begun").exists)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(getattr(signal, how))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if how != "SIGKILL":
+        assert "goes on where this one has ended" in stderr
+    (project / "sabotage").unlink()
+    assert start(project).returncode == 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def assert_explained(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in ("petals-win: ", "bootstrap.log", *words):
+        assert word in done.stderr, done.stderr
+
+
+def test_no_network_to_the_package_index(project):
+    (project / "requirements").write_text("surely-not-cached-here")
+    assert_explained(start(project), "package index cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        ("OSError(28, 'No space left on device')", "The disk is full"),
+        ("PermissionError(13, 'Permission denied')", "cannot be written"),
+        ("OSError('a reason of its own')", "a reason of its own"),
+    ],
+)
+def test_what_stops_the_build_is_explained(project, error, words):
+    """The build raises what a full disk or a foreign file would: a real one cannot be made here."""
+    (project / "sabotage").write_text(f"raise {error}")
+    assert_explained(start(project), words)
+
+
+def test_no_suitable_python(bare, tmp_path):
+    if WINDOWS:
+        pytest.skip("py.exe stands in the Windows folder, which cannot be taken off the PATH")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("dirname", "readlink", "sh"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")  # as Python 3.9 answers
+    (tools / "python3").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", str(bare / "bin/petals-win")],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 1 and "Python 3.10 to 3.13" in done.stderr and "python.org" in done.stderr
