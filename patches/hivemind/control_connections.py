@@ -10,7 +10,9 @@ Drop-when: hivemind supports loopback TCP with a secret.
 
 from petals_win.upstream.declare import add, add_import, replace
 
-add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control")
+add_import(
+    "hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control"
+)
 
 
 @replace("hivemind.p2p.p2p_daemon_bindings.control:DaemonConnector.open_connection", digest="f12a09cc081fb0a0")

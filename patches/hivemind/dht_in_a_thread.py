@@ -53,7 +53,9 @@ class DHT(LoopThread):
             or not isinstance(initial_peers, Sequence)
             or not all(isinstance(peer, (Multiaddr, str)) for peer in initial_peers)
         ):
-            raise TypeError("initial_peers must be a list of multiaddrs, e.g. ['/ip4/192.168.1.5/tcp/31330/p2p/12D3…']")
+            raise TypeError(
+                "initial_peers must be a list of multiaddrs, e.g. ['/ip4/192.168.1.5/tcp/31330/p2p/12D3…']"
+            )
         self.initial_peers, self.num_workers, self.kwargs = initial_peers, num_workers, kwargs
         self.shutdown_timeout = shutdown_timeout
         self.daemon = daemon
@@ -147,7 +149,9 @@ class DHT(LoopThread):
     def add_validators(self, record_validators: Iterable[RecordValidatorBase]) -> None:
         """Check records with these validators too. The node must have joined."""
         if not self._ready.done():
-            raise RuntimeError("The DHT has not joined its swarm yet: pass record_validators to its constructor instead")
+            raise RuntimeError(
+                "The DHT has not joined its swarm yet: pass record_validators to its constructor instead"
+            )
         self._node.protocol.record_validator.extend(record_validators)
 
     @property

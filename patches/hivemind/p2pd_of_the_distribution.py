@@ -13,14 +13,29 @@ from petals_win.upstream.declare import add, add_import, remove, replace, swap_c
 add_import("hivemind.p2p.p2p_daemon", "from contextlib import nullcontext")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.binary import find_p2pd")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.control import control_address, remove_control_socket")
-add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.process import explain_start_failure, start_p2pd, start_timeout_s")
+add_import(
+    "hivemind.p2p.p2p_daemon",
+    "from petals_win.daemon.process import explain_start_failure, start_p2pd, start_timeout_s",
+)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", digest="9a00d0dfe188216a")
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=1)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=2)
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.subprocess.create_subprocess_exec", "start_p2pd", digest="9a00d0dfe188216a")
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "self._make_process_args", "self._noted_process_args", digest="9a00d0dfe188216a")
+swap_call(
+    "hivemind.p2p.p2p_daemon:P2P.create",
+    "asyncio.subprocess.create_subprocess_exec",
+    "start_p2pd",
+    digest="9a00d0dfe188216a",
+)
+swap_call(
+    "hivemind.p2p.p2p_daemon:P2P.create",
+    "self._make_process_args",
+    "self._noted_process_args",
+    digest="9a00d0dfe188216a",
+)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "asyncio.wait_for", "_wait_for_start", digest="9a00d0dfe188216a")
-swap_call("hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="9a00d0dfe188216a", nth=5)
+swap_call(
+    "hivemind.p2p.p2p_daemon:P2P.create", "P2PDaemonError", "self._start_failure", digest="9a00d0dfe188216a", nth=5
+)
 swap_call("hivemind.p2p.p2p_daemon:P2P.replicate", "Multiaddr", "_local_maddr", digest="1f6a676d0d269870")
 remove("hivemind.p2p.p2p_daemon:P2P._terminate", digest="b98529b7534b62af")
 

@@ -54,7 +54,9 @@ class AutoDistributedConfig:
         """As from_pretrained, for a model that is open already."""
         unknown = own_fields.keys() - _OWN_FIELDS.keys()
         if unknown:
-            raise TypeError(f"Unknown setting {', '.join(sorted(unknown))}: known are {', '.join(sorted(_OWN_FIELDS))}")
+            raise TypeError(
+                f"Unknown setting {', '.join(sorted(unknown))}: known are {', '.join(sorted(_OWN_FIELDS))}"
+            )
         config = copy.deepcopy(source.config.get_text_config(decoder=True))
         if own_fields.get("dht_prefix") is None:
             own_fields["dht_prefix"] = source.dht_prefix

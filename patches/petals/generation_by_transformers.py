@@ -86,7 +86,9 @@ class RemoteGenerationMixin:
             return contextlib.nullcontext(self.active_session)
         length, new = kwargs.get("max_length"), kwargs.get("max_new_tokens")
         if (length is None) == (new is None):
-            raise ValueError("Give either max_length or max_new_tokens, so that servers know how much cache to reserve")
+            raise ValueError(
+                "Give either max_length or max_new_tokens, so that servers know how much cache to reserve"
+            )
         n_inputs = inputs.shape[1] if inputs is not None else 0
         total = length if length is not None else n_inputs + new
         return self.inference_session(max_length=self.config.pre_seq_len + total)

@@ -81,7 +81,9 @@ class DistributedModelMixin(PTuneMixin, RemoteGenerationMixin):
             if deep_prompts is not None and is_dummy(deep_prompts):
                 deep_prompts = None
         if self.blocks.active_session is not None:
-            cache = RemoteCache(lambda: self.blocks.position) if cache is None else cache.at(lambda: self.blocks.position)
+            cache = (
+                RemoteCache(lambda: self.blocks.position) if cache is None else cache.at(lambda: self.blocks.position)
+            )
             kwargs["cache"] = cache
         tokens = [_deep_prompts.set(deep_prompts), _cache.set(cache)]
         try:

@@ -26,4 +26,6 @@ class QuantType(Enum):
 
 def check_device_balance(devices) -> None:
     """A node owns one device. Raises UserError for several."""
-    raise UserError(f"A node serves on one device, but {len(devices)} were given. Start one node for each GPU instead.")
+    raise UserError(
+        f"A node serves on one device, but {len(devices)} were given. Start one node for each GPU instead."
+    )

@@ -15,7 +15,10 @@ remove_import("petals.server.reachability", "partial")
 remove_import("petals.server.reachability", "threading")
 redirect_import("petals.server.reachability", "requests", "import httpx as requests")
 swap_call(
-    "petals.server.reachability:ReachabilityProtocol.rpc_check", "self.call_check", "self._call_from_probe", digest="a4862a04b1e33742"
+    "petals.server.reachability:ReachabilityProtocol.rpc_check",
+    "self.call_check",
+    "self._call_from_probe",
+    digest="a4862a04b1e33742",
 )
 
 

@@ -144,7 +144,13 @@ class ModuleContainer:
         return cls(dht, handler, compute, announcer, f"{start}:{end}")
 
     def __init__(self, dht, handler, compute, announcer, blocks: str):
-        self.dht, self.handler, self.compute, self.dht_announcer, self.blocks = dht, handler, compute, announcer, blocks
+        self.dht, self.handler, self.compute, self.dht_announcer, self.blocks = (
+            dht,
+            handler,
+            compute,
+            announcer,
+            blocks,
+        )
         self.ready = threading.Event()
         self.ready.set()
 

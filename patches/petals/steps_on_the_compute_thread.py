@@ -39,14 +39,18 @@ def _prompt_of_each_block(
     if prompts is None or is_dummy(prompts):
         return None
     if prompts.ndim != 4 or len(prompts) != len(backends):
-        raise ValueError(f"Deep prompts have the shape {tuple(prompts.shape)}, but {len(backends)} blocks were asked for")
+        raise ValueError(
+            f"Deep prompts have the shape {tuple(prompts.shape)}, but {len(backends)} blocks were asked for"
+        )
     return list(prompts.to(backends[0].dtype).unbind(0))
 
 
 def _hidden_states(tensor: torch.Tensor, backends: Sequence[TransformerBackend]) -> torch.Tensor:
     hidden_size = backends[0].span.hidden_size
     if tensor.ndim != 3 or tensor.shape[-1] != hidden_size:
-        raise ValueError(f"Hidden states must have the shape [batch, tokens, {hidden_size}], got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"Hidden states must have the shape [batch, tokens, {hidden_size}], got {tuple(tensor.shape)}"
+        )
     n_tokens = tensor.shape[0] * tensor.shape[1]
     if n_tokens > backends[0].max_batch_size:
         raise ValueError(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")

@@ -161,7 +161,7 @@ func portError(a ma.Multiaddr, err error) error {
 // listenError says in one sentence why an address cannot be listened on.
 func listenError(what, address string, err error) error {
 	if isAddrInUse(err) {
-		return fmt.Errorf("cannot listen on %s for %s: another program uses this address already", address, what)
+		return fmt.Errorf("cannot listen on %s for %s, because another program does: %w", address, what, err)
 	}
 	return fmt.Errorf("cannot listen on %s for %s: %w", address, what, err)
 }

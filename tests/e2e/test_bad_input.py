@@ -20,7 +20,11 @@ def run(*arguments: str, timeout: float = 90, **environment: str) -> subprocess.
     mark = f"petals-win-test-{time.monotonic_ns()}"
     env = {**os.environ, **environment, "PETALS_WIN_TEST_MARK": mark}
     done = subprocess.run(
-        [sys.executable, "-m", "petals_win.cli.main", *arguments], env=env, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "petals_win.cli.main", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     left = [process for process in psutil.process_iter() if _environment(process).get("PETALS_WIN_TEST_MARK") == mark]
     _, left = psutil.wait_procs(left, timeout=5)
@@ -67,7 +71,9 @@ def test_blocks_that_are_no_range():
 
 def test_too_little_memory(checkpoint):
     folder = checkpoint("llama", vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    config = (folder / "config.json").read_text().replace('"intermediate_size": 11008', '"intermediate_size": 2000000000')
+    config = (
+        (folder / "config.json").read_text().replace('"intermediate_size": 11008', '"intermediate_size": 2000000000')
+    )
     (folder / "config.json").write_text(config)
     assert_sentence(serve("--model", str(folder), "--blocks", "0:2"), "0 blocks fit")
 

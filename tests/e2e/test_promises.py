@@ -50,7 +50,9 @@ def test_a_session_survives_the_loss_of_a_node():
                     killed.append(used.peer_id)
 
                 killed: list[object] = []
-                text = remote.generate(prompt, streamer=AfterTokens(15, kill_the_node_in_use), session=session, **options)
+                text = remote.generate(
+                    prompt, streamer=AfterTokens(15, kill_the_node_in_use), session=session, **options
+                )
                 assert killed and session._server_sessions[-1].span.peer_id != killed[0]
             assert torch.equal(text, undisturbed)
         finally:

@@ -59,7 +59,9 @@ def test_nothing_is_left_behind(ending):
 
 
 def test_a_stop_during_the_start_ends_everything():
-    up = subprocess.Popen([*UP, "--port", str(free_port())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    up = subprocess.Popen(
+        [*UP, "--port", str(free_port())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 60
     while len(descendants(up.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

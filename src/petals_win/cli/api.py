@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,18 +22,21 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are
 
 def api(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
-    peers: Annotated[Optional[list[str]], typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")] = None,
+    peers: Annotated[
+        list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but 127.0.0.1 needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
-        Optional[Path], typer.Option(help="File with one API key a line; callers send one as a Bearer token.")
+        Path | None, typer.Option(help="File with one API key a line; callers send one as a Bearer token.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let others on the network in without a key.")] = False,
     cors_origin: Annotated[
-        Optional[list[str]], typer.Option(help="Web origin whose pages may call this API, e.g. https://baremetalrt.ai.")
+        list[str] | None,
+        typer.Option(help="Web origin whose pages may call this API, e.g. https://baremetalrt.ai."),
     ] = None,
     token_file: Annotated[
-        Optional[Path], typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
+        Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
 ) -> None:
     """Answer OpenAI-style requests from a swarm.
@@ -60,7 +63,9 @@ def api(
         from petals_win.engines.petals import PetalsEngine
 
         engine = PetalsEngine.connect(model, peers, token=token)
-        answer_until(stop, engine, server, settings, on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"))
+        answer_until(
+            stop, engine, server, settings, on_ready=lambda: typer.echo(f"The API and chat page: {server.url}")
+        )
 
 
 def answer_until(

@@ -31,7 +31,9 @@ def bench(
     typer.echo(f"{report.model}, medians of {report.rounds} rounds of {report.tokens} tokens, taking turns\n")
     typer.echo(f"one process, {report.local_threads} threads     {report.local_tokens_per_s:8.1f} tokens/s")
     typer.echo(f"two nodes, {report.node_threads} thread each     {report.swarm_tokens_per_s:8.1f} tokens/s")
-    typer.echo(f"ratio                       {report.ratio:8.2f}   the swarm won {report.swarm_won} of {report.rounds}")
+    typer.echo(
+        f"ratio                       {report.ratio:8.2f}   the swarm won {report.swarm_won} of {report.rounds}"
+    )
     typer.echo(f"start of the swarm          {report.start_seconds:8.1f} s")
     typer.echo(
         f"memory of a node            {report.node_bytes_over_weights:8.2f} of the weights' "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,20 +14,29 @@ from petals_win.cli.api import read_token
 def serve(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
     peers: Annotated[
-        Optional[list[str]], typer.Option(help="Address of a peer of the swarm to join; none starts a new swarm.")
+        list[str] | None, typer.Option(help="Address of a peer of the swarm to join; none starts a new swarm.")
     ] = None,
     blocks: Annotated[
-        Optional[str], typer.Option(help="Blocks to serve, e.g. 0:15; default: as many as fit, where they are needed most.")
+        str | None,
+        typer.Option(help="Blocks to serve, e.g. 0:15; default: as many as fit, where they are needed most."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 keeps the node on this PC.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="TCP port to listen on; 0 takes a free one.", min=0, max=65535)] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
-    adapters: Annotated[Optional[list[str]], typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads to compute with; default: all cores.", min=1)] = None,
-    name: Annotated[Optional[str], typer.Option(help="Name of this PC that others see.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
+    ] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads to compute with; default: all cores.", min=1)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this PC that others see.")] = None,
     token_file: Annotated[
-        Optional[Path], typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
+        Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")] = False,
 ) -> None:

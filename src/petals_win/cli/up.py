@@ -25,7 +25,8 @@ def up(
     ] = "SmolLM2-135M-Instruct",
     port: Annotated[int, typer.Option(help="Port of the API and the chat page.", min=0, max=65535)] = 8000,
     check: Annotated[
-        bool, typer.Option("--check", help=f"Ask {_QUESTION!r} through the API and end: 0 if the answer says {_ANSWER}.")
+        bool,
+        typer.Option("--check", help=f"Ask {_QUESTION!r} through the API and end: 0 if the answer says {_ANSWER}."),
     ] = False,
 ) -> None:
     """Start a private swarm of two nodes on this PC, and its API.
@@ -69,7 +70,9 @@ def up(
                 if check:
                     threading.Thread(target=ask, name="check", daemon=True).start()
                 else:
-                    typer.echo(f"\n    Chat page: {server.url}\n    API:       {server.url}/v1\n\nCtrl+C ends everything.")
+                    typer.echo(
+                        f"\n    Chat page: {server.url}\n    API:       {server.url}/v1\n\nCtrl+C ends everything."
+                    )
 
             answer_until(stop, engine, server, settings, on_ready=ready)
     if check:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from hivemind import DHT
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
-from petals.client.routing.sequence_manager import MissingBlocksError
 from jinja2 import TemplateError
+from petals.client.routing.sequence_manager import MissingBlocksError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 from tokenizers.decoders import DecodeStream
 from transformers import (

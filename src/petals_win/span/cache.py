@@ -68,7 +68,9 @@ class _Slots(CacheLayerMixin):
         self._owner = owner
         self._window = shape.window
         self.is_sliding = shape.window is not None
-        self.keys = torch.empty(batch_size, shape.key_heads, max_length, shape.key_size, dtype=shape.dtype, device=device)
+        self.keys = torch.empty(
+            batch_size, shape.key_heads, max_length, shape.key_size, dtype=shape.dtype, device=device
+        )
         self.values = torch.empty(
             batch_size, shape.value_heads, max_length, shape.value_size, dtype=shape.dtype, device=device
         )

@@ -54,7 +54,9 @@ class SafetensorsCheckpoint:
             try:
                 self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{index} is damaged: it is no index of safetensors files. Download the model again.") from e
+                raise UserError(
+                    f"{index} is damaged: it is no index of safetensors files. Download the model again."
+                ) from e
 
     def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
         if self._file_of is None:

@@ -47,7 +47,15 @@ def _download(folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "-d", str(folder), "-r", str(requirements)]
+    command += [
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--no-input",
+        "-d",
+        str(folder),
+        "-r",
+        str(requirements),
+    ]
     began = time.monotonic()
     logger.info("Fetching the default model %s (%d MB)", NAME, _MEGABYTES)
     log = folder / "pip.log"

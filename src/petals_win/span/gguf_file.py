@@ -133,7 +133,10 @@ def _describe(path: Path, folder: Path) -> None:
         count = reader.fields.get("split.count")
         entries = {
             tensor.name: _Entry(
-                int(tensor.tensor_type), [int(n) for n in reversed(tensor.shape)], int(tensor.data_offset), int(tensor.n_bytes)
+                int(tensor.tensor_type),
+                [int(n) for n in reversed(tensor.shape)],
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
             )
             for tensor in reader.tensors
         }

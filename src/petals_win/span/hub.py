@@ -52,7 +52,9 @@ class HubModel:
                 raise FileNotFoundError(filename) from e
         seconds = time.perf_counter() - began
         if seconds > 1:
-            logger.info("Downloaded %s of %s (%.0f MB) in %.0f s", filename, self.name, path.stat().st_size / 1e6, seconds)
+            logger.info(
+                "Downloaded %s of %s (%.0f MB) in %.0f s", filename, self.name, path.stat().st_size / 1e6, seconds
+            )
         return path
 
     def file_if_any(self, filename: str) -> Path | None:
@@ -73,7 +75,9 @@ class HubModel:
                 "Hugging Face hub, make an access token there, and give it with --token or in the variable HF_TOKEN."
             ) from e
         except RevisionNotFoundError as e:
-            raise UserError(f"The model {self.name} has no revision {self.arguments['revision']!r}. Leave the revision out.") from e
+            raise UserError(
+                f"The model {self.name} has no revision {self.arguments['revision']!r}. Leave the revision out."
+            ) from e
         except (RepositoryNotFoundError, HFValidationError) as e:
             raise UserError(
                 f"There is no model {self.name!r} on the Hugging Face hub, or it is private and needs a token (--token or HF_TOKEN); "

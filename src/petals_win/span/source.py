@@ -118,7 +118,9 @@ def open_model(
         return _from_folder(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"{path} is a file, but no .gguf file. Give a .gguf file or a folder with safetensors files.")
+            raise UserError(
+                f"{path} is a file, but no .gguf file. Give a .gguf file or a folder with safetensors files."
+            )
         return _from_gguf(path)
     if name_or_path == DEFAULT_MODEL:
         return _from_gguf(default_model_file())
@@ -152,7 +154,9 @@ def _from_gguf(path: Path) -> ModelSource:
 def _from_hub(repository: HubModel) -> ModelSource:
     config_file = repository.file_if_any("config.json")
     if config_file is None:
-        raise UserError(f"{repository.name} on the Hugging Face hub has no config.json: it is no model for transformers.")
+        raise UserError(
+            f"{repository.name} on the Hugging Face hub has no config.json: it is no model for transformers."
+        )
     checkpoint = SafetensorsCheckpoint(repository.name, repository.file, repository.file_if_any(INDEX))
     name = repository.name.rpartition("/")[2]
     config = _read_config(config_file.parent)

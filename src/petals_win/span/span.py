@@ -102,7 +102,12 @@ class Span:
         span = cls(source.config, decoder, shapes, device)
         seconds = time.perf_counter() - began
         logger.info(
-            "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s", start, end, source.name, span.weight_bytes / 2**20, seconds
+            "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
+            start,
+            end,
+            source.name,
+            span.weight_bytes / 2**20,
+            seconds,
         )
         return span
 
@@ -218,7 +223,9 @@ class Span:
         prompts = self._check_prompts(prompts, end - start, len(hidden))
         with torch.enable_grad():
             inputs = hidden.detach().to(self.device, self.dtype).requires_grad_()
-            learned = prompts and [prompt if prompt is None else prompt.detach().requires_grad_() for prompt in prompts]
+            learned = prompts and [
+                prompt if prompt is None else prompt.detach().requires_grad_() for prompt in prompts
+            ]
             output = self._decoder.run(inputs, start, end, None, learned)
             wanted = [inputs, *(prompt for prompt in learned or () if prompt is not None)]
             grads = iter(torch.autograd.grad(output, wanted, grad_out.to(self.device, self.dtype)))
@@ -238,7 +245,9 @@ class Span:
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"Hidden states must be [batch, tokens, {self.hidden_size}], not {list(hidden.shape)}")
 
-    def _check_prompts(self, prompts: Prompts | None, num_blocks: int, batch_size: int) -> list[torch.Tensor | None] | None:
+    def _check_prompts(
+        self, prompts: Prompts | None, num_blocks: int, batch_size: int
+    ) -> list[torch.Tensor | None] | None:
         if prompts is None or all(prompt is None for prompt in prompts):
             return None
         if len(prompts) != num_blocks:

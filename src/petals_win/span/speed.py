@@ -50,7 +50,9 @@ def measure_speed(span: Span) -> SpanSpeed:
         path.write_text(json.dumps({name: asdict(speed) for name, speed in known.items()}), encoding="utf-8")
     speed = known[key]
     logger.info(
-        "One block computes %.0f tokens/s one at a time, %.0f tokens/s in a batch", speed.inference_rps, speed.forward_rps
+        "One block computes %.0f tokens/s one at a time, %.0f tokens/s in a batch",
+        speed.inference_rps,
+        speed.forward_rps,
     )
     return speed
 
@@ -62,14 +64,14 @@ def _decode_rps(span: Span) -> float:
         rounds, seconds = _rounds(lambda: span.step(session, hidden), at_most=255)
     finally:
         session.close()
-    return rounds * len(span) / seconds
+    return rounds * span.num_blocks / seconds
 
 
 def _forward_rps(span: Span) -> float:
     tokens = 128
     hidden = torch.zeros(1, tokens, span.hidden_size, dtype=span.dtype)
     rounds, seconds = _rounds(lambda: span.forward(hidden, span.start, span.end), at_most=100)
-    return rounds * tokens * len(span) / seconds
+    return rounds * tokens * span.num_blocks / seconds
 
 
 def _rounds(call: Callable[[], torch.Tensor], at_most: int) -> tuple[int, float]:

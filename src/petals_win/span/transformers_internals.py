@@ -143,4 +143,6 @@ class _ParameterNames:
 
     def named_children(self) -> list[tuple[str, _ParameterNames]]:
         children = self._module.named_children() if self._depth else ()
-        return [(name, _ParameterNames(child, self._depth - 1)) for name, child in children if hasattr(child, "config")]
+        return [
+            (name, _ParameterNames(child, self._depth - 1)) for name, child in children if hasattr(child, "config")
+        ]

@@ -55,7 +55,9 @@ class LocalNode:
 
     def _sentence(self, what: str) -> str:
         lines = [line for line in self.child.output_tail(5) if line.strip()]
-        return f"The node for blocks {self.blocks} {what}. Its last lines:\n" + "\n".join(f"    {line}" for line in lines)
+        return f"The node for blocks {self.blocks} {what}. Its last lines:\n" + "\n".join(
+            f"    {line}" for line in lines
+        )
 
 
 class LocalSwarm:

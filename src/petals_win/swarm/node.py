@@ -150,7 +150,9 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
     """A range like "0:15" as (0, 15). Raises UserError if it is none, or not within the model."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None:
-        raise UserError(f"{text!r} is not a range of blocks. Write it as START:END, e.g. --blocks 0:{num_blocks // 2}.")
+        raise UserError(
+            f"{text!r} is not a range of blocks. Write it as START:END, e.g. --blocks 0:{num_blocks // 2}."
+        )
     start, end = int(match[1]), int(match[2])
     if not start < end <= num_blocks:
         raise UserError(f"The blocks {text} are out of range: the model has the blocks 0:{num_blocks}.")

