@@ -45,6 +45,7 @@ def api(
     """
     from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings, read_api_keys
+    from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
 
     settings = Settings(
@@ -56,6 +57,7 @@ def api(
     )
     if not peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    log_to_file("api")
     stop = stop_event()
     token = read_token(token_file)
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once

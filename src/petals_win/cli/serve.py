@@ -25,9 +25,7 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
     ] = None,
@@ -44,11 +42,14 @@ def serve(
 
     Example: petals-win serve --model meta-llama/Llama-2-70b-hf --blocks 0:40
     """
+    from petals_win.host.awake import stay_awake
     from petals_win.host.children import exit_with_parent
+    from petals_win.host.logs import log_to_file
     from petals_win.host.memory import own_bytes
     from petals_win.host.threads import apply_thread_settings
 
     exit_with_parent()
+    log_to_file("serve")
     apply_thread_settings(threads)
     from petals_win.swarm.node import Node, NodeSettings
 
@@ -64,7 +65,7 @@ def serve(
         name=name,
         token=read_token(token_file),
     )
-    with Node(settings) as node:
+    with stay_awake(), Node(settings) as node:
         if as_json:
             _emit("joined", peers=node.addresses, memory_bytes=own_bytes())
             node.run(on_serving=lambda blocks: _emit("serving", blocks=blocks))

@@ -37,9 +37,11 @@ def up(
     from petals_win.api.settings import Settings
     from petals_win.cli.api import answer_until
     from petals_win.host.console import Progress
+    from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
     from petals_win.swarm.local import LocalSwarm
 
+    log_to_file("up")
     stop = stop_event()
     settings = Settings(port=0 if check else port)
     apply_thread_settings(1)

@@ -64,9 +64,16 @@ async def start_child(
     OSError, or on Linux is the child's last line of output.
     """
     command = [os.fspath(arg) for arg in argv]
+    options: dict[str, Any] = {}
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_THREAD, str(os.getpid()), *command]
-    process = await asyncio.create_subprocess_exec(*command, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+    elif sys.platform == "win32" and isinstance(asyncio.get_running_loop(), asyncio.ProactorEventLoop):
+        # In this process's console the child would end with it when its window is closed, before this process can leave
+        # in order; without a console, as a service, it would open a window. winloop cannot ask for that.
+        options["creationflags"] = subprocess.CREATE_NO_WINDOW
+    process = await asyncio.create_subprocess_exec(
+        *command, env=env, stdin=stdin, stdout=stdout, stderr=stderr, **options
+    )
     if sys.platform == "win32":
         _join(_tree_of_this_process(), process.pid)
     return process
@@ -143,13 +150,13 @@ def spawn(
 ) -> Child:
     """Start a Python program of ours that calls `exit_with_parent` early.
 
-    It gets a process group of its own, so that Ctrl+C reaches only this process, which then stops its children in
-    the order that suits. `on_line` is called, on a thread of its own, with each line of output.
+    It gets a process group (on Windows a console without a window) of its own, so that Ctrl+C and the end of the console
+    reach only this process, which then stops its children in the order that suits. `on_line` is called, on a thread of its own, with each line of output.
     """
     environment = {**(os.environ if env is None else env), _HELD_PIPE: "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     options: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
-        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     process = subprocess.Popen(
         [os.fspath(arg) for arg in argv],
         env=environment,

@@ -1,6 +1,6 @@
-"""How this process is told to end: Ctrl+C, SIGTERM, Ctrl+Break, or its parent.
+"""How this process is told to end: Ctrl+C, SIGTERM, Ctrl+Break, a closed console, a shutdown, or its parent.
 
-Knows signal handlers and the one event that they set. Does not know what has to be ended.
+Knows signal and console handlers, and the one event that they set. Does not know what has to be ended.
 """
 
 import os
@@ -12,6 +12,11 @@ import time
 from types import FrameType
 
 _requests: "queue.SimpleQueue[None]" = queue.SimpleQueue()
+
+# Windows' console events that Python itself takes for Ctrl+Break, and then lets the system end the process.
+_CLOSE, _LOGOFF, _SHUTDOWN = 2, 5, 6
+# Windows waits 5 s after a console is closed and up to 20 s for a service at shutdown; then it ends the process itself.
+_CONSOLE_GRACE_S = 30.0
 
 
 class _StopEvent(threading.Event):
@@ -51,6 +56,8 @@ def stop_event() -> threading.Event:
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), _Handler())
+        if sys.platform == "win32":
+            _watch_console()
     return _event
 
 
@@ -58,6 +65,32 @@ def request_stop() -> bool:
     """Set the stop event from any thread; False when nobody in this process has asked for it."""
     _requests.put(None)
     return _event is not None
+
+
+def on_console_event(event: int) -> bool:
+    """Answer a console event of Windows, on the thread that the system makes for it; whether nobody else is to be asked.
+
+    The process lives for as long as this takes, so it takes until the main thread has ended the process in order.
+    """
+    if event in (_CLOSE, _SHUTDOWN):
+        _requests.put(None)
+        time.sleep(_CONSOLE_GRACE_S)
+        return True
+    # Only services see a logoff, of any user; they go on. Ctrl+C and Ctrl+Break are signals already.
+    return event == _LOGOFF
+
+
+if sys.platform == "win32":
+    import ctypes
+    from ctypes import wintypes
+
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    _on_console_event = ctypes.WINFUNCTYPE(wintypes.BOOL, wintypes.DWORD)(on_console_event)
+
+    def _watch_console() -> None:
+        # The handler that was added last is asked first: this one before Python's own.
+        if not _kernel32.SetConsoleCtrlHandler(_on_console_event, True):
+            raise ctypes.WinError(ctypes.get_last_error())
 
 
 class _Handler:
