@@ -108,8 +108,10 @@ class DHT(LoopThread):
             self.stop(self.shutdown_timeout)
 
     async def _leave_swarm(self) -> None:
-        for replica in self._replicas.pop(asyncio.get_running_loop(), ()):
-            await replica.shutdown()
+        while self._replicas:
+            loop, replica = self._replicas.popitem()
+            if loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(replica.shutdown(), loop))
         if self._node is not None:
             await self._node.shutdown()
 

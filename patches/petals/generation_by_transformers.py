@@ -65,6 +65,9 @@ class RemoteGenerationMixin:
                 if kwargs.get("num_beams", 1) > 1:
                     logger.warning("Beam search goes on from the best beam only: the others ended with the last call")
                 inputs = said if inputs is None else torch.cat([said, inputs], dim=1)
+            if inputs is not None:
+                # By its length generate() tells that `inputs` begin with what the session has seen already.
+                kwargs["attention_mask"] = _mask_for(inputs, kwargs.get("attention_mask"))
             # Tokens of a prompt-tuning prefix are in the servers' caches, but not among the ids that generate() counts.
             prefix = self.config.pre_seq_len
             kwargs["cache"] = RemoteCache(lambda: max(session.position - prefix, 0))
@@ -92,3 +95,10 @@ class RemoteGenerationMixin:
         n_inputs = inputs.shape[1] if inputs is not None else 0
         total = length if length is not None else n_inputs + new
         return self.inference_session(max_length=self.config.pre_seq_len + total)
+
+
+def _mask_for(inputs: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    """A mask of the shape of `inputs`; a given one may cover only their last tokens."""
+    missing = inputs.shape[1] - (0 if mask is None else mask.shape[1])
+    ones = torch.ones(len(inputs), missing, dtype=torch.int64)
+    return ones if mask is None else torch.cat([ones.to(mask.dtype), mask], dim=1)

@@ -131,11 +131,11 @@ async def iterate_rpc_inference(
     points: int,
     args_structure: Any = None,
     **_quantization,
-) -> AsyncIterator[Tuple[Sequence[runtime_pb2.Tensor], bool]]:
-    """For each request of a session: its output tensors, and whether they may be pushed to the next server."""
+) -> AsyncIterator[Tuple[runtime_pb2.ExpertRequest, dict, Sequence[runtime_pb2.Tensor], bool]]:
+    """For each request of a session: itself, its metadata, its outputs, and whether they may be pushed to the next server."""
     session, backend = cache_handles, requested_backends[0]
     session.adapter = active_adapter or ""
-    async for request, _metadata in input_iterator:
+    async for request, metadata in input_iterator:
         flat_tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
         hidden_states, prompts, hypo_ids, *_ = _unpack(flat_tensors, args_structure)
         hidden_states = _hidden_states(hidden_states, requested_backends)
@@ -155,4 +155,4 @@ async def iterate_rpc_inference(
             )
         (schema,) = requested_backends[-1].outputs_schema
         output = serialize_torch_tensor(hidden_states.to(schema.dtype), schema.compression, allow_inplace=True)
-        yield [output], prompts is None
+        yield request, metadata, [output], prompts is None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,6 +27,10 @@ from huggingface_hub.errors import (
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Where Windows allows no links, the hub's cache works all the same, only that an update of a model takes its full space again.
+# README.md explains it; a warning at every start would not.
+constants.HF_HUB_DISABLE_SYMLINKS_WARNING = True
 
 
 class HubModel:

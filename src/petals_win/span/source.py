@@ -50,6 +50,11 @@ class ModelSource:
         self._hub_arguments = hub_arguments
 
     @property
+    def token(self) -> str | bool | None:
+        """The Hugging Face token that it was opened with."""
+        return self._hub_arguments.get("token")
+
+    @property
     def num_blocks(self) -> int:
         return text_config(self.config).num_hidden_layers
 

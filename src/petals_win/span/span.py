@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
+from petals_win.span.adapters import Adapters
 from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
@@ -60,6 +61,7 @@ class Span:
     def __init__(self, config: PreTrainedConfig, decoder: CutDecoder, shapes: Sequence[KvShape], device: torch.device):
         self._decoder = decoder
         self._shapes = list(shapes)
+        self._adapters: Adapters | None = None
         self.config = config
         self.start, self.end = decoder.start, decoder.end
         self.device = device
@@ -81,7 +83,7 @@ class Span:
     ) -> Span:
         """Load the blocks [start, end) of `source`, and only them.
 
-        `dtype` defaults to the checkpoint's. `progress` gets the number of blocks loaded so far and of all. Raises ValueError
+        `dtype` defaults to the checkpoint's. `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError
         for a range outside of the model, UserError for a checkpoint that is damaged or cannot be served.
         """
         if not 0 <= start < end <= source.num_blocks:
@@ -100,6 +102,10 @@ class Span:
         decoder = CutDecoder(model, start, end)
         decoder.to(device)
         span = cls(source.config, decoder, shapes, device)
+        if adapters:
+            span._adapters = Adapters(decoder.layers, start, blocks.prefix)
+            for name in adapters:
+                span._adapters.load(name, source.token, dtype, device)
         seconds = time.perf_counter() - began
         logger.info(
             "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
@@ -149,6 +155,7 @@ class Span:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}")
         start, end = self._range(start, end)
+        self._switch_to(adapter)
         cache = SessionCache(self._shapes_of(start, end), start, batch_size, max_length, self.device)
         return Session(batch_size, max_length, start, end, adapter, cache)
 
@@ -178,6 +185,7 @@ class Span:
             )
         hidden = hidden.to(self.device, self.dtype)
         prompts = self._check_prompts(prompts, session.end - session.start, batch_size)
+        self._switch_to(session.adapter)
         begin, chunk = cache.position, max(1, _CHUNK_TOKENS // batch_size)
         try:
             with torch.inference_mode():
@@ -201,6 +209,7 @@ class Span:
         self._range(start, end)
         self._check_hidden(hidden)
         prompts = self._check_prompts(prompts, end - start, len(hidden))
+        self._switch_to(adapter)
         with torch.no_grad():
             return self._decoder.run(hidden.to(self.device, self.dtype), start, end, None, prompts)
 
@@ -221,6 +230,7 @@ class Span:
         self._range(start, end)
         self._check_hidden(hidden)
         prompts = self._check_prompts(prompts, end - start, len(hidden))
+        self._switch_to(adapter)
         with torch.enable_grad():
             inputs = hidden.detach().to(self.device, self.dtype).requires_grad_()
             learned = prompts and [
@@ -231,6 +241,13 @@ class Span:
             grads = iter(torch.autograd.grad(output, wanted, grad_out.to(self.device, self.dtype)))
         grad_hidden = next(grads)
         return grad_hidden, learned and [prompt if prompt is None else next(grads) for prompt in learned]
+
+    def _switch_to(self, adapter: str) -> None:
+        """Raises KeyError for an adapter that was not loaded."""
+        if self._adapters is not None:
+            self._adapters.switch_to(adapter)
+        elif adapter:
+            raise KeyError(f"This node has no adapter {adapter!r}")
 
     def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
         start, end = self.start if start is None else start, self.end if end is None else end

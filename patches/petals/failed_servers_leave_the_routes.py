@@ -1,0 +1,25 @@
+"""Take a server that failed out of the routes at once.
+
+Why: a failed server was removed from the records of its blocks, but the spans that routes are made from were sorted anew only at
+    the next look into the DHT, up to a minute later. Until then each retry went to the same dead server ("all dials failed"),
+    and a session had used its retries up.
+Status: pending
+Upstream-issue: none
+Drop-when: upstream sorts the spans anew when a server fails.
+"""
+
+from petals_win.upstream.declare import replace
+
+
+@replace("petals.client.routing.sequence_manager:RemoteSequenceManager.on_request_failure", digest="bd6c39bd615f3157")
+def on_request_failure(self, peer_id: Optional[PeerID]):
+    """Avoid a peer that failed; None: it is not known which one. If a block has no server left, the DHT is asked again."""
+    if peer_id is not None:
+        self.state.banned_peers.register_failure(peer_id)
+    with self.lock_changes:
+        info = self.state.sequence_info
+        lost = [block for block in info.block_infos if block.servers.pop(peer_id, None) is not None]
+        if lost:
+            info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
+        if not all(block.servers for block in info.block_infos):
+            self.update(wait=False)
