@@ -125,10 +125,17 @@ def test_a_lost_daemon_ends_calls_in_work(pair):
     second.run_coroutine(call)
 
 
-def test_shutdown_leaves_nothing():
+@pytest.fixture
+def new_children():
+    """The child processes that a test has started; others may run a swarm for the whole session."""
+    before = psutil.Process().children()
+    return lambda: [child for child in psutil.Process().children() if child not in before]
+
+
+def test_shutdown_leaves_nothing(new_children):
     before = set(threading.enumerate())
     dht = DHT(start=True)
-    (daemon,) = psutil.Process().children()
+    (daemon,) = new_children()
     (listener,) = [c.laddr for c in daemon.net_connections("unix") if c.laddr][:1]
     dht.shutdown()
     dht.shutdown()
@@ -138,11 +145,11 @@ def test_shutdown_leaves_nothing():
         dht.get("key")
 
 
-def test_no_peer_answers():
+def test_no_peer_answers(new_children):
     with pytest.raises(DaemonError, match="None of the peers answered") as caught:
         DHT(initial_peers=[UNUSED], start=True)
     assert UNUSED.rpartition("/")[2] in str(caught.value)
-    assert not psutil.Process().children()
+    assert not new_children()
 
 
 def test_no_such_daemon(monkeypatch):
@@ -151,7 +158,7 @@ def test_no_such_daemon(monkeypatch):
         DHT(start=True)
 
 
-def test_a_daemon_that_never_gets_ready(tmp_path, monkeypatch):
+def test_a_daemon_that_never_gets_ready(tmp_path, monkeypatch, new_children):
     silent = tmp_path / "p2pd"
     silent.write_text("#!/bin/sh\necho starting something\nexec sleep 60\n")
     silent.chmod(0o755)
@@ -161,7 +168,7 @@ def test_a_daemon_that_never_gets_ready(tmp_path, monkeypatch):
     with pytest.raises(DaemonError, match="starting something"):
         DHT(start=True)
     assert time.monotonic() - begin < 15
-    assert not psutil.Process().children()
+    assert not new_children()
 
 
 def test_a_future_from_another_thread():
