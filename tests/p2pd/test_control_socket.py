@@ -137,7 +137,15 @@ def test_08_connect_finds_the_peer_by_dht(program: Program, other: Program, star
     first = start(other)
     join = ["-b=1", f"-bootstrapPeers={first.full_addresses()[0]}"]
     tested, target = start(program, *join), start(other, *join)
-    tested.ask(wire.CONNECT, wire.message((1, target.peer_id)))
+    deadline = time.monotonic() + 20
+    while True:  # the peer in the middle hears of the target a moment after the target is ready
+        try:
+            tested.ask(wire.CONNECT, wire.message((1, target.peer_id)))
+            break
+        except Refused:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
     assert target.peer_id in [peer for peer, _ in tested.peers()]
 
 

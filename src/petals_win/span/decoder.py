@@ -65,7 +65,7 @@ class CutDecoder:
             output.append(result[0] if isinstance(result, tuple) else result)
 
         hooks = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
-        for layer, prompt in zip(layers, prompts or ()):
+        for layer, prompt in zip(layers, prompts or (), strict=False):
             if prompt is not None:
                 hooks.append(layer.register_forward_pre_hook(_adding(prompt), with_kwargs=True))
         hooks.append(layers[-1].register_forward_hook(leave))

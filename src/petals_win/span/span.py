@@ -10,16 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
 
-from petals_win.span.adapters import Adapters
 from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.loading import load_parts
 from petals_win.span.source import ModelSource
+
+if TYPE_CHECKING:
+    from petals_win.span.adapters import Adapters
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,8 @@ class Span:
         decoder.to(device)
         span = cls(source.config, decoder, shapes, device)
         if adapters:
+            from petals_win.span.adapters import Adapters  # here, since peft takes seconds to import
+
             span._adapters = Adapters(decoder.layers, start, blocks.prefix)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)

@@ -5,6 +5,7 @@ Knows wheels as archives and the file system. Does not know what a patch says.
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import logging
 import os
@@ -90,6 +91,8 @@ def build(checkout: Checkout, *, force: bool = False) -> bool:
         with tempfile.TemporaryDirectory(prefix="upstream-", dir=workshop) as temporary:
             write_trees(checkout, Path(temporary) / "new")
             _swap([pin.folder for pin in pins], Path(temporary), checkout.external)
+        for pin in pins:
+            compileall.compile_dir(checkout.external / pin.folder / pin.name, quiet=2)  # else each first start does it
         logger.info("Wrote %s", " and ".join(str(checkout.external / pin.folder / pin.name) for pin in pins))
     if sys.platform == "linux" and os.uname().machine == "x86_64":
         extract_p2pd(checkout)
