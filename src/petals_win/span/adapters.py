@@ -85,7 +85,7 @@ class Adapters:
         self._root.requires_grad_(False)  # peft would train what it switches on
         self._on = key
 
-    def _lora_layers(self) -> list[LoraLayer]:
+    def _lora_layers(self) -> list[Any]:
         return [module for module in self._root.modules() if isinstance(module, LoraLayer)]
 
     def _read(self, name: str, file: Path) -> dict[str, torch.Tensor]:

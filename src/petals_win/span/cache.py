@@ -47,7 +47,9 @@ class SessionCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx - self._first].update(key_states, value_states)
+        return self.layers[layer_idx - self._first].update(
+            key_states, value_states
+        )  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.position
@@ -55,7 +57,7 @@ class SessionCache(Cache):
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i of each layer continue what row rows[i] (int64, [batch]) held."""
         for layer in self.layers:
-            layer.reorder_cache(rows)
+            layer.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 class _Slots(CacheLayerMixin):

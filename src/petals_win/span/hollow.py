@@ -33,8 +33,8 @@ class RemoteCache(Cache):
     It cannot be cropped, so ways of generating that take back tokens (assisted decoding) refuse it.
     """
 
-    is_compileable = False
-    is_croppable = False
+    is_compileable = False  # pyright: ignore[reportAssignmentType]
+    is_croppable = False  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, position: Callable[[], int]) -> None:
         """`position` returns the number of tokens that the remote session has seen."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -92,7 +92,9 @@ class HubModel:
         except LocalEntryNotFoundError as e:
             # The client raises this, too, when the hub did answer and the file is not in the cache.
             refused = isinstance(e.__cause__, HfHubHTTPError)
-            raise UserError(_refusal(self.name, e.__cause__) if refused else _unreachable(self.name)) from e
+            raise UserError(
+                _refusal(self.name, e.__cause__) if refused else _unreachable(self.name)
+            ) from e  # pyright: ignore[reportArgumentType]
         except (OfflineModeIsEnabled, HTTPError) as e:
             raise UserError(_unreachable(self.name)) from e
 

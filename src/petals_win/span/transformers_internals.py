@@ -66,7 +66,7 @@ class Loader:
             device_map={"": device},
             dtype=self._dtype,
             dtype_plan=self._model._get_dtype_plan(self._dtype),
-            weight_mapping=self._mapping,
+            weight_mapping=self._mapping,  # pyright: ignore[reportArgumentType]
         )
         with _one_tensor_at_a_time():
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)

@@ -59,7 +59,9 @@ def run_bench(
     with LocalSwarm(model, [f"0:{half}", f"{half}:{source.num_blocks}"]) as swarm:
         report("two nodes have joined, loading their blocks")
         swarm.wait_until_serving()
-        remote = AutoDistributedModelForCausalLM.from_pretrained(model, initial_peers=swarm.peers, show_route=False)
+        remote: Any = AutoDistributedModelForCausalLM.from_pretrained(
+            model, initial_peers=swarm.peers, show_route=False
+        )
         start_seconds = time.perf_counter() - started
         report(f"the swarm is ready after {start_seconds:.1f} s; loading the model in this process, too")
         local = source.whole_model()
@@ -73,7 +75,8 @@ def run_bench(
             return tokens / (time.perf_counter() - begin), text
 
         try:
-            timed(local.generate, local_threads), timed(remote.generate, client_threads)  # warm up
+            for generate, threads in ((local.generate, local_threads), (remote.generate, client_threads)):
+                timed(generate, threads)  # warm up
             locals_, remotes, same = [], [], True
             for number in range(1, rounds + 1):
                 local_speed, local_text = timed(local.generate, local_threads)

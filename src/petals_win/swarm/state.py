@@ -48,7 +48,7 @@ async def read_state(dht: DHT, dht_prefix: str, num_blocks: int, *, timeout: flo
     uids = [f"{dht_prefix}{UID_DELIMITER}{block}" for block in range(num_blocks)]
     look_up = partial(_get_remote_module_infos, uids=uids, active_adapter=None, expiration_time=None, latest=True)
     future = dht.run_coroutine(look_up, return_future=True)
-    infos = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+    infos = await asyncio.wait_for(asyncio.wrap_future(future), timeout)  # pyright: ignore[reportArgumentType]
     spans = compute_spans(infos, min_state=ServerState.JOINING)
     peers = [
         PeerState(
