@@ -3,6 +3,7 @@
 Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Knows huggingface_hub and what can go wrong there. Does not know what the files contain.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import logging
