@@ -3,7 +3,6 @@
 Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -48,9 +47,8 @@ class SessionCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx - self._first].update(
-            key_states, value_states
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        slots: Any = self.layers[layer_idx - self._first]
+        return slots.update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.position

@@ -3,7 +3,6 @@
 Knows huggingface_hub and what can go wrong there. Does not know what the files contain.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import logging
@@ -92,10 +91,9 @@ class HubModel:
             raise UserError(_refusal(self.name, e)) from e
         except LocalEntryNotFoundError as e:
             # The client raises this, too, when the hub did answer and the file is not in the cache.
-            refused = isinstance(e.__cause__, HfHubHTTPError)
-            raise UserError(
-                _refusal(self.name, e.__cause__) if refused else _unreachable(self.name)
-            ) from e  # pyright: ignore[reportArgumentType]
+            cause = e.__cause__
+            refused = isinstance(cause, HfHubHTTPError)
+            raise UserError(_refusal(self.name, cause) if refused else _unreachable(self.name)) from e
         except (OfflineModeIsEnabled, HTTPError) as e:
             raise UserError(_unreachable(self.name)) from e
 
