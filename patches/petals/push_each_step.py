@@ -2,7 +2,7 @@
 
 Why: the server looked for the next server in the request that opened the session, where the client cannot name one yet, so
     nothing was ever pushed and every token took one more hop through the client. It would also have pushed the beams of the
-    first step.
+    first step. A push that loses the race against the client's own request is harmless, but was a warning to the user.
 Status: pending
 Upstream-issue: https://github.com/bigscience-workshop/petals/issues/550
 Drop-when: the pinned release pushes by the metadata of the step.
@@ -16,6 +16,18 @@ swap_call(
     "self._steps_with_pushes",
     digest="2c0926d41eb42c8e",
 )
+swap_call(
+    "petals.server.handler:TransformerConnectionHandler._iterate_inference_steps",
+    "self._log_request",
+    "self._log_late_push",
+    digest="c97b1e0fe1ac0b31",
+    nth=2,
+)
+
+
+@add("petals.server.handler:TransformerConnectionHandler")
+def _log_late_push(self, method: str, uids: Sequence[ModuleUID], context: P2PContext, *, warning: str) -> None:
+    self._log_request(method, uids, context, debug=warning)
 
 
 @add("petals.server.handler:TransformerConnectionHandler")

@@ -63,7 +63,7 @@ def make(project):
 def test_wheel_holds_the_patched_packages(make, project):
     make("wheel")
     left_by_python = project.root / "external" / "beta" / "beta" / "__pycache__" / "x.pyc"
-    left_by_python.parent.mkdir()
+    left_by_python.parent.mkdir(exist_ok=True)
     left_by_python.write_bytes(b"x")
     with zipfile.ZipFile(make("wheel")) as wheel:
         names = wheel.namelist()

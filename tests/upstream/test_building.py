@@ -111,7 +111,7 @@ def test_files_that_python_leaves_are_not_part_of_a_tree(patched):
     build(patched.checkout)
     before = read_trees(patched.checkout, patched.checkout.external)
     cached = patched.root / "external" / "beta" / "beta" / "__pycache__" / "x.cpython-311.pyc"
-    cached.parent.mkdir()
+    cached.parent.mkdir(exist_ok=True)
     cached.write_bytes(b"x")
     assert read_trees(patched.checkout, patched.checkout.external) == before
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
 import typer
 
 from petals_win import __version__
-from petals_win.cli import api, bench, patches, serve, up
+from petals_win.cli import api, bench, logs, patches, serve, up
 from petals_win.errors import UserError
 from petals_win.host.console import use_utf8
 
@@ -40,16 +39,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    _Debug.wanted = debug
-
-
-class _Debug:
-    wanted = False
+    logs.set_up_logging(debug)
 
 
 def main() -> None:
@@ -58,7 +48,7 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        if _Debug.wanted:
+        if logs.debugging:
             raise
         typer.secho(f"petals-win: {e}", fg=typer.colors.RED, err=True)
         sys.exit(1)

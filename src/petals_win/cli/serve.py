@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
+from petals_win.cli import logs
 from petals_win.cli.api import read_token
+from petals_win.errors import UserError
+from petals_win.host.children import exit_with_parent, read_line
 
 
 def serve(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
     peers: Annotated[
-        list[str] | None, typer.Option(help="Address of a peer of the swarm to join; none starts a new swarm.")
+        list[str] | None,
+        typer.Option(
+            help="Address of a peer of the swarm to join, - to read one from a line of standard input; none starts a new swarm."
+        ),
     ] = None,
     blocks: Annotated[
         str | None,
@@ -43,14 +49,19 @@ def serve(
     Example: petals-win serve --model meta-llama/Llama-2-70b-hf --blocks 0:40
     """
     from petals_win.host.awake import stay_awake
-    from petals_win.host.children import exit_with_parent
     from petals_win.host.logs import log_to_file
     from petals_win.host.memory import own_bytes
     from petals_win.host.threads import apply_thread_settings
 
-    exit_with_parent()
-    log_to_file("serve")
     apply_thread_settings(threads)
+    if peers == ["-"]:
+        import petals_win.swarm.node  # noqa: F401  (takes seconds: meanwhile the other node may get an address)
+
+        peers = [_peer_from_input()]
+    exit_with_parent()
+    if as_json:
+        logs.log_for_a_parent()
+    log_to_file("serve")
     from petals_win.swarm.node import Node, NodeSettings
 
     settings = NodeSettings(
@@ -72,6 +83,13 @@ def serve(
         else:
             typer.echo(f"This PC is in the swarm. On the next PC type:\n\n    {node.join_command}\n")
             node.run()
+
+
+def _peer_from_input() -> str:
+    line = read_line()
+    if line is None:
+        raise UserError("No address of a peer came on standard input. Give one as --peers ADDRESS.")
+    return line
 
 
 def _emit(event: str, **facts: object) -> None:

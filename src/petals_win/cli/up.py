@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from petals_win.cli import logs
 from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
 
@@ -55,7 +56,12 @@ def up(
         half = source.num_blocks // 2
         spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
         progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")
-        with LocalSwarm(model, spans, on_line=progress.detail, stop=stop) as swarm:
+
+        def show(blocks: str, line: str) -> None:
+            tell = progress.note if logs.is_bad_news(line) else progress.detail
+            tell(f"Blocks {blocks}: {line}")
+
+        with LocalSwarm(model, spans, on_line=show, stop=stop) as swarm:
             from petals_win.engines.petals import PetalsEngine
 
             progress.step("Loading the model's embeddings and head")
@@ -63,11 +69,21 @@ def up(
             progress.step("Waiting for the nodes to load their blocks")
             swarm.wait_until_serving()
 
+            def watch() -> None:
+                told: set[str] = set()
+                while not stop.wait(1):
+                    for failure in swarm.failures() - told:
+                        told.add(failure)
+                        progress.note(
+                            f"{failure}\nStop everything with Ctrl+C, and start it anew with 'petals-win up'."
+                        )
+
             def ask() -> None:
                 result.ask(server.url, source.name)
                 stop.set()
 
             def ready() -> None:
+                threading.Thread(target=watch, name="watch the nodes", daemon=True).start()
                 progress.done(f"{source.name} answers at {server.url}")
                 if check:
                     threading.Thread(target=ask, name="check", daemon=True).start()

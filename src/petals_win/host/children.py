@@ -113,6 +113,14 @@ class Child:
         self._reader.join(1)  # not for ever: a grandchild may hold the pipe
         return status
 
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input, for a child that reads it (`read_line`) before it calls `exit_with_parent`."""
+        pipe = self._process.stdin
+        assert pipe is not None
+        with suppress(OSError):  # it has ended
+            pipe.write(f"{line}\n")
+            pipe.flush()
+
     def stop(self, timeout: float = 10.0) -> int:
         """Ask the process to end, and end it by force after `timeout` seconds. Safe to call twice."""
         pipe = self._process.stdin
@@ -168,6 +176,14 @@ def spawn(
         **options,
     )
     return Child(process, on_line)
+
+
+def read_line() -> str | None:
+    """The next line of standard input, and not a byte more; None if it ends before the line does."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode(errors="replace").strip() if byte else None
 
 
 def exit_with_parent() -> None:

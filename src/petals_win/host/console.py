@@ -85,6 +85,11 @@ class Progress:
             elif self._step is not None:
                 self._step.show(text)
 
+    def note(self, text: str) -> None:
+        """Something that the user must see, now and later, such as an error of a child process."""
+        with self._lock:
+            self._say(text)
+
     def done(self, text: str) -> None:
         """The last step is done; `text` is its result."""
         with self._lock:

@@ -19,6 +19,7 @@ from petals_win.host.children import Child, spawn
 
 _JOIN_SECONDS = 120  # from the start of a node's process to its place in the swarm
 _SERVE_SECONDS = 600  # from there until its blocks are loaded
+_EVENT, _ERROR = '{"event"', "petals-win: "  # what such lines of `petals-win serve --json` begin with
 
 
 class NodeFailed(UserError):
@@ -35,6 +36,7 @@ class LocalNode:
     _stop: threading.Event
     addresses: list[str] = field(default_factory=list)
     bytes_before_loading: int = 0
+    serving: bool = False
 
     def wait_for(self, event: str, seconds: float) -> dict:
         """The node's next `event`. Raises NodeFailed if the node ends or takes too long, KeyboardInterrupt if stopped."""
@@ -46,18 +48,28 @@ class LocalNode:
                 if self._stop.is_set():
                     raise KeyboardInterrupt from None
                 if self.child.returncode is not None:
-                    raise NodeFailed(self._sentence(f"ended with status {self.child.returncode}")) from None
+                    self.child.wait(1)  # for its last lines
+                    raise NodeFailed(self.failure() or "") from None
                 if time.monotonic() > deadline:
                     raise NodeFailed(self._sentence(f"did not report {event!r} within {seconds:.0f} s")) from None
                 continue
             if found["event"] == event:
                 return found
 
+    def failure(self) -> str | None:
+        """Why it ended, in a sentence or two of its own if it said any; None while it runs."""
+        status = self.child.returncode
+        return None if status is None else self._sentence(f"ended with status {status}")
+
     def _sentence(self, what: str) -> str:
-        lines = [line for line in self.child.output_tail(5) if line.strip()]
-        return f"The node for blocks {self.blocks} {what}. Its last lines:\n" + "\n".join(
-            f"    {line}" for line in lines
-        )
+        lines = [line for line in self.child.output_tail(12) if line.strip() and not line.startswith(_EVENT)]
+        for number, line in enumerate(lines):
+            if line.startswith(_ERROR):
+                return f"The node for the blocks {self.blocks} {what}: " + "\n".join(lines[number:]).removeprefix(
+                    _ERROR
+                )
+        said = "".join(f"\n    {line}" for line in lines[-5:])
+        return f"The node for the blocks {self.blocks} {what}." + (f" Its last lines:{said}" if said else "")
 
 
 class LocalSwarm:
@@ -86,10 +98,21 @@ class LocalSwarm:
         """Addresses by which a client joins."""
         return self.nodes[0].addresses[:1]
 
+    def failures(self) -> set[str]:
+        """A sentence for each node that has ended, though nobody stopped it."""
+        return {failure for node in self.nodes if (failure := node.failure()) is not None}
+
     def __enter__(self) -> LocalSwarm:
         try:
-            for span in self._spans:
-                self.add_node(span)
+            # All start at once, for most of a start is imports; the others then wait for the first one's address.
+            for number, span in enumerate(self._spans):
+                self._start(span, ["--peers", "-"] if number else [])
+            first, *others = self.nodes
+            self._wait_until_joined(first)
+            for node in others:
+                node.child.tell(self.peers[0])
+            for node in others:
+                self._wait_until_joined(node)
         except BaseException:
             self.stop()
             raise
@@ -97,29 +120,36 @@ class LocalSwarm:
 
     def add_node(self, span: str) -> LocalNode:
         """Start one more node and wait until it has joined the swarm; its blocks may still be loading then."""
+        node = self._start(span, ["--peers", *self.peers])
+        self._wait_until_joined(node)
+        return node
+
+    def _start(self, span: str, peers: list[str]) -> LocalNode:
         command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
-        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1", "--threads", "1", *self._options]
-        for peer in self.nodes[0].addresses[:1] if self.nodes else ():
-            command += ["--peers", peer]
+        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1", "--threads", "1"]
+        command += [*self._options, *peers]
         events: queue.SimpleQueue[dict] = queue.SimpleQueue()
 
         def take(line: str) -> None:
-            if line.startswith('{"event"'):
+            if line.startswith(_EVENT):
                 events.put(json.loads(line))
             elif self._on_line is not None:
                 self._on_line(span, line)
 
         node = LocalNode(span, spawn(command, on_line=take), events, self._stop)
         self.nodes.append(node)
+        return node
+
+    def _wait_until_joined(self, node: LocalNode) -> None:
         joined = node.wait_for("joined", _JOIN_SECONDS)
         node.addresses, node.bytes_before_loading = joined["peers"], joined["memory_bytes"]
-        return node
 
     def wait_until_serving(self) -> None:
         """Wait until every node has loaded its blocks."""
         for node in self.nodes:
-            if node.child.returncode is None:
+            if node.child.returncode is None and not node.serving:
                 node.wait_for("serving", _SERVE_SECONDS)
+                node.serving = True
 
     def stop(self) -> None:
         """End all nodes, the last first, so that each can still tell the others. Safe to call twice."""
