@@ -19,6 +19,7 @@ from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.loading import load_parts
+from petals_win.span.packed_linear import pack_linears
 from petals_win.span.source import ModelSource
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class Span:
             span._adapters = Adapters(decoder.layers, start, blocks.prefix)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
+        else:
+            pack_linears(decoder.layers)  # peft knows plain layers only
         seconds = time.perf_counter() - began
         logger.info(
             "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
