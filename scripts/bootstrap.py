@@ -37,8 +37,10 @@ INPUTS = (
     "external/upstream.lock",
     "patches/**/*",
     "src/petals_win/upstream/**/*.py",
+    "src/petals_win/daemon/build.py",
+    "src/p2pd/*",
 )
-GENERATED = ("external/petals-main", "external/hivemind")
+GENERATED = ("external/petals-main", "external/hivemind", "bin/p2pd.exe" if sys.platform == "win32" else "bin/p2pd")
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
 CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))  # of torch, for the newest CUDA that a driver can do
@@ -333,7 +335,7 @@ def progress(line: str) -> str | None:
     if found := re.match(r"Installing collected packages: (.*)", line):
         return f"Installing packages: {len(found[1].split(','))}"
     if re.match(r"\s*(Building|Preparing) editable", line):
-        return "Fetching and patching petals and hivemind"
+        return "Fetching and patching petals and hivemind, building p2pd"
     return None
 
 

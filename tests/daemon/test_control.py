@@ -1,6 +1,7 @@
 """The local sockets between Python and p2pd."""
 
 import asyncio
+import hashlib
 import os
 import socket
 import stat
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from petals_win.daemon.control import control_address, open_control, remove_control_socket, serve_control
+from petals_win.daemon.control import (
+    control_address,
+    daemon_secret,
+    open_control,
+    remove_control_socket,
+    serve_control,
+)
 from petals_win.host.folders import run_folder
 
 KINDS = ["tcp"] if sys.platform == "win32" else ["tcp", "unix"]
@@ -31,6 +38,16 @@ def unix(monkeypatch):
     monkeypatch.delenv("PETALS_WIN_CONTROL", raising=False)
 
 
+async def connect_as_p2pd(address):
+    """Open a client's listener as the daemon does."""
+    if address.startswith("/unix/"):
+        return await asyncio.open_unix_connection(address.removeprefix("/unix"))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rsplit("/", 1)[1]))
+    label = "petals-win p2pd stream handler\n"
+    writer.write(hashlib.sha256((label + daemon_secret()).encode()).hexdigest().encode())
+    return reader, writer
+
+
 async def echo(reader, writer):
     writer.write(await reader.readexactly(4))
     await writer.drain()
@@ -42,7 +59,7 @@ def test_what_is_served_can_be_opened(kind):
         async with serve_control(control_address("p2pclient", "a-b_c"), echo) as address:
             assert address.startswith("/unix/" if kind == "unix" else "/ip4/127.0.0.1/tcp/")
             assert not address.endswith("/tcp/0")
-            reader, writer = await open_control(address)
+            reader, writer = await connect_as_p2pd(address)
             writer.write(b"ping")
             assert await asyncio.wait_for(reader.read(), 5) == b"ping"
             writer.close()
@@ -60,7 +77,7 @@ def test_the_end_does_not_wait_for_connections(kind):
 
     async def main():
         async with serve_control(control_address("p2pclient", "x"), hold) as address:
-            _, writer = await open_control(address)
+            _, writer = await connect_as_p2pd(address)
             await asyncio.wait_for(held.wait(), 5)
         writer.close()
 
@@ -68,10 +85,22 @@ def test_the_end_does_not_wait_for_connections(kind):
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_a_daemons_tcp_port_is_known_before_it_starts(monkeypatch):
+@pytest.mark.parametrize("opening", [b"", b"ping", b"0" * 64, "the client's own"])
+def test_a_tcp_connection_without_the_daemons_secret_is_closed_and_logged(opening, monkeypatch, caplog):
     monkeypatch.setenv("PETALS_WIN_CONTROL", "tcp")
-    prefix, port = control_address("p2pd", "x").rsplit("/", 1)
-    assert prefix == "/ip4/127.0.0.1/tcp" and int(port) > 0
+    shown = opening if isinstance(opening, bytes) else daemon_secret().encode()
+
+    async def main():
+        async with serve_control(control_address("p2pclient", "x"), echo) as address:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rsplit("/", 1)[1]))
+            writer.write(shown)
+            if len(shown) < 64:
+                writer.write_eof()
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+
+    asyncio.run(main())
+    assert "did not open with the secret" in caplog.text and daemon_secret() not in caplog.text
 
 
 @pytest.mark.parametrize("address", ["/ip4/192.0.2.1/tcp/80", "/ip4/127.0.0.1/udp/80", "p2pd.sock"])

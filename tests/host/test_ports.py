@@ -6,14 +6,7 @@ import socket
 import pytest
 
 from petals_win.errors import UserError
-from petals_win.host.ports import check_port_free, free_loopback_port
-
-
-def test_a_free_port_can_be_listened_on():
-    port = free_loopback_port()
-    check_port_free("127.0.0.1", port)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", port))
+from petals_win.host.ports import check_port_free
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -40,7 +33,7 @@ def test_no_port_at_all():
 
 def test_an_address_of_another_pc():
     with pytest.raises(UserError, match="192.0.2.1"):
-        check_port_free("192.0.2.1", free_loopback_port())
+        check_port_free("192.0.2.1", 8000)
 
 
 def test_no_address_at_all():

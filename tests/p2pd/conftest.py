@@ -7,7 +7,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from p2pd_client import Daemon, Program
 
 from petals_win.errors import UserError
-from petals_win.upstream.build import this_checkout
+from petals_win.upstream.build import extract_daemon, this_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 _UNIX = sys.platform != "win32"
@@ -42,17 +41,11 @@ def reference_program(tmp_path_factory: pytest.TempPathFactory) -> str:
         return chosen
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("upstream's daemon, the reference, exists for Linux on x86_64 only")
-    checkout = this_checkout()
-    pin = next(pin for pin in checkout.pins() if pin.daemon)
+    output = tmp_path_factory.mktemp("reference") / "p2pd"
     try:
-        wheel = checkout.wheel(pin)
+        extract_daemon(this_checkout(), output)
     except UserError as e:
         pytest.skip(f"upstream's wheel, which holds the reference daemon, cannot be had: {e}")
-    output = tmp_path_factory.mktemp("reference") / "p2pd"
-    with zipfile.ZipFile(wheel) as archive:
-        assert pin.daemon is not None
-        output.write_bytes(archive.read(pin.daemon))
-    output.chmod(0o755)
     return str(output)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from petals_win.errors import UserError
-from petals_win.upstream.build import Checkout, build, extract_p2pd, read_trees, this_checkout
+from petals_win.upstream.build import Checkout, build, extract_daemon, read_trees, this_checkout
 
 ROOT = Path(__file__).parents[2]
 IMPORT = 'add_import("alpha", "import os")\n'
@@ -116,15 +116,12 @@ def test_files_that_python_leaves_are_not_part_of_a_tree(patched):
     assert read_trees(patched.checkout, patched.checkout.external) == before
 
 
-def test_the_daemon_is_extracted_once(patched):
-    extract_p2pd(patched.checkout)
-    program = patched.root / "bin" / "p2pd"
+def test_upstreams_daemon_can_be_extracted(patched):
+    program = patched.root / "reference"
+    extract_daemon(patched.checkout, program)
     assert program.read_bytes() == patched.daemon
     if sys.platform != "win32":
         assert program.stat().st_mode & 0o777 == 0o755
-    program.write_bytes(b"our own daemon")
-    extract_p2pd(patched.checkout)
-    assert program.read_bytes() == b"our own daemon"
 
 
 @pytest.mark.parametrize("content", ["{", '{"upstream": [{"name": "alpha"}]}', "[]"])

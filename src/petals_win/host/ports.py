@@ -12,13 +12,6 @@ import psutil
 from petals_win.errors import UserError
 
 
-def free_loopback_port() -> int:
-    """A TCP port that nobody listens on now, for a program that cannot be told to choose one itself."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def check_port_free(host: str, port: int) -> None:
     """Raise UserError when nothing can listen on TCP `port` of the local address `host`; names whoever does."""
     if not 0 <= port <= 65535:

@@ -9,7 +9,6 @@ import compileall
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -79,10 +78,7 @@ def this_checkout() -> Checkout:
 
 
 def build(checkout: Checkout, *, force: bool = False) -> bool:
-    """Generate the trees; False if they were up to date. Raises UserError; then the old trees are still there.
-
-    Where upstream's own p2pd runs, it is put to bin/p2pd if nothing is there.
-    """
+    """Generate the trees; False if they were up to date. Raises UserError; then the old trees are still there."""
     pins = checkout.pins()
     stale = force or not is_up_to_date(checkout)
     if stale:
@@ -94,8 +90,6 @@ def build(checkout: Checkout, *, force: bool = False) -> bool:
         for pin in pins:
             compileall.compile_dir(checkout.external / pin.folder / pin.name, quiet=2)  # else each first start does it
         logger.info("Wrote %s", " and ".join(str(checkout.external / pin.folder / pin.name) for pin in pins))
-    if sys.platform == "linux" and os.uname().machine == "x86_64":
-        extract_p2pd(checkout)
     return stale
 
 
@@ -126,18 +120,13 @@ def read_trees(checkout: Checkout, folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def extract_p2pd(checkout: Checkout) -> None:
-    """Put the daemon for Linux on x86_64 that is in upstream's wheel to bin/p2pd, unless something is there."""
-    target = checkout.root / "bin" / "p2pd"
-    for pin in checkout.pins():
-        if pin.daemon is None or target.exists():
-            continue
-        target.parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(checkout.wheel(pin)) as archive, tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            program = Path(folder) / "p2pd"
-            program.write_bytes(archive.read(pin.daemon))
-            program.chmod(0o755)
-            os.replace(program, target)
+def extract_daemon(checkout: Checkout, target: Path) -> None:
+    """Write the daemon for Linux on x86_64 that is in upstream's wheel to a file: the tests' reference for ours."""
+    pin = next(pin for pin in checkout.pins() if pin.daemon is not None)
+    assert pin.daemon is not None
+    with zipfile.ZipFile(checkout.wheel(pin)) as archive:
+        target.write_bytes(archive.read(pin.daemon))
+    target.chmod(0o755)
 
 
 def _swap(folders: Sequence[str], temporary: Path, external: Path) -> None:
