@@ -1,0 +1,88 @@
+"""What serving a block takes, with the memory set aside for its caches, and how many blocks fit into what is free.
+
+Knows sizes, told from a model's configuration alone, and the layout of quantized weights. Does not know PCs or swarms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from petals_win.span.architecture import empty_model, find_blocks, text_config
+from petals_win.span.footprint import model_footprint
+
+Quant = Literal["nf4", "int8", "none"]
+
+# Of the memory that is free: for activations, and for whoever else uses the PC.
+_SPARE = 0.1
+# Tokens for which a node sets memory aside in each block, for all of its sessions together. With grouped heads one costs less.
+_CACHE_TOKENS, _CACHE_TOKENS_GROUPED = 4096, 16384
+# Bytes of one weight in NF4: 4 bits, for each 64 weights a scale of 8 bits, for each 256 of these another one of 32.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_INT8_SCALE_BYTES = 4  # for each row of a weight
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a model takes: each block's weights, its KV cache, and what the PC that asks holds itself."""
+
+    block_bytes: tuple[int, ...]
+    cache_bytes_per_token: tuple[int, ...]  # of one sequence, by block
+    cache_tokens: int
+    outside_bytes: int  # embeddings, final norm, head
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_bytes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Set aside for the caches of one block."""
+        return self.cache_tokens * max(self.cache_bytes_per_token)
+
+    @property
+    def served_block_bytes(self) -> int:
+        """Of the largest block, with what is set aside for its caches."""
+        return max(self.block_bytes) + self.cache_bytes
+
+
+def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none") -> Needs:
+    """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split."""
+    footprint = model_footprint(config, dtype)
+    decoder = text_config(config)
+    heads = decoder.num_attention_heads
+    grouped = (getattr(decoder, "num_key_value_heads", None) or heads) < heads
+    return Needs(
+        block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant),
+        cache_bytes_per_token=footprint.cache_bytes_per_token,
+        cache_tokens=_CACHE_TOKENS_GROUPED if grouped else _CACHE_TOKENS,
+        outside_bytes=footprint.outside_bytes,
+    )
+
+
+def blocks_that_fit(free_bytes: int, needs: Needs) -> int:
+    """How many blocks of the model fit, with their caches, into memory of which so many bytes are free."""
+    return min(int((1 - _SPARE) * free_bytes / needs.served_block_bytes), needs.num_blocks)
+
+
+def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant) -> tuple[int, ...]:
+    layers = find_blocks(empty_model(config, dtype)).layers
+    return tuple(sum(_own_bytes(module, quant) for module in layer.modules()) for layer in layers)
+
+
+def _own_bytes(module: nn.Module, quant: Quant) -> int:
+    """Of a module's own parameters, without its children's. Of a linear layer the weight is quantized, not the bias."""
+    parameters = dict(module.named_parameters(recurse=False))
+    size = 0
+    if type(module) is nn.Linear:
+        weight = parameters.pop("weight")
+        size = (
+            round(weight.numel() * _NF4_BYTES)
+            if quant == "nf4"
+            else weight.numel() + _INT8_SCALE_BYTES * module.out_features
+        )
+    return size + sum(parameter.nbytes for parameter in parameters.values())
