@@ -1,0 +1,144 @@
+"""What the planner tells of well-known models, against arithmetic on their published shapes, and how it shares blocks out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from petals_win.cli.main import app
+from petals_win.errors import UserError
+from petals_win.span.needs import Needs, blocks_that_fit, needs_of
+from petals_win.swarm.known_models import KNOWN_MODELS, find_known_model
+from petals_win.swarm.planner import GIB, Pc, make_plan, parse_size, pcs_needed
+
+LLAMA_70B = "meta-llama/Llama-2-70b-hf"
+
+
+def needs(num_blocks: int = 10, block_bytes: int = GIB) -> Needs:
+    return Needs((block_bytes,) * num_blocks, (0,) * num_blocks, cache_tokens=4096, outside_bytes=0)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+# Billions of parameters as their makers publish them.
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6.74),
+        ("meta-llama/Llama-2-13b-hf", 13.02),
+        (LLAMA_70B, 68.98),
+        ("meta-llama/Meta-Llama-3-8B", 8.03),
+        ("meta-llama/Meta-Llama-3-70B", 70.55),
+        ("mistralai/Mistral-7B-v0.1", 7.24),
+    ],
+)
+def test_known_models_have_the_published_size(name, billions):
+    known = find_known_model(name)
+    assert known is not None
+    found = needs_of(known.config(), torch.float16)
+    assert round((sum(found.block_bytes) + found.outside_bytes) / 2 / 1e9, 2) == billions
+
+
+def test_a_quantized_block_takes_what_its_layout_says():
+    known = find_known_model(LLAMA_70B)
+    assert known is not None
+    linear = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    rows = 2 * 8192 + 2 * 1024 + 2 * 28672 + 8192
+    norms = 2 * 8192 * 2
+    config = known.config()
+    assert needs_of(config, torch.float16, "int8").block_bytes[0] == linear + 4 * rows + norms
+    nf4 = needs_of(config, torch.float16, "nf4")
+    assert nf4.block_bytes[0] == linear // 2 + linear // 64 + 4 * (linear // 64 // 256) + norms
+    # What is outside of the blocks and the caches stay as they are: 8 of 64 heads are kept, for 128 values each, twice.
+    assert nf4.cache_bytes_per_token[0] == 2 * 8 * 128 * 2
+    assert nf4.outside_bytes == needs_of(config, torch.float16).outside_bytes
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-2-13b-chat-hf", "meta-llama/Llama-3.3-70B-Instruct"])
+def test_ids_of_one_family_are_known(name):
+    assert find_known_model(name) is not None
+
+
+def test_an_id_that_only_looks_alike_is_not_known():
+    assert find_known_model("somebody/Llama-2-13b-hf") is None
+
+
+def test_each_pc_gets_what_fits_in_order():
+    # 11 GiB free of 12, a tenth spared: 9 blocks of 1 GiB; then the one that is left; then none.
+    made = make_plan(needs(10), [Pc("gpu", 12 * GIB), Pc("ram", 16 * GIB), Pc("gpu", 24 * GIB)])
+    assert [(share.start, share.end) for share in made.shares] == [(0, 9), (9, 10), (10, 10)]
+    assert not made.missing
+
+
+def test_what_is_missing_is_said():
+    made = make_plan(needs(30), [Pc("gpu", 12 * GIB), Pc("gpu", GIB), Pc("ram", 8 * GIB)])
+    assert [(share.start, share.end) for share in made.shares] == [(0, 9), (9, 9), (9, 12)]
+    assert made.missing == range(12, 30)
+
+
+def test_the_cache_counts():
+    small = Needs((GIB,) * 10, (GIB // 4096,) * 10, cache_tokens=4096, outside_bytes=0)
+    assert blocks_that_fit(10 * GIB, needs(10)) == 9
+    assert blocks_that_fit(10 * GIB, small) == 4
+
+
+def test_smallest_number_of_pcs():
+    assert pcs_needed(needs(10), Pc("gpu", 12 * GIB)) == 2
+    assert pcs_needed(needs(9), Pc("gpu", 12 * GIB)) == 1
+    assert pcs_needed(needs(9), Pc("gpu", GIB)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GiB", 12 * GIB), ("12", 12 * GIB), ("512 MB", GIB // 2), ("1.5g", 3 * GIB // 2)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-3", "0", "12TiB", "much", "12 GiB GiB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UserError, match="Write it as 12GiB"):
+        parse_size(text)
+
+
+def test_three_pcs_of_12_gib_hold_60_blocks_of_a_70b_in_nf4():
+    done = invoke("--model", LLAMA_70B, "--quant", "nf4", *["--gpu", "12GiB"] * 3)
+    assert done.exit_code == 0
+    assert "PC 3  GPU    12 GiB  blocks 40:60" in done.output
+    assert "60:80 (20 of 80) have no place" in done.output and "Add 1 more PC with 12 GiB" in done.output
+
+
+def test_the_same_as_json():
+    done = invoke("--model", LLAMA_70B, "--quant", "nf4", "--json", "--gpu", "24", "--gpu", "24")
+    facts = json.loads(done.output)
+    assert [(pc["start"], pc["end"]) for pc in facts["pcs"]] == [(0, 43), (43, 80)]
+    assert facts["missing"] == [] and facts["num_blocks"] == 80
+
+
+def test_without_pcs_it_tells_the_smallest_set_ups():
+    rows = json.loads(invoke("--json").output)["smallest"]
+    assert {row["model"] for row in rows} == {known.name for known in KNOWN_MODELS}
+    assert len(rows) == 3 * len(KNOWN_MODELS)
+    (found,) = [row["pcs"] for row in rows if (row["model"], row["quant"]) == (LLAMA_70B, "nf4")]
+    assert found == {"8GiB": 7, "12GiB": 4, "16GiB": 3, "24GiB": 2}
+    shown = invoke().output
+    assert all(known.name in shown for known in KNOWN_MODELS) and "not quantized" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "12GiB"], "Which model"),
+        (["--model", LLAMA_70B, "--quant", "int4", "--gpu", "12"], "nf4, int8, none"),
+        (["--model", LLAMA_70B, "--gpu", "many"], "no size of memory"),
+        (["--model", "./nowhere", "--gpu", "12"], "There is no file or folder"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, said):
+    done = invoke(*arguments)
+    assert isinstance(done.exception, UserError) and said in str(done.exception)
