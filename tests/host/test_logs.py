@@ -33,7 +33,7 @@ def test_lines_of_any_language_are_in_the_file(folder):
     path = log_to_file("node")
     assert path == folder / "node.log"
     logging.getLogger("a.b").warning("Größe ≈ 12 €, half a pair \ud800")
-    assert "WARNING a.b: Größe ≈ 12 €, half a pair ?" in path.read_text("utf-8")
+    assert "a.b: Größe ≈ 12 €, half a pair ?" in path.read_text("utf-8")
 
 
 def test_the_size_is_bounded(folder, monkeypatch):

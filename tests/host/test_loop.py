@@ -175,7 +175,7 @@ def test_errors_that_nobody_awaits_are_logged(thread, caplog):
         asyncio.get_running_loop().call_soon(lambda: 1 / 0)
         await asyncio.sleep(0.05)
 
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.ERROR, logger="asyncio"):
         thread.call(start_and_forget(), timeout=5)
     assert "ZeroDivisionError" in caplog.text
 

@@ -252,6 +252,8 @@ def wait_for(condition, seconds=60):
 @pytest.mark.skipif(WINDOWS, reason="there is no signal to send there but the end by force")
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupted_installation_is_finished_later(project, how):
+    # A shell's background jobs ignore SIGINT and so do their children, unless somebody handles it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     (project / "sabotage").write_text("open(ROOT / 'begun', 'w').close(); import time; time.sleep(3)")
     process = subprocess.Popen(command(project), env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for((project / "begun").exists)

@@ -71,7 +71,7 @@ def test_builds_in_different_processes_are_identical(patched):
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "src")}
         subprocess.run([sys.executable, "-c", code, str(patched.root)], env=environment, check=True, timeout=60)
-        trees.append(tree(patched.root / "external"))
+        trees.append(read_trees(patched.checkout, patched.checkout.external))
     assert trees[0] == trees[1]
     assert b"import b\n" in trees[0]["alpha-main/alpha/core.py"]
 
