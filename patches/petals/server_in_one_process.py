@@ -18,12 +18,12 @@ remove_import("petals.server.server", "TransformerBackend")
 remove_import("petals.server.server", "merge_inference_pools_inplace")
 remove_import("petals.server.server", "load_pretrained_block")
 remove_import("petals.server.server", "convert_block")
+remove_import("petals.server.server", "get_block_size")
 add_import("petals.server.server", "from petals.server.backend import TransformerBackend")
 add_import("petals.server.server", "from petals.server.throughput import throughput_info")
 add_import("petals.server.server", "from petals_win.errors import UserError")
-add_import("petals.server.server", "from petals_win.host.memory import available_bytes")
 add_import("petals.server.server", "from petals_win.span.compute import ComputeThread")
-add_import("petals.server.server", "from petals_win.span.footprint import cache_bytes_per_token")
+add_import("petals.server.server", "from petals_win.span.needs import choose_num_blocks, needs_of")
 add_import("petals.server.server", "from petals_win.span.source import open_model")
 add_import("petals.server.server", "from petals_win.span.span import Span")
 add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
@@ -32,20 +32,9 @@ remove("petals.server.server:RuntimeWithDeduplicatedPools", digest="217f13ccc850
 
 @replace("petals.server.server:Server._choose_num_blocks", digest="07074f64791354f7")
 def _choose_num_blocks(self) -> int:
-    block = get_block_size(self.block_config, "memory", dtype=self.torch_dtype, quant_type=self.quant_type)
-    free = available_bytes(self.device)
-    # One tenth stays free for activations and for whoever else uses this PC.
-    num_blocks = min(int(0.9 * free / (block + self._cache_bytes_per_block)), self.block_config.num_hidden_layers)
-    mib = 2**20
-    if num_blocks < 1:
-        raise UserError(
-            f"This PC has {free / mib:.0f} MiB free on {self.device}, but one block with its cache takes "
-            f"{(block + self._cache_bytes_per_block) / mib:.0f} MiB: 0 blocks fit. Close other programs, or serve a smaller model."
-        )
-    logger.info(
-        f"{num_blocks} of {self.block_config.num_hidden_layers} blocks fit into {free / mib:.0f} MiB free on {self.device}"
-    )
-    return num_blocks
+    needs = needs_of(self.block_config, self.torch_dtype, self.quant_type.name.lower())
+    self._cache_bytes_per_block = needs.cache_bytes
+    return choose_num_blocks(needs, self.device)
 
 
 @replace("petals.server.server:ModuleContainer", digest="3257b906e23aa438")

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from petals_win.span.needs import needs_of
+from petals_win.errors import UserError
+from petals_win.span import needs
+from petals_win.span.needs import choose_num_blocks, needs_of
 from petals_win.span.source import open_model
 
 BLOCKS, TOKENS = 10, 8192
@@ -69,3 +71,13 @@ def test_a_loaded_span_takes_what_the_plan_says(checkpoint):
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["weights"] == pytest.approx(sum(planned.block_bytes[1:]), rel=0.05)
     assert measured["cache"] == pytest.approx(TOKENS * sum(planned.cache_bytes_per_token[1:]), rel=0.05)
+
+
+def test_a_node_that_can_hold_no_block_says_what_one_takes(checkpoint, monkeypatch):
+    source = open_model(str(checkpoint))
+    planned = needs_of(source.config, source.dtype)
+    monkeypatch.setattr(needs, "available_bytes", lambda device: planned.served_block_bytes)
+    with pytest.raises(UserError, match=r"112 MiB free on cpu.* 0 blocks fit"):
+        choose_num_blocks(planned, torch.device("cpu"))
+    monkeypatch.setattr(needs, "available_bytes", lambda device: int(2.5 * planned.served_block_bytes))
+    assert choose_num_blocks(planned, torch.device("cpu")) == 2

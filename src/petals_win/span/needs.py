@@ -1,10 +1,12 @@
 """What serving a block takes, with the memory set aside for its caches, and how many blocks fit into what is free.
 
-Knows sizes, told from a model's configuration alone, and the layout of quantized weights. Does not know PCs or swarms.
+Knows sizes, told from a model's configuration alone, and the layout of quantized weights. Asks for the free memory of a
+device only to compare. Does not know swarms.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +14,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from petals_win.errors import UserError
+from petals_win.host.memory import available_bytes
 from petals_win.span.architecture import empty_model, find_blocks, text_config
 from petals_win.span.footprint import model_footprint
 
+logger = logging.getLogger(__name__)
+
 Quant = Literal["nf4", "int8", "none"]
+_MIB = 2**20
 
 # Of the memory that is free: for activations, and for whoever else uses the PC.
 _SPARE = 0.1
@@ -67,6 +74,19 @@ def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none"
 def blocks_that_fit(free_bytes: int, needs: Needs) -> int:
     """How many blocks of the model fit, with their caches, into memory of which so many bytes are free."""
     return min(int((1 - _SPARE) * free_bytes / needs.served_block_bytes), needs.num_blocks)
+
+
+def choose_num_blocks(needs: Needs, device: torch.device) -> int:
+    """How many blocks fit into what is free on `device` now. Raises UserError if not one does."""
+    free = available_bytes(device)
+    num_blocks = blocks_that_fit(free, needs)
+    if num_blocks < 1:
+        raise UserError(
+            f"This PC has {free / _MIB:,.0f} MiB free on {device}, but one block with its caches takes "
+            f"{needs.served_block_bytes / _MIB:,.0f} MiB: 0 blocks fit. Close other programs, or serve a smaller model."
+        )
+    logger.info("%d of %d blocks fit into %.0f MiB free on %s", num_blocks, needs.num_blocks, free / _MIB, device)
+    return num_blocks
 
 
 def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant) -> tuple[int, ...]:

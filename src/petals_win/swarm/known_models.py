@@ -23,7 +23,8 @@ class KnownModel:
     shape: dict[str, Any]
 
     def config(self) -> PreTrainedConfig:
-        return self.kind(**self.shape, tie_word_embeddings=False, dtype=torch.float16)
+        shape = {**self.shape, "tie_word_embeddings": False, "dtype": torch.float16}
+        return self.kind(**shape)
 
 
 def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
