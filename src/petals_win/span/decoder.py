@@ -7,6 +7,7 @@ Does not know checkpoints, sessions or devices.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from petals_win.errors import UserError
 from petals_win.span.architecture import attention_windows, config_of_blocks, find_blocks
 from petals_win.span.cache import KvShape, ShapeRecorder
+
+logger = logging.getLogger(__name__)
 
 Prompts = Sequence["torch.Tensor | None"]
 
@@ -79,18 +83,26 @@ class CutDecoder:
     def kv_shapes(self, dtype: torch.dtype) -> list[KvShape]:
         """What each block keeps per token of `dtype`, found by running it on the meta device.
 
-        Works while the parameters are on the meta device only. Raises whatever the block raises if it cannot be run alone.
+        Works while the parameters are on the meta device only. Raises UserError if a block cannot be run alone, or keeps
+        something else.
         """
         shapes = []
         for index in range(self.start, self.end):
             recorder = ShapeRecorder(self._windows[index])
             hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device="meta")
+            reason = "it keeps no keys and values"
             try:
                 self.run(hidden, index, index + 1, cache=recorder)
             except ShapeRecorder.recorded:
                 pass
+            except Exception as e:  # whatever an unknown block raises when it is run in an unforeseen way
+                reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+                logger.debug("Block %d cannot be run alone", index, exc_info=True)
             if recorder.shape is None:
-                raise TypeError(f"Block {index} keeps no keys and values")
+                raise UserError(
+                    f"Models of the type {self._config.model_type} are built in a way that petals-win cannot split: block {index} "
+                    f"does not run by itself ({reason}). Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+                )
             shapes.append(recorder.shape)
         return shapes
 

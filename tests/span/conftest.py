@@ -1,0 +1,38 @@
+"""Checkpoints of small random models, made once each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from span.families import random_model
+
+torch.set_num_threads(1)
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Makes a folder with a model of a family; `shard_size` in bytes cuts it into several files. Not to be changed."""
+    made: dict[object, Path] = {}
+
+    def make(family: str, *, shard_size: int | None = None, dtype: torch.dtype = torch.float32, **changes) -> Path:
+        key = (family, shard_size, dtype, tuple(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / family
+            random_model(family, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard_size or "1GB")
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for this user's files."""
+    monkeypatch.setenv("PETALS_WIN_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

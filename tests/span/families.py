@@ -1,0 +1,87 @@
+"""Small dimensions for models of many architectures, in the words of each one's configuration."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BLOCKS = 4
+VOCABULARY = 320
+
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GROUPED = dict(num_key_value_heads=2, intermediate_size=128)
+_MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+
+# By a name of our own: the model type and what its configuration has besides the common dimensions.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 8}),
+    "mixtral": ("mixtral", {**_GROUPED, **_MOE, "sliding_window": None}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen2-half-windows": (
+        "qwen2",
+        {**_GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 32}),
+    "qwen3_moe": ("qwen3_moe", {**_GROUPED, **_MOE, "head_dim": 16}),
+    "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
+    "gemma2": ("gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8}),
+    "gemma3_text": ("gemma3_text", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "phi": ("phi", _GROUPED),
+    "phi3": ("phi3", {**_GROUPED, "sliding_window": 8}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "bloom": ("bloom", {}),
+    "falcon": ("falcon", {"alibi": False, "multi_query": True}),
+    "falcon-new": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False}),
+    "olmo2": ("olmo2", _GROUPED),
+    "stablelm": ("stablelm", _GROUPED),
+    "starcoder2": ("starcoder2", {**_GROUPED, "sliding_window": 8}),
+    "cohere2": ("cohere2", {**_GROUPED, "sliding_window": 8, "head_dim": 16}),
+    "granite": ("granite", {**_GROUPED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
+    "smollm3": ("smollm3", {**_GROUPED, "no_rope_layer_interval": 2}),
+    "glm4": ("glm4", {**_GROUPED, "head_dim": 16}),
+    "gpt_oss": ("gpt_oss", {**_GROUPED, **_MOE, "intermediate_size": 32, "head_dim": 16, "sliding_window": 8}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "intermediate_size": 128,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            **_LATENT,
+        },
+    ),
+}
+
+
+def random_model(family: str, **changes) -> PreTrainedModel:
+    """A model of one of the families with random weights, always the same ones."""
+    model_type, dimensions = FAMILIES[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **dimensions, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # the default spread is so small that every token looks alike
+                parameter.mul_(3)
+            else:  # and norms that are all one, biases that are all zero, would hide their loss
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

@@ -1,0 +1,96 @@
+"""Spans, cut anywhere, compute to the last bit what transformers computes: prefill, decode, batches, reordered beams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from petals_win.span import span as span_module
+from petals_win.span.architecture import find_blocks
+from petals_win.span.source import ModelSource, open_model
+from petals_win.span.span import Span
+from span.families import BLOCKS, FAMILIES, VOCABULARY
+
+CUT = ((0, 1), (1, 3), (3, 4))
+
+
+@pytest.fixture(autouse=True)
+def plain_linears(monkeypatch):
+    """Without the packed weights, whose sums differ in the last bit, the spans are to be exact."""
+    monkeypatch.setattr(span_module, "pack_linears", lambda modules: 0)
+
+
+@dataclass
+class Blocks:
+    """What goes into the first block of a model and comes out of its last, at each of its calls."""
+
+    model: PreTrainedModel
+    calls: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self):
+        def enter(_module, args, kwargs):
+            self.calls.append([(args[0] if args else kwargs["hidden_states"]).clone()])
+
+        def leave(_module, _args, output):
+            self.calls[-1].append((output[0] if isinstance(output, tuple) else output).clone())
+
+        layers = find_blocks(self.model).layers
+        layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        layers[-1].register_forward_hook(leave)
+
+    @torch.inference_mode()
+    def of(self, *arguments, **keywords) -> tuple[torch.Tensor, torch.Tensor]:
+        self.model(*arguments, **keywords)
+        inputs, outputs = self.calls[-1]
+        return inputs, outputs
+
+
+def load(source: ModelSource, cut=CUT) -> list[Span]:
+    return [Span.load(source, start, end) for start, end in cut]
+
+
+def steps_of(spans: list[Span], batch: int, length: int) -> Callable[..., torch.Tensor]:
+    sessions = [(span, span.open(batch, length)) for span in spans]
+
+    def step(hidden: torch.Tensor, hypo_ids: torch.Tensor | None = None) -> torch.Tensor:
+        for span, session in sessions:
+            hidden = span.step(session, hidden, hypo_ids=hypo_ids)
+        return hidden
+
+    return step
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(checkpoint, family):
+    folder = checkpoint(family)
+    blocks = Blocks(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    spans = load(open_model(str(folder)))
+    batch, prompt, decoded = 2, 13, 6  # past the sliding windows, which see 8 tokens
+
+    step, cache = steps_of(spans, batch, prompt + decoded + 4), DynamicCache(config=blocks.model.config)
+    inputs, expected = blocks.of(tokens(batch, prompt), cache=cache, use_cache=True)
+    assert torch.equal(step(inputs), expected), "prefill"
+    for number in range(decoded):
+        inputs, expected = blocks.of(tokens(batch, 1, seed=number), cache=cache, use_cache=True)
+        assert torch.equal(step(inputs), expected), f"decode step {number}"
+
+    rows = torch.tensor([1, 1])
+    cache.reorder_cache(rows)
+    inputs, expected = blocks.of(tokens(batch, 1, seed=90), cache=cache, use_cache=True)
+    assert torch.equal(step(inputs, hypo_ids=rows), expected), "reordered"
+    inputs, expected = blocks.of(tokens(batch, 3, seed=91), cache=cache, use_cache=True)
+    assert torch.equal(step(inputs), expected), "three more tokens at once"
+
+    inputs, hidden = blocks.of(tokens(batch, prompt), use_cache=False)
+    for span in spans:
+        inputs = span.forward(inputs, span.start, span.end)
+    assert torch.equal(inputs, hidden), "forward without a cache"

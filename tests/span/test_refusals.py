@@ -1,0 +1,74 @@
+"""Models that cannot be served in spans are refused by name, with a reason, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from petals_win.errors import UserError
+from petals_win.span.footprint import model_footprint
+from petals_win.span.source import open_model
+
+REFUSED = {
+    "mamba": "recurrent state",
+    "mamba2": "recurrent state",
+    "falcon_mamba": "recurrent state",
+    "jamba": "recurrent state",
+    "bamba": "recurrent state",
+    "falcon_h1": "recurrent state",
+    "nemotron_h": "recurrent state",
+    "recurrent_gemma": "recurrent state",
+    "rwkv": "recurrent state",
+    "zamba": "recurrent state",
+    "zamba2": "recurrent state",
+    "gpt_neo": "two kinds of attention",
+    "llama4_text": "chunks",
+    "deepseek_v4": "more than keys and values",
+    "gemma3n_text": "more than the previous block's output",
+    "qwen3_next": "linear_attention",
+    "bailing_hybrid": "linear_attention",
+    "t5": "an encoder",
+    "whisper": "an encoder",
+}
+
+
+def folder_with(config: dict, tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_by_name_with_a_reason(model_type, tmp_path):
+    with pytest.raises(UserError) as refused:
+        open_model(folder_with({"model_type": model_type}, tmp_path))
+    assert f"type {model_type} " in str(refused.value)
+    assert REFUSED[model_type] in str(refused.value)
+    assert "Llama" in str(refused.value), "what to choose instead"
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "biogpt", "bert", "vit"])
+def test_refused_when_the_blocks_are_looked_at(model_type, tmp_path):
+    source = open_model(folder_with({"model_type": model_type}, tmp_path))
+    with pytest.raises(UserError, match=f"type {model_type} .*Choose a model of another type"):
+        model_footprint(source.config, torch.float32)
+
+
+def test_a_model_with_its_own_code_is_not_run(tmp_path):
+    config = {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}}
+    (tmp_path / "configuration_chatglm.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(UserError, match="chatglm bring their own Python code"):
+        open_model(folder_with(config, tmp_path))
+
+
+def test_an_unknown_type(tmp_path):
+    with pytest.raises(UserError, match="type from_tomorrow are unknown here.*transformers"):
+        open_model(folder_with({"model_type": "from_tomorrow"}, tmp_path))
+
+
+def test_the_types_that_are_refused_exist():
+    for model_type in REFUSED:
+        assert AutoConfig.for_model(model_type).model_type == model_type
