@@ -14,7 +14,7 @@ from petals_win.span import span as span_module
 from petals_win.span.architecture import find_blocks
 from petals_win.span.source import ModelSource, open_model
 from petals_win.span.span import Span
-from span.families import BLOCKS, FAMILIES, VOCABULARY
+from span.families import FAMILIES, VOCABULARY
 
 CUT = ((0, 1), (1, 3), (3, 4))
 

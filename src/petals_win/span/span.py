@@ -20,6 +20,7 @@ from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.loading import load_parts
 from petals_win.span.packed_linear import pack_linears
+from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.source import ModelSource
 
 if TYPE_CHECKING:
@@ -62,16 +63,24 @@ class Session:
 class Span:
     """The blocks [start, end) of a model on one device. Indices of blocks are always the whole model's."""
 
-    def __init__(self, config: PreTrainedConfig, decoder: CutDecoder, shapes: Sequence[KvShape], device: torch.device):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        decoder: CutDecoder,
+        shapes: Sequence[KvShape],
+        device: torch.device,
+        quant: Quant,
+        weight_bytes: int,
+    ):
         self._decoder = decoder
         self._shapes = list(shapes)
         self._adapters: Adapters | None = None
         self.config = config
         self.start, self.end = decoder.start, decoder.end
         self.device = device
-        parameters = [parameter for layer in decoder.layers for parameter in layer.parameters()]
         self.dtype = shapes[0].dtype
-        self.weight_bytes = sum(parameter.nbytes for parameter in parameters)
+        self.quant = quant
+        self.weight_bytes = weight_bytes
 
     @classmethod
     def load(
@@ -82,13 +91,16 @@ class Span:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        quant: Quant = "none",
         adapters: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Load the blocks [start, end) of `source`, and only them.
 
-        `dtype` defaults to the checkpoint's. `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError
-        for a range outside of the model, UserError for a checkpoint that is damaged or cannot be served.
+        `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, block by
+        block, so that one block in `dtype` is the most that is in memory. `adapters` are folders or hub ids of LoRA
+        adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
+        the model, UserError for a checkpoint that is damaged or cannot be served.
         """
         if not 0 <= start < end <= source.num_blocks:
             raise ValueError(f"{source.name} has the blocks 0:{source.num_blocks}; {start}:{end} is no part of them")
@@ -101,19 +113,33 @@ class Span:
         def block(index: int) -> Callable[[str], bool]:
             return lambda name: name.startswith(f"{blocks.prefix}{index}.")
 
+        layers = list(blocks.layers)[start:end]
+        weight_bytes = 0
+
+        def settle(done: int, of: int) -> None:
+            nonlocal weight_bytes
+            layer = layers[done - 1]
+            if quant != "none":
+                quantize_linears(layer, quant, device, dtype)
+            weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
+            if not adapters:  # peft knows plain layers only
+                pack_linears([layer])
+            if progress is not None:
+                progress(done, of)
+
         parts = [block(index) for index in range(start, end)]
-        load_parts(source, model, parts, dtype=dtype, device=device, progress=progress)
+        # Quantizing on the way keeps the plain weights out of a GPU's memory.
+        loading_device = device if quant == "none" else torch.device("cpu")
+        load_parts(source, model, parts, dtype=dtype, device=loading_device, progress=settle)
         decoder = CutDecoder(model, start, end)
         decoder.to(device)
-        span = cls(source.config, decoder, shapes, device)
+        span = cls(source.config, decoder, shapes, device, quant, weight_bytes)
         if adapters:
             from petals_win.span.adapters import Adapters  # here, since peft takes seconds to import
 
             span._adapters = Adapters(decoder.layers, start, blocks.prefix)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
-        else:
-            pack_linears(decoder.layers)  # peft knows plain layers only
         seconds = time.perf_counter() - began
         logger.info(
             "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
@@ -180,7 +206,7 @@ class Span:
         `hypo_ids` (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. `prompts` has an entry for each block of
         the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. Raises
         ValueError for shapes that do not fit the session, or more tokens than it can hold. A step that raises leaves the
-        session's position as it was.
+        session as it was, and may be made again; if it had reordered rows, which cannot be put back, it closes the session.
         """
         cache = session._open_cache
         self._check_hidden(hidden)
@@ -195,10 +221,12 @@ class Span:
         prompts = self._check_prompts(prompts, session.end - session.start, batch_size)
         self._switch_to(session.adapter)
         begin, chunk = cache.position, max(1, _CHUNK_TOKENS // batch_size)
+        if hypo_ids is not None:
+            _check_rows(hypo_ids, batch_size)
         try:
             with torch.inference_mode():
                 if hypo_ids is not None:
-                    cache.reorder(_check_rows(hypo_ids, batch_size))
+                    cache.reorder(hypo_ids)
                 outputs = []
                 for offset in range(0, length, chunk):
                     piece = hidden[:, offset : offset + chunk]
@@ -207,6 +235,8 @@ class Span:
                     cache.position += piece.shape[1]
         except BaseException:
             cache.position = begin
+            if hypo_ids is not None:
+                session.close()
             raise
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -287,9 +317,8 @@ class Span:
         return [prompt if prompt is None else prompt.to(self.device, self.dtype) for prompt in prompts]
 
 
-def _check_rows(hypo_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+def _check_rows(hypo_ids: torch.Tensor, batch_size: int) -> None:
     if hypo_ids.shape != (batch_size,) or hypo_ids.dtype != torch.int64:
         raise ValueError(f"hypo_ids must be {batch_size} int64 values, not {list(hypo_ids.shape)} of {hypo_ids.dtype}")
     if not ((hypo_ids >= 0) & (hypo_ids < batch_size)).all():
         raise ValueError(f"hypo_ids must be rows of the session, 0 to {batch_size - 1}")
-    return hypo_ids
