@@ -1,13 +1,14 @@
 """Runs a command under the real CPython for Windows, with the real Windows wheels, on Linux as root by Wine.
 
-Usage: windows-bench [--quic] [--p2pd FILE] COMMAND [ARGUMENT …], such as: windows-bench python -m pytest tests/windows
+Usage: windows-bench COMMAND [ARGUMENT …], such as: windows-bench python -m pytest tests/windows
        windows-bench --setup: make or complete the bench, and show what each step took
 
 The bench is made at first use and kept in PETALS_WIN_BENCH, or else ~/.cache/petals-win/windows-bench. It is made of
 layers, each in a folder named by a digest of its pins: `system` (Debian 13 with Wine 10), `python` (CPython and the wheels
-of pyproject.toml with all extras) and `ready` (Wine's Windows folder, the default model). A run puts an empty layer over
-them, and one over this checkout, in name spaces of its own: runs do not see each other, the checkout is not changed, and
-whatever ends the run, its mounts and processes end with it. Ports of 127.0.0.1 are shared with Linux.
+of pyproject.toml with all extras) and `ready` (Wine's Windows folder, the default model, compiled modules). A run puts an
+empty layer over them, and one with p2pd.exe over this checkout, in name spaces of its own: runs do not see each other, the
+checkout is not changed, and whatever ends the run, its mounts and processes end with it. Ports of 127.0.0.1 are shared with
+Linux.
 
 Knows Wine and what differs there from Windows. The product and its tests know nothing of it.
 """
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -30,7 +30,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,9 @@ from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from petals_win.daemon.build import build_if_changed  # noqa: E402
+from petals_win.errors import UserError  # noqa: E402
 
 SUITE = "trixie"  # the first Debian whose Wine has bcryptprimitives.dll, without which Python does not start
 UV = "uv==0.13.9"  # unlike pip it evaluates the markers of another system
@@ -48,6 +50,13 @@ PACKAGES = [
     "numpy==2.0.2",  # newer ones call ucrtbase.crealf, which Wine lacks
     "msvc-runtime==14.44.35112",  # Microsoft's C++ run-time library, which a Windows PC has from its other programs
 ]
+
+# Leaves the default model in its folder, and Python's compiled modules beside those that most runs import.
+FIRST_RUN = """
+import petals, pytest, petals_win.api.server, petals_win.cli.main, petals_win.engines.petals
+from petals_win.span.source import DEFAULT_MODEL, open_model
+open_model(DEFAULT_MODEL).tokenizer()
+"""
 
 WINDOWS_PYTHON = r"Z:\win\python\python.exe"
 ENVIRONMENT = {
@@ -90,22 +99,18 @@ exit $status
 """
 
 
-class Failure(Exception):
-    """What the user reads."""
-
-
 def say(text: str) -> None:
     print(f"windows-bench: {text}", file=sys.stderr, flush=True)
 
 
 def call(*command: str | os.PathLike[str], **options) -> None:
-    """Run a step of the set-up; raises Failure with its last words."""
+    """Run a step of the set-up; raises UserError with its last words."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", **options
     )
     if done.returncode != 0:
         said = (done.stdout + done.stderr).strip()[-2000:]
-        raise Failure(f"{shlex.join(map(str, command[:6]))} ended with status {done.returncode}:\n{said}")
+        raise UserError(f"{shlex.join(map(str, command[:6]))} ended with status {done.returncode}:\n{said}")
 
 
 class Bench:
@@ -126,9 +131,10 @@ class Bench:
         return hashlib.sha256(json.dumps(pins).encode()).hexdigest()[:12]
 
     @staticmethod
-    def _wanted() -> object:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-        return [project["dependencies"], project["optional-dependencies"]]
+    def _wanted() -> str:
+        """The dependencies and extras in pyproject.toml, as they stand there."""
+        text = (ROOT / "pyproject.toml").read_text("utf-8")
+        return text.partition("\ndependencies = [")[2].partition("\n[project.scripts]")[0]
 
     @staticmethod
     def _model_pin() -> str:
@@ -187,26 +193,19 @@ class Bench:
         install = [scratch / "uv/bin/uv", "pip", "install", "--quiet", "--native-tls", "--link-mode", "copy"]
         install += ["--python-platform", "x86_64-pc-windows-msvc", "--python-version", dotted, "--target", site]
         install += ["--constraints", constraints, "-r", ROOT / "pyproject.toml", "--all-extras"]
-        t = time.monotonic()
         call(*install, *PACKAGES, cwd=scratch)
-        say(f"uv {time.monotonic()-t:.0f}")
         # As an editable installation does it.
         roots = ("src", r"external\petals-main", r"external\hivemind")
         (site / "petals-win.pth").write_text("".join(f"Z:\\win\\checkout\\{root}\n" for root in roots), "utf-8")
-        if sys.version_info[:2] == PYTHON_VERSION:
-            # Its status says no more than that some files, of tests and of other versions, cannot be compiled.
-            compiling = [sys.executable, "-m", "compileall", "-qq", "-j", "0", layer / "win/python/Lib"]
-            subprocess.run(compiling, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _make_ready(self, layer: Path) -> None:
         layer.mkdir()
-        model = "from petals_win.span.source import open_model; open_model('SmolLM2-135M-Instruct').tokenizer()"
-        for command in (["wineboot", "-i"], ["python", "-c", model]):
+        for command in (["wineboot", "-i"], ["python", "-c", FIRST_RUN]):
             output = subprocess.PIPE, subprocess.STDOUT
             with self._started(command, {}, [self.python, self.system], layer, *output) as process:
                 said = process.communicate()[0].decode("utf-8", "replace")
             if process.returncode != 0:
-                raise Failure(f"{shlex.join(command)} ended with status {process.returncode}:\n{said[-2000:]}")
+                raise UserError(f"{shlex.join(command)} ended with status {process.returncode}:\n{said[-2000:]}")
 
     def run(self, command: Sequence[str], environment: dict[str, str]) -> int:
         """Run a Windows command with its output passed on; returns its exit status."""
@@ -242,8 +241,9 @@ class Bench:
         inside = ["env", "-i", *(f"{name}={value}" for name, value in variables.items())]
         inside += ["sh", "-c", 'cd /win/checkout && exec wine "$@"', "sh", program, *command[1:]]
         with self._scratch() as run:
-            for name in ("root", "work", "upper", "checkout", "checkout-work"):
-                (run / name).mkdir()
+            for name in ("root", "work", "upper", "checkout/bin", "checkout-work"):
+                (run / name).mkdir(parents=True)
+            shutil.copy2(build_if_changed("windows/amd64"), run / "checkout/bin")
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL"]
                 + ["unshare", "--mount", "--pid", "--ipc", "--propagation", "private", "--kill-child"]
@@ -310,16 +310,7 @@ def debian_mirror() -> str:
         found = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+/debian/?)(?=\s|$)", text, re.MULTILINE)
         if found:
             return found[1]
-    raise Failure("The sources of apt name no mirror of Debian: the bench is made on Debian.")
-
-
-def p2pd(folder: Path, quic: bool) -> Path:
-    """p2pd.exe of this source: the plain one, or one that can use UDP under Wine."""
-    from petals_win.daemon.build import build_if_changed, build_p2pd
-
-    if not quic:
-        return build_if_changed("windows/amd64")
-    raise NotImplementedError
+    raise UserError("The sources of apt name no mirror of Debian: the bench is made on Debian.")
 
 
 def main() -> int:
@@ -330,7 +321,7 @@ def main() -> int:
     if not options.setup and not options.command:
         parser.error("name a command, such as: python -m pytest tests/windows")
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise Failure("The bench is for Linux, as root. On Windows type scripts\\test.cmd instead.")
+        raise UserError("The bench is for Linux, as root. On Windows type scripts\\test.cmd instead.")
     kept = os.environ.get("PETALS_WIN_BENCH")
     bench = Bench(Path(kept) if kept else Path.home() / ".cache/petals-win/windows-bench")
     bench.set_up()
@@ -348,7 +339,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
         sys.exit(main())
-    except Failure as e:
+    except UserError as e:
         say(str(e))
         sys.exit(1)
     except KeyboardInterrupt:
