@@ -94,7 +94,14 @@ class ModuleContainer:
         try:
             source = open_model(converted_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir)
             span = compute.submit(
-                Span.load, source, start, end, dtype=torch_dtype, device=device, adapters=server_info.adapters
+                Span.load,
+                source,
+                start,
+                end,
+                dtype=torch_dtype,
+                device=device,
+                quant=quant_type.name.lower(),
+                adapters=server_info.adapters,
             ).result()
             speed = compute.submit(measure_speed, span).result()
             for name, value in throughput_info(speed, block_config, end - start, server_info.using_relay).items():

@@ -33,11 +33,13 @@ def get_server_throughput(
     dtype: Union[str, torch.dtype],
     *,
     num_blocks: int,
+    quant_type: QuantType,
     reachable_via_relay: bool,
     **_unused: Sequence,
 ) -> Dict[str, float]:
     """What the node announces while it joins: the speed measured at an earlier start, or a modest guess."""
-    return throughput_info(known_speed(config, device, dtype), config, num_blocks, reachable_via_relay)
+    speed = known_speed(config, device, dtype, quant_type.name.lower())
+    return throughput_info(speed, config, num_blocks, reachable_via_relay)
 
 
 def throughput_info(

@@ -32,6 +32,10 @@ def serve(
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Keep weights in fewer bits: nf4, int8 or none; default: nf4 on an NVIDIA GPU, else none."),
+    ] = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
     ] = None,
@@ -72,6 +76,7 @@ def serve(
         port=port,
         device=device,
         dtype=dtype,
+        quant=quant,
         adapters=tuple(adapters or ()),
         name=name,
         token=read_token(token_file),

@@ -1,6 +1,6 @@
 """How many bytes the parts of a model take, told from its configuration alone: no weight is read.
 
-Knows modules on the meta device. Does not know checkpoints; asks for the free memory of a device only to compare.
+Knows modules on the meta device. Does not know checkpoints.
 """
 
 from __future__ import annotations
@@ -11,13 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from petals_win.errors import UserError
-from petals_win.host.memory import available_bytes
 from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.decoder import CutDecoder
-from petals_win.span.source import ModelSource
-
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -52,25 +47,6 @@ def model_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Of one token of one sequence in the block that keeps most."""
     return max(model_footprint(config, dtype).cache_bytes_per_token)
-
-
-def check_fits(source: ModelSource, start: int, end: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise a UserError, which says how many blocks fit, if the weights of the blocks [start, end) exceed the free memory."""
-    sizes = model_footprint(source.config, dtype).block_bytes
-    free, needed = available_bytes(device), sum(sizes[start:end])
-    if needed <= free:
-        return
-    fitting, total = 0, 0
-    for size in sizes[start:end]:
-        total += size
-        if total > free:
-            break
-        fitting += 1
-    advice = f"Serve fewer, such as --blocks {start}:{start + fitting}" if fitting else "Choose a smaller model"
-    raise UserError(
-        f"The blocks {start}:{end} of {source.name} take {needed / _MIB:,.0f} MiB, but {free / _MIB:,.0f} MiB are free on {device}: "
-        f"{fitting} blocks fit. {advice}, or close other programs."
-    )
 
 
 class _Hidden:

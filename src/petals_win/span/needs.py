@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
 from petals_win.span.architecture import empty_model, find_blocks, text_config
 from petals_win.span.footprint import model_footprint
+from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
 
-Quant = Literal["nf4", "int8", "none"]
 _MIB = 2**20
 
 # Of the memory that is free: for activations, and for whoever else uses the PC.
@@ -89,6 +89,25 @@ def choose_num_blocks(needs: Needs, device: torch.device) -> int:
     return num_blocks
 
 
+def check_fits(name: str, start: int, end: int, needs: Needs, device: torch.device) -> None:
+    """Raise a UserError, which says how many blocks fit, if the weights of the blocks [start, end) exceed the free memory."""
+    sizes = needs.block_bytes[start:end]
+    free, needed = available_bytes(device), sum(sizes)
+    if needed <= free:
+        return
+    fitting, total = 0, 0
+    for size in sizes:
+        total += size
+        if total > free:
+            break
+        fitting += 1
+    advice = f"Serve fewer, such as --blocks {start}:{start + fitting}" if fitting else "Choose a smaller model"
+    raise UserError(
+        f"The blocks {start}:{end} of {name} take {needed / _MIB:,.0f} MiB, but {free / _MIB:,.0f} MiB are free on {device}: "
+        f"{fitting} blocks fit. {advice}, or close other programs."
+    )
+
+
 def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant) -> tuple[int, ...]:
     layers = find_blocks(empty_model(config, dtype)).layers
     return tuple(sum(_own_bytes(module, quant) for module in layer.modules()) for layer in layers)
@@ -98,11 +117,8 @@ def _own_bytes(module: nn.Module, quant: Quant) -> int:
     """Of a module's own parameters, without its children's. Of a linear layer the weight is quantized, not the bias."""
     parameters = dict(module.named_parameters(recurse=False))
     size = 0
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, Conv1D):
         weight = parameters.pop("weight")
-        size = (
-            round(weight.numel() * _NF4_BYTES)
-            if quant == "nf4"
-            else weight.numel() + _INT8_SCALE_BYTES * module.out_features
-        )
+        rows = weight.shape[0 if type(module) is nn.Linear else 1]
+        size = round(weight.numel() * _NF4_BYTES) if quant == "nf4" else weight.numel() + _INT8_SCALE_BYTES * rows
     return size + sum(parameter.nbytes for parameter in parameters.values())

@@ -79,7 +79,7 @@ class Span:
         self.start, self.end = decoder.start, decoder.end
         self.device = device
         self.dtype = shapes[0].dtype
-        self.quant = quant
+        self.quant: Quant = quant
         self.weight_bytes = weight_bytes
 
     @classmethod

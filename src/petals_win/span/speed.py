@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from petals_win.host.folders import cache_folder
+from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,14 @@ class SpanSpeed:
 _UNKNOWN = SpanSpeed(inference_rps=300.0, forward_rps=3000.0)
 
 
-def known_speed(config: Any, device: torch.device, dtype: torch.dtype) -> SpanSpeed:
+def known_speed(config: Any, device: torch.device, dtype: torch.dtype, quant: Quant) -> SpanSpeed:
     """The speed measured at an earlier start for blocks of this shape, or a guess."""
-    return _read().get(_key(config, device, dtype), _UNKNOWN)
+    return _read().get(_key(config, device, dtype, quant), _UNKNOWN)
 
 
 def measure_speed(span: Span) -> SpanSpeed:
     """Measure in the calling thread, which must be the span's own; at once if an earlier start measured this shape."""
-    key = _key(span.config, span.device, span.dtype)
+    key = _key(span.config, span.device, span.dtype, span.quant)
     known = _read()
     if key not in known:
         known[key] = SpanSpeed(inference_rps=_decode_rps(span), forward_rps=_forward_rps(span))
@@ -85,10 +86,10 @@ def _rounds(call: Callable[[], torch.Tensor], at_most: int) -> tuple[int, float]
     return rounds, max(seconds, 1e-6)
 
 
-def _key(config: Any, device: torch.device | str, dtype: torch.dtype) -> str:
+def _key(config: Any, device: torch.device | str, dtype: torch.dtype, quant: Quant) -> str:
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}"
-    return f"{config.model_type} {config.hidden_size} {dtype} {name}"
+    return f"{config.model_type} {config.hidden_size} {dtype} {quant} {name}"
 
 
 def _read() -> dict[str, SpanSpeed]:

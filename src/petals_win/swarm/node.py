@@ -17,7 +17,8 @@ from petals.utils.convert_block import QuantType
 from petals_win.errors import UserError
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
-from petals_win.span.footprint import check_fits
+from petals_win.span.needs import check_fits, needs_of
+from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed
 from petals_win.span.source import ModelSource, open_model
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class NodeSettings:
     port: int = 0
     device: str | None = None
     dtype: str | None = None
+    quant: str | None = None
     adapters: tuple[str, ...] = ()
     name: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -71,9 +73,10 @@ class Node:
         source = open_model(settings.model, token=settings.token)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, source, device)
+        quant = choose_quant(settings.quant, device, bool(settings.adapters))
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
-            check_fits(source, start, end, dtype, device)
+            check_fits(source.name, start, end, needs_of(source.config, dtype, quant), device)
         if settings.port:
             check_port_free(settings.host, settings.port)
         listen = [f"/ip4/{settings.host}/tcp/{settings.port}"]
@@ -87,7 +90,7 @@ class Node:
             block_indices=settings.blocks,
             torch_dtype=str(dtype).removeprefix("torch."),
             device=device,
-            quant_type=QuantType.NONE,
+            quant_type=QuantType[quant.upper()],
             token=settings.token,
             adapters=settings.adapters,
             update_period=_UPDATE_SECONDS,
@@ -144,6 +147,24 @@ def choose_dtype(name: str | None, source: ModelSource, device: torch.device) ->
     if dtype is torch.float16 and device.type == "cpu":
         raise UserError("A CPU does not compute in float16. Use --dtype bfloat16 or --dtype float32.")
     return dtype
+
+
+def choose_quant(name: str | None, device: torch.device, adapters: bool = False) -> Quant:
+    """The quantization asked for, or nf4 on a GPU if it can be had there. Raises UserError if it cannot."""
+    if name is None:
+        if device.type != "cuda" or adapters:
+            return "none"
+        if not is_installed():
+            logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 4 bits would do")
+            return "none"
+        return "nf4"
+    if name not in ("nf4", "int8", "none"):
+        raise UserError(f"There is no quantization {name!r}. Use one of: nf4, int8, none.")
+    quant: Quant = name
+    check_quantizes(quant, device)
+    if adapters and quant != "none":
+        raise UserError("Adapters are for plain weights. Use --quant none with --adapters.")
+    return quant
 
 
 def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
