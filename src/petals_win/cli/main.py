@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from petals_win import __version__
-from petals_win.cli import api, bench, firewall, logs, p2pd, patches, plan, serve, up
+from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, plan, serve, up
 from petals_win.errors import UserError
 from petals_win.host.console import use_utf8
 
@@ -23,6 +23,7 @@ app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("api")(api.api)
 app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.add_typer(firewall.app, name="firewall")
 app.add_typer(p2pd.app, name="p2pd")

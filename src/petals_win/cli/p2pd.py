@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from petals_win.errors import UserError
 
 app = typer.Typer(help="The peer-to-peer daemon: which one runs, what it is, building it.", no_args_is_help=True)
 
@@ -31,18 +28,9 @@ def version() -> None:
 
     Example: petals-win p2pd version
     """
-    from petals_win.daemon.binary import find_p2pd
+    from petals_win.daemon.binary import find_p2pd, version_of
 
-    path = find_p2pd().path
-    try:
-        done = subprocess.run(
-            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise UserError(f"{path} cannot be run: {e}. Reinstall petals-win.") from e
-    if done.returncode != 0:
-        raise UserError(f"{path} does not tell its version, as upstream's p2pd does not.")
-    typer.echo(done.stdout.strip())
+    typer.echo(version_of(find_p2pd().path))
 
 
 @app.command()

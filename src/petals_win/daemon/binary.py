@@ -1,11 +1,12 @@
 """Which p2pd runs.
 
-Knows where to look for the program, and in which order. Does not start it.
+Knows where to look for the program, in which order, and how to ask for its version. Does not start it as a daemon.
 """
 
 import importlib.resources
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,19 @@ def find_p2pd() -> Found:
         f"The peer-to-peer daemon {NAME} is missing: it is neither in {packaged.parent}, nor in {built.parent}, nor on the "
         "PATH. Reinstall petals-win, or set PETALS_WIN_P2PD to the file."
     )
+
+
+def version_of(path: Path) -> str:
+    """What p2pd says of itself: its version, the commit of its source, its Go. Raises UserError if it cannot be run."""
+    try:
+        done = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise UserError(f"{path} cannot be run: {e}. Reinstall petals-win.") from e
+    if done.returncode != 0:
+        raise UserError(f"{path} does not tell its version, as upstream's p2pd does not.")
+    return done.stdout.strip()
 
 
 def _checkout_folder() -> Path:

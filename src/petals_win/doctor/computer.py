@@ -1,0 +1,155 @@
+"""This PC without its network: Python, torch and the GPU, bitsandbytes, memory, disk, long paths.
+
+Knows what petals-win needs of each. Does not know models.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from petals_win.doctor.findings import Asked, Finding
+from petals_win.host.folders import cache_folder
+from petals_win.host.gpu import NvidiaDriver, find_nvidia
+
+_GIB = 2**30
+_PYTHONS = ((3, 10), (3, 13))
+_LITTLE_RAM, _LITTLE_DISK, _NO_DISK = 4 * _GIB, 20 * _GIB, 2 * _GIB
+_CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))  # that torch is built for
+_TORCH_INDEX = "https://download.pytorch.org/whl"
+_DRIVER_FIX = "Install the newest driver from NVIDIA, then restart the PC."
+
+
+def check_python(_asked: Asked) -> Iterator[Finding]:
+    text = f"Python {sys.version.split()[0]}, {64 if sys.maxsize > 2**32 else 32} bits"
+    right = _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1] and sys.maxsize > 2**32
+    yield (
+        Finding("ok", text)
+        if right
+        else Finding(
+            "error", text, "Install a 64-bit Python 3.10 to 3.13 from python.org, then install petals-win again."
+        )
+    )
+
+
+def check_torch(_asked: Asked) -> Iterator[Finding]:
+    """Whether torch computes on this PC, and on its GPU if it has one."""
+    import torch
+
+    try:
+        driver = find_nvidia()
+    except OSError as e:
+        yield Finding("warning", f"The NVIDIA driver does not work: {e}", _DRIVER_FIX)
+        driver = None
+    yield judge_torch(torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver)
+    if torch.cuda.is_available():
+        try:
+            torch.zeros(1, device="cuda").add_(1).item()
+        except RuntimeError as e:
+            yield Finding(
+                "error",
+                f"torch {torch.__version__} cannot compute on this GPU: {str(e).splitlines()[0]}",
+                f"The GPU may be too old for this build. Try an older one, such as {_install_torch((12, 6))}, or serve "
+                "with --device cpu.",
+            )
+
+
+def judge_torch(version: str, cuda: str | None, is_available: bool, driver: NvidiaDriver | None) -> Finding:
+    """What a build of torch (for CUDA `cuda`, None: for CPUs) means on a PC with this driver."""
+    if is_available:
+        cards = ", ".join(gpu.name for gpu in driver.gpus) if driver else "a GPU"
+        return Finding("ok", f"torch {version} computes on {cards}")
+    if driver is None:
+        return Finding("ok", f"torch {version}; no NVIDIA GPU was found")
+    name = driver.gpus[0].name
+    if cuda is None:
+        suiting = [build for build in _CUDA_BUILDS if build <= driver.cuda]
+        text = f"torch {version} is built for CPUs only: the {name} would idle"
+        return Finding("warning", text, f"Type: {_install_torch(suiting[0])}" if suiting else _DRIVER_FIX)
+    newest = ".".join(map(str, driver.cuda))
+    text = f"torch {version} does not find the {name}: it wants CUDA {cuda}, the driver {driver.version} does {newest}"
+    return Finding("warning", text, _DRIVER_FIX)
+
+
+def check_bitsandbytes(_asked: Asked) -> Iterator[Finding]:
+    """Whether weights can be kept in 4 or 8 bits."""
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        import torch
+
+        text = "bitsandbytes is not installed: weights are kept in 16 bits"
+        yield (
+            Finding("warning", text, "For two to four times as many blocks type: python -m pip install bitsandbytes")
+            if torch.cuda.is_available()
+            else Finding("ok", text)
+        )
+        return
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except Exception as e:  # it loads a library that was made for one CUDA, and fails in many ways
+        text = f"bitsandbytes {version} cannot be loaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
+        yield Finding(
+            "warning", text, "Type: python -m pip install --upgrade bitsandbytes, or serve with --quant none."
+        )
+        return
+    yield Finding("ok", f"bitsandbytes {version}")
+
+
+def check_memory(_asked: Asked) -> Iterator[Finding]:
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB of RAM are free"
+    yield (
+        Finding("warning", text, "Close other programs before you serve.")
+        if memory.available < _LITTLE_RAM
+        else Finding("ok", text)
+    )
+
+
+def check_disk(_asked: Asked) -> Iterator[Finding]:
+    """Room for models, in the Hugging Face cache and in our own."""
+    from huggingface_hub import constants
+
+    folders = {"Hugging Face models": Path(constants.HF_HUB_CACHE), "petals-win's cache": cache_folder()}
+    for what, folder in folders.items():
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        text = f"{free / _GIB:.0f} GiB are free for {what} in {folder}"
+        variable = "HF_HOME" if what.startswith("Hugging") else "PETALS_WIN_HOME"
+        fix = f"Make room there, or set {variable} to a folder on another disk."
+        yield (
+            Finding("error", text, fix)
+            if free < _NO_DISK
+            else (Finding("warning", text, fix) if free < _LITTLE_DISK else Finding("ok", text))
+        )
+
+
+def check_long_paths(_asked: Asked) -> Iterator[Finding]:
+    """Windows cuts paths at 260 characters unless told otherwise; names in the Hugging Face cache are long."""
+    if sys.platform != "win32":
+        return
+    import winreg
+
+    path = r"SYSTEM\CurrentControlSet\Control\FileSystem"
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+            enabled = winreg.QueryValueEx(key, "LongPathsEnabled")[0] == 1
+    except OSError:
+        enabled = False
+    if enabled:
+        yield Finding("ok", "Paths may be longer than 260 characters")
+    else:
+        yield Finding(
+            "warning",
+            "Paths longer than 260 characters are not allowed: a model's files may not fit below a long folder name",
+            f"In PowerShell (Admin) type: Set-ItemProperty HKLM:\\{path} LongPathsEnabled 1",
+        )
+
+
+def _install_torch(cuda: tuple[int, int]) -> str:
+    return f"python -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}/cu{cuda[0]}{cuda[1]}"
