@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/discovery/mdns"
+	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 )
 
 // daemon is a running p2pd: one libp2p host, one control socket, any number of clients.
@@ -17,7 +18,8 @@ type daemon struct {
 	opts   *options
 	secret *secrets // nil without one
 	host   host.Host
-	dht    *dht.IpfsDHT // nil when off
+	dht    *dht.IpfsDHT   // nil when off
+	relay  *circuit.Relay // nil when off
 	life   *life
 	ctx    context.Context // ends when the daemon stops
 	cancel context.CancelFunc
@@ -44,6 +46,10 @@ func newDaemon(o *options, secret *secrets) (*daemon, error) {
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if d.host, d.dht, err = newHost(o, key); err != nil {
 		d.cancel()
+		return nil, err
+	}
+	if d.relay, err = newRelay(o, d.host); err != nil {
+		d.stop()
 		return nil, err
 	}
 	if d.listener, err = listenControl(o.listen, secret); err != nil {
@@ -84,6 +90,11 @@ func (d *daemon) stop() {
 	d.tracking.Unlock()
 	for conn := range open {
 		conn.Close()
+	}
+	if d.relay != nil {
+		if err := d.relay.Close(); err != nil {
+			log.Debugw("closing the relay", "error", err)
+		}
 	}
 	if d.dht != nil {
 		if err := d.dht.Close(); err != nil {

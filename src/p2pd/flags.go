@@ -62,6 +62,8 @@ type relayLimits struct {
 // usageError is a mistake in the command line's syntax.
 type usageError struct{ error }
 
+func (e usageError) Unwrap() error { return e.error }
+
 // parseFlags reads the command line. What the flag package has to say about it goes to usage.
 func parseFlags(args []string, usage io.Writer) (*options, error) {
 	o := &options{}
@@ -189,8 +191,8 @@ func (o *options) check() error {
 		return errors.New("-autoRelay=1 with -relayDiscovery=0 needs -trustedRelays")
 	case len(o.trustedRelays) > 0 && !o.autoRelay:
 		return errors.New("-trustedRelays has a meaning only with -autoRelay=1")
-	case o.maxMessage <= 0:
-		return errors.New("-persistentConnMaxMsgSize must be positive")
+	case o.maxMessage <= 0 || o.maxMessage > 1<<30:
+		return errors.New("-persistentConnMaxMsgSize must be positive, and at most 1073741824 (1 GiB)")
 	case o.dialTimeout <= 0:
 		return errors.New("-dialTimeout must be positive")
 	case o.idleTimeout < 0:

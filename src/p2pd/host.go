@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -114,11 +113,6 @@ func newHost(o *options, key crypto.PrivKey) (host.Host, *dht.IpfsDHT, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("the network could not be set up: %s", oneLine(err))
 	}
-	if o.relay && o.relayService {
-		if _, err := circuit.New(h, circuit.WithResources(relayResources(o.relayLimits))); err != nil {
-			return nil, nil, errors.Join(err, h.Close())
-		}
-	}
 	return h, kad, nil
 }
 
@@ -220,6 +214,14 @@ func loopback() []rate.PrefixLimit {
 		limits = append(limits, rate.PrefixLimit{Prefix: l.Network})
 	}
 	return limits
+}
+
+// newRelay lets the host relay for other peers, if the options ask for it; else it returns nil.
+func newRelay(o *options, h host.Host) (*circuit.Relay, error) {
+	if !o.relay || !o.relayService {
+		return nil, nil
+	}
+	return circuit.New(h, circuit.WithResources(relayResources(o.relayLimits)))
 }
 
 // relayResources gives every reservation the limits of the command line from the start.
