@@ -260,11 +260,15 @@ def install_torch(report: Report, lock: int) -> None:
             return
 
 
+def has_nvidia() -> bool:
+    """Whether there is an NVIDIA driver."""
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
+
+
 def torch_builds() -> list[str]:
     """Names of torch builds other than the package index's own that suit this PC, the best first."""
     if sys.platform == "linux":
-        has_nvidia = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
-        return [] if has_nvidia else ["cpu"]
+        return [] if has_nvidia() else ["cpu"]
     if sys.platform == "win32" and (tool := shutil.which("nvidia-smi")) is not None:
         shown = subprocess.run([tool], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30).stdout
         if version := re.search(r"CUDA Version:\s*(\d+)\.(\d+)", shown):
@@ -397,7 +401,8 @@ def run(*command: str) -> int:
 def main(verb: str, *arguments: str) -> int:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         raise Failure(f"petals-win needs Python 3.10 to 3.13; this is {sys.version.split()[0]}.")
-    install({"speed"} if verb in ("run", "install") else {"speed", "test"})
+    wanted = {"speed"} | ({"quant"} if has_nvidia() else set())
+    install(wanted if verb in ("run", "install") else wanted | {"test"})
     if verb == "run":
         return run("-m", "petals_win.cli.main", *arguments)
     if verb == "install":
