@@ -34,9 +34,9 @@ PYPROJECT = """
     speed = []
     test = []
 """
-# Builds a wheel that points to src, and says so in builds.log. The file "sabotage", if there is one, is run first.
+# Builds a wheel that points to src and a p2pd, and says so in builds.log. The file "sabotage", if there is one, is run first.
 BACKEND = """
-    import pathlib, zipfile
+    import pathlib, sys, zipfile
 
     ROOT = pathlib.Path(__file__).parent
 
@@ -52,6 +52,7 @@ BACKEND = """
             wheel.writestr("petals_win-1.0.dist-info/METADATA", metadata)
             wheel.writestr("petals_win-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
             wheel.writestr("petals_win-1.0.dist-info/RECORD", "")
+        (ROOT / "bin" / ("p2pd.exe" if sys.platform == "win32" else "p2pd")).touch()
         with open(ROOT / "builds.log", "a") as log:
             log.write("built\\n")
         return name
