@@ -47,6 +47,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "falcon": ("falcon", {"alibi": False, "multi_query": True}),
     "falcon-new": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False}),
+    "ctrl": ("ctrl", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "dff": 128}),
     "olmo2": ("olmo2", _GROUPED),
     "stablelm": ("stablelm", _GROUPED),
     "starcoder2": ("starcoder2", {**_GROUPED, "sliding_window": 8}),

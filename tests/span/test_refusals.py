@@ -28,6 +28,9 @@ REFUSED = {
     "gpt_neo": "two kinds of attention",
     "llama4_text": "chunks",
     "deepseek_v4": "more than keys and values",
+    "dory": "several times",
+    "inkling2_loop_text": "several times",
+    "mllama": "images",
     "gemma3n_text": "more than the previous block's output",
     "qwen3_next": "linear_attention",
     "bailing_hybrid": "linear_attention",
@@ -50,7 +53,7 @@ def test_refused_by_name_with_a_reason(model_type, tmp_path):
     assert "Llama" in str(refused.value), "what to choose instead"
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "biogpt", "bert", "vit"])
+@pytest.mark.parametrize("model_type", ["gptj", "biogpt", "modernbert-decoder", "bert", "openai-gpt", "vit"])
 def test_refused_when_the_blocks_are_looked_at(model_type, tmp_path):
     source = open_model(folder_with({"model_type": model_type}, tmp_path))
     with pytest.raises(UserError, match=f"type {model_type} .*Choose a model of another type"):

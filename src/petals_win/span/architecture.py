@@ -19,6 +19,8 @@ from petals_win.errors import UserError
 
 _RECURRENT = "its blocks carry a recurrent state, and petals-win keeps only keys and values between tokens"
 _SHARED = "its blocks need more than the previous block's output"
+_LOOPED = "a token goes through some of its blocks several times"
+_IMAGES = "some of its blocks look at images, which a swarm does not pass on"
 _REFUSED = {
     "bamba": _RECURRENT,
     "falcon_h1": _RECURRENT,
@@ -35,6 +37,11 @@ _REFUSED = {
     "llama4": "its attention works in chunks, which a span does not keep apart yet",
     "llama4_text": "its attention works in chunks, which a span does not keep apart yet",
     "deepseek_v4": "its compressed attention keeps more than keys and values between tokens",
+    "dory": _LOOPED,
+    "inkling2_loop": _LOOPED,
+    "inkling2_loop_text": _LOOPED,
+    "mllama": _IMAGES,
+    "mllama_text_model": _IMAGES,
     "gemma3n": _SHARED,
     "gemma3n_text": _SHARED,
 }
@@ -107,15 +114,17 @@ def empty_model(
 def find_blocks(model: PreTrainedModel) -> Blocks:
     """Find the list of blocks. Raises UserError if the model has none that can be told by its length."""
     decoder = model.get_decoder()
-    count = decoder.config.num_hidden_layers
-    lists = [
-        (name, child)
-        for name, child in decoder.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
+    lists = []
+    if isinstance(decoder, PreTrainedModel):
+        count = decoder.config.num_hidden_layers
+        lists = [
+            (name, child)
+            for name, child in decoder.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == count
+        ]
     if len(lists) != 1:
         raise UserError(
-            f"Models of the type {decoder.config.model_type} are built in a way that petals-win cannot split. "
+            f"Models of the type {model.config.model_type} are built in a way that petals-win cannot split. "
             "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         )
     name, layers = lists[0]

@@ -73,8 +73,9 @@ class CutDecoder:
             if prompt is not None:
                 hooks.append(layer.register_forward_pre_hook(_adding(prompt), with_kwargs=True))
         hooks.append(layers[-1].register_forward_hook(leave))
+        in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
         try:
-            self._view(start, end)(inputs_embeds=hidden.detach(), cache=cache, use_cache=cache is not None)
+            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -110,6 +111,7 @@ class CutDecoder:
         if (start, end) not in self._views:
             view = copy.copy(self._frame)
             view._modules = dict(self._frame._modules)
+            view._buffers = dict(self._frame._buffers)  # some models move theirs to where their inputs are, even to meta
             view._modules[self._list_name] = nn.ModuleList(self._layers[start - self.start : end - self.start])
             view.config = config_of_blocks(self._config, start, end)
             self._views[start, end] = view
