@@ -76,7 +76,7 @@ class HubModel:
         except GatedRepoError as e:
             raise UserError(
                 f"The model {self.name} is gated: its owner wants you to accept its terms. Accept them on the model's page on the "
-                "Hugging Face hub, make an access token there, and give it with --token or in the variable HF_TOKEN."
+                "Hugging Face hub, make an access token there, and give it with --token-file or in the variable HF_TOKEN."
             ) from e
         except RevisionNotFoundError as e:
             raise UserError(
@@ -84,7 +84,7 @@ class HubModel:
             ) from e
         except (RepositoryNotFoundError, HFValidationError) as e:
             raise UserError(
-                f"There is no model {self.name!r} on the Hugging Face hub, or it is private and needs a token (--token or HF_TOKEN); "
+                f"There is no model {self.name!r} on the Hugging Face hub, or it is private and needs a token (--token-file or HF_TOKEN); "
                 "nor is there such a file or folder here. Check the spelling: a name on the hub looks like owner/model."
             ) from e
         except HfHubHTTPError as e:
@@ -110,6 +110,6 @@ def _refusal(name: str, error: HfHubHTTPError) -> str:
     if status in (401, 403):
         return (
             f"The Hugging Face hub refuses {name} ({status}): the token is missing, wrong or has no access to the model. Accept "
-            "the model's terms on its page, and give a token with --token or in the variable HF_TOKEN."
+            "the model's terms on its page, and give a token with --token-file or in the variable HF_TOKEN."
         )
     return f"The Hugging Face hub answered {status} for {name}. Try again later, or give a local folder or .gguf file instead."
