@@ -29,6 +29,7 @@ class ComputeThread(threading.Thread):
         self._calls: queue.PriorityQueue[tuple[float, int, Any]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._stopped = False
+        self._lock = threading.Lock()  # no call may be queued behind the one that says stop
 
     def submit(
         self, function: Callable[..., T], /, *args: Any, priority: float = 0.0, **kwargs: Any
@@ -37,10 +38,11 @@ class ComputeThread(threading.Thread):
 
         A future that is cancelled before its turn is skipped. Raises RuntimeError once `stop` has been called.
         """
-        if self._stopped:
-            raise RuntimeError("This node no longer computes: it is shutting down")
         future: AwaitableFuture[T] = AwaitableFuture()
-        self._calls.put((priority, next(self._order), (future, function, args, kwargs)))
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("This node no longer computes: it is shutting down")
+            self._calls.put((priority, next(self._order), (future, function, args, kwargs)))
         return future
 
     def run(self) -> None:
@@ -64,8 +66,9 @@ class ComputeThread(threading.Thread):
 
     def stop(self, timeout: float = 60) -> None:
         """Finish the call in work, cancel those that wait, end the thread. Waits up to `timeout` seconds."""
-        self._stopped = True
-        self._calls.put(_STOP)
+        with self._lock:
+            self._stopped = True
+            self._calls.put(_STOP)
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout)
 

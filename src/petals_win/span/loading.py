@@ -44,7 +44,7 @@ def load_parts(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill those parameters of `model` whose names one of `parts` accepts, part after part, each tensor by itself.
+    """Fill those parameters of `model` whose names one of `parts` accepts, part after part, each tensor by itself. All are frozen.
 
     `progress` gets the number of parts done and of all parts. Raises UserError if the checkpoint lacks tensors or has some
     of another shape.
@@ -63,6 +63,7 @@ def load_parts(
             raise UserError(
                 f"The weights of {source.name} do not fit its config.json: {e}. Download the model again, or choose another."
             ) from e
+        model.requires_grad_(False)  # the new parameters are trainable, whatever those in whose place they are were
         if progress is not None:
             progress(done, len(parts))
     wanted = {name for name in loader.expected_names if any(part(name) for part in parts)}

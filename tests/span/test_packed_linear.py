@@ -1,0 +1,173 @@
+"""Packed linear layers compute what plain ones do, and take no more memory."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from petals_win.span import packed_linear
+from petals_win.span.packed_linear import PackedLinear, pack_linears, packed_if_faster
+from petals_win.span.source import open_model
+from petals_win.span.span import Span
+
+needs_packing = pytest.mark.skipif(
+    not packed_linear._can_pack(torch.float32), reason="this torch or processor has no oneDNN to pack weights for"
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def no_cached_answer():
+    packed_linear._can_pack.cache_clear()
+    yield
+    packed_linear._can_pack.cache_clear()
+
+
+def frozen(layer: nn.Module, dtype=torch.float32) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.to(dtype).requires_grad_(False)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (3, 1, 48), (2, 7, 48), (40, 48), (48,)])
+def test_equal_to_a_plain_layer(dtype, bias, shape):
+    if not packed_linear._can_pack(dtype):
+        pytest.skip(f"this processor has no instructions for {dtype}")
+    torch.manual_seed(0)
+    plain = frozen(nn.Linear(48, 80, bias=bias), dtype)
+    packed = packed_if_faster(plain)
+    assert isinstance(packed, PackedLinear)
+    inputs = torch.randn(shape, dtype=dtype)
+    expected, actual = plain(inputs), packed(inputs)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@needs_packing
+def test_gpt2_s_own_kind_of_linear_layer():
+    torch.manual_seed(0)
+    plain = frozen(Conv1D(80, 48))
+    packed = packed_if_faster(plain)
+    assert isinstance(packed, PackedLinear)
+    inputs = torch.randn(2, 5, 48)
+    assert (packed(inputs) - plain(inputs)).abs().max() <= 1e-4
+
+
+@needs_packing
+def test_gradients_of_the_inputs():
+    torch.manual_seed(0)
+    plain = frozen(nn.Linear(48, 80))
+    packed = packed_if_faster(plain)
+    ours, theirs = (torch.ones(2, 5, 48).requires_grad_() for _ in range(2))
+    weights = torch.randn(2, 5, 80)
+    (packed(ours) * weights).sum().backward()
+    (plain(theirs) * weights).sum().backward()
+    assert (ours.grad - theirs.grad).abs().max() <= 1e-4
+    with torch.inference_mode():
+        assert torch.equal(packed(ours), packed(ours.detach()))
+
+
+def test_what_is_not_packed():
+    trained, half = nn.Linear(4, 4), frozen(nn.Linear(4, 4), torch.float16)
+    meta = nn.Linear(4, 4, device="meta").requires_grad_(False)
+    other = frozen(nn.Bilinear(2, 2, 2))
+
+    class Special(nn.Linear):
+        """A layer with its own forward."""
+
+    for layer in (trained, half, meta, other, frozen(Special(4, 4))):
+        assert packed_if_faster(layer) is layer
+
+
+def test_without_the_operators_layers_stay_as_they_are(monkeypatch, no_cached_answer):
+    def missing(weight):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(packed_linear, "_pack", missing)
+    layer = frozen(nn.Linear(4, 4))
+    assert packed_if_faster(layer) is layer
+
+
+@needs_packing
+def test_operators_that_compute_something_else_are_not_used(monkeypatch, no_cached_answer):
+    monkeypatch.setattr(packed_linear, "_multiply", lambda inputs, weight, bias: inputs * 3)
+    layer = frozen(nn.Linear(4, 4))
+    assert packed_if_faster(layer) is layer
+
+
+@needs_packing
+def test_all_layers_below_and_no_plain_weight_left():
+    module = nn.Sequential(frozen(nn.Linear(8, 8)), nn.Sequential(nn.ReLU(), frozen(nn.Linear(8, 4))))
+    assert pack_linears([module]) == 2
+    assert sum(parameter.numel() for parameter in module.parameters()) == 8 + 4, "the biases"
+    gc.collect()
+    assert [type(child).__name__ for child in (module[0], module[1][1])] == ["PackedLinear"] * 2
+    assert pack_linears([module]) == 0, "nothing twice"
+
+
+@needs_packing
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_packed_span_is_equal_within_rounding(checkpoint, family, monkeypatch):
+    source = open_model(str(checkpoint(family)))
+    packed = Span.load(source, 0, 3)
+    assert any(isinstance(module, PackedLinear) for layer in packed._decoder.layers for module in layer.modules())
+    monkeypatch.setattr("petals_win.span.span.pack_linears", lambda modules: 0)
+    plain = Span.load(source, 0, 3)
+    assert packed.weight_bytes == plain.weight_bytes
+
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 6, 64)
+    session, theirs = packed.open(2, 8), plain.open(2, 8)
+    for tokens in (hidden, hidden[:, :1], hidden[:, :1]):
+        expected = plain.step(theirs, tokens)
+        assert (packed.step(session, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    grad, expected_grad = (span.backward(hidden, hidden, 0, 3)[0] for span in (packed, plain))
+    assert (grad - expected_grad).abs().max() <= 1e-4 * expected_grad.abs().max()
+
+
+PEAK = """
+import sys, threading, time
+import psutil, torch
+from petals_win.span.source import open_model
+from petals_win.span.span import Span
+
+torch.set_num_threads(1)
+source = open_model(sys.argv[1])
+Span.load(source, 0, 1)
+process, stop, peak = psutil.Process(), threading.Event(), 0
+
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, process.memory_info().rss)
+
+before = process.memory_info().rss
+thread = threading.Thread(target=watch)
+thread.start()
+span = Span.load(source, 0, 4)
+stop.set()
+thread.join()
+print(span.weight_bytes, process.memory_info().rss - before, peak - before)
+"""
+
+
+@needs_packing
+def test_packing_frees_the_plain_weights_on_the_way(checkpoint):
+    """At no time are there two copies of more than one block."""
+    folder = checkpoint("llama", hidden_size=512, intermediate_size=4096)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    weights, held, peak = (int(number) for number in done.stdout.split()[-3:])
+    assert weights > 100e6
+    assert held <= 1.1 * weights
+    assert peak <= 1.6 * weights
