@@ -1,0 +1,72 @@
+"""The Go side of p2pd, checked by Go's own tools: vet, the unit tests under the race detector, and the fuzz targets."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from petals_win.daemon.build import find_go
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "p2pd"
+FUZZ_TARGETS = re.findall(r"^func (Fuzz\w+)\(", (SOURCE / "fuzz_test.go").read_text("utf-8"), re.MULTILINE)
+
+
+def go(*arguments: str, cgo: bool = False, timeout_s: float = 1500) -> str:
+    """Run Go in the module, with exactly what go.mod and go.sum name; fails with all that Go says."""
+    fixed = {"GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "GOWORK": "off", "CGO_ENABLED": "1" if cgo else "0"}
+    done = subprocess.run(
+        [find_go(ROOT), *arguments],
+        cwd=SOURCE,
+        env={**os.environ, **fixed},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout_s,
+    )
+    if done.returncode:
+        pytest.fail(f"go {' '.join(arguments)} says:\n{done.stdout[-20000:]}", pytrace=False)
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_vet_and_format_are_clean() -> None:
+    go("vet", "./...", timeout_s=800)
+    gofmt = Path(find_go(ROOT)).with_name("gofmt.exe" if os.name == "nt" else "gofmt")
+    files = [str(file) for file in SOURCE.glob("*.go")]
+    found = subprocess.run([str(gofmt), "-l", *files], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert found == "", "gofmt would change these files"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_unit_tests_pass_under_the_race_detector() -> None:
+    if shutil.which("gcc") is None and shutil.which("clang") is None:
+        pytest.skip("the race detector needs a C compiler, and neither gcc nor clang is on the PATH")
+    # 10,000 calls under the detector on a busy machine are what takes the time.
+    assert "ok" in go("test", "-race", "-count=1", "-timeout=600s", "./...", cgo=True, timeout_s=1700)
+
+
+@pytest.mark.timeout(900)
+def test_unit_tests_pass() -> None:
+    assert "ok" in go("test", "-count=1", "-timeout=300s", "./...", timeout_s=800)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", FUZZ_TARGETS)
+def test_fuzzing_finds_nothing(target: str) -> None:
+    said = go("test", "-run=^$", f"-fuzz=^{target}$", "-fuzztime=60s", "./...", timeout_s=1100)
+    rounds = re.findall(r"execs: (\d+)", said)
+    assert rounds and int(rounds[-1]) > 1000, f"hardly anything was tried:\n{said}"
+
+
+def test_the_fuzz_targets_are_found() -> None:
+    assert {"FuzzControl", "FuzzPersistent", "FuzzWire"} <= set(FUZZ_TARGETS)
