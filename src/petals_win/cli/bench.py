@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from petals_win.errors import UserError
 
+app = typer.Typer(help="Measure this PC: a two-node swarm against one process; our p2pd against upstream's.")
+
+
+@app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Model to measure with.")] = "SmolLM2-135M-Instruct",
     rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.", min=5)] = 7,
     tokens: Annotated[int, typer.Option(help="Tokens to generate in each round.", min=1)] = 64,
@@ -18,6 +26,8 @@ def bench(
 
     Example: petals-win bench --json
     """
+    if context.invoked_subcommand is not None:
+        return
     from petals_win.host.threads import apply_thread_settings
 
     settings = apply_thread_settings(None)
@@ -40,3 +50,39 @@ def bench(
         f"{report.weights_bytes / mib:.0f} MiB, plus {report.node_overhead_bytes / mib:.0f} MiB of Python and torch"
     )
     typer.echo("threads: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+
+
+@app.command("p2pd")
+def bench_p2pd(
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.", min=5)] = 15,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Compare p2pd with upstream's, which is taken from the pinned hivemind wheel (a checkout on Linux, x86_64).
+
+    Example: petals-win bench p2pd
+    """
+    from petals_win.daemon.bench import CONCURRENT_CALLS, run_p2pd_bench
+    from petals_win.daemon.binary import find_p2pd
+    from petals_win.daemon.build import this_target
+    from petals_win.upstream.build import extract_daemon, this_checkout
+
+    if this_target() != "linux/amd64":
+        raise UserError("Upstream's daemon, the reference, runs on Linux on x86_64 only.")
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "p2pd"
+        extract_daemon(this_checkout(), reference)
+        report = run_p2pd_bench(find_p2pd().path, reference, lambda line: typer.echo(line, err=True), rounds=rounds)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+        return
+    typer.echo(f"medians of {report.rounds} rounds, taking turns          ours  upstream's  ratio\n")
+    ours, theirs = report.ours, report.reference
+    typer.echo(
+        f"call of 4 KB, ms                        {ours.latency_ms:10.3f}  {theirs.latency_ms:10.3f}  {report.latency_ratio:5.2f}"
+    )
+    typer.echo(
+        f"stream of 64 MB, MB/s                   {ours.stream_mb_per_s:10.1f}  {theirs.stream_mb_per_s:10.1f}  {report.rate_ratio:5.2f}"
+    )
+    typer.echo(
+        f"{CONCURRENT_CALLS} calls at once, s                 {ours.concurrent_s:10.2f}  {theirs.concurrent_s:10.2f}"
+    )
