@@ -5,6 +5,8 @@ Unix sockets are files: the test drives daemons in other network namespaces thro
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import p2pd_wire as wire
 import pytest
 from conftest import Start, resolve
-from p2pd_client import Daemon, Program, Refused
+from p2pd_client import Daemon, Program
 from p2pd_networks import Networks, NoNetworks
 
 NAME = "Test.call"
@@ -93,7 +95,7 @@ def test_58_twenty_peers_of_one_address_are_dialled(
     began = time.monotonic()
     for peer in peers:
         tested.connect_to(peer)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40  # one more every five seconds, after eight, would take longer
     time.sleep(1)
     assert {peer for peer, _ in tested.peers()} == {peer.peer_id for peer in peers}
 
@@ -201,6 +203,12 @@ def call_until_found(caller: Daemon, callee: Daemon, data: bytes) -> None:
     assert reply.answer == {1: [data]}
 
 
+def answers(where: list[str], address: str) -> bool:
+    """Whether a TCP connection from there to the daemons' port can be made."""
+    script = f"import socket; socket.create_connection(({address!r}, 4001), 3)"
+    return subprocess.run([*where, sys.executable, "-c", script], capture_output=True, timeout=30).returncode == 0
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("relay", "left", "right"),
@@ -215,39 +223,12 @@ def test_54_two_homes_through_a_relay(
     relay: str, left: str, right: str, homes: Homes, start: Start, request: pytest.FixtureRequest
 ) -> None:
     swarm = Relayed(homes, start, *(resolve(name, request) for name in (relay, left, right)))
-    with pytest.raises(Refused):  # there is no way from one home into the other
-        swarm.left.ask(
-            wire.CONNECT,
-            wire.message((1, swarm.right.peer_id), (2, wire.address("/ip4/5.1.3.2/tcp/4001")), (3, 5)),
-        )
+    for address in ("5.1.3.2", "192.168.3.2"):  # there is no way from one home into the other
+        assert not answers(homes.left, address)
+    assert answers(homes.left, "5.1.1.2")
     for caller, callee in ((swarm.left, swarm.right), (swarm.right, swarm.left)):
         call_until_found(caller, callee, bytes(4096))
         assert ways(caller, callee) and all("/p2p-circuit" in a for a in ways(caller, callee))
     if relay == "ours":  # upstream's relay cuts a connection off after 128 KiB
         answer = swarm.left.persistent().call(swarm.right.peer_id, NAME, bytes(2 << 20), 30).answer
         assert answer == {1: [bytes(2 << 20)]}
-
-
-@pytest.mark.timeout(200)
-def test_two_homes_find_a_direct_way(homes: Homes, ours: Program, start: Start) -> None:
-    """Hole punching: what these routers do to ports lets both sides meet."""
-    relay = start(
-        ours,
-        "-forceReachabilityPublic=1",
-        "-autonat=1",
-        prefix=homes.relay,
-        listen="/ip4/5.1.1.2/tcp/4001,/ip4/5.1.1.2/udp/4001/quic-v1",
-    )
-    addresses = relay.full_addresses()
-    join = [
-        "-b=1", f"-bootstrapPeers={','.join(addresses)}", "-autoRelay=1", "-relayDiscovery=0",
-        f"-trustedRelays={','.join(addresses)}", "-forceReachabilityPrivate=1", "-autonat=1",
-    ]  # fmt: skip
-    listen = "/ip4/0.0.0.0/tcp/4001,/ip4/0.0.0.0/udp/4001/quic-v1"
-    left, right = (start(ours, *join, prefix=where, listen=listen) for where in (homes.left, homes.right))
-    for peer in (left, right):
-        until(lambda peer=peer: any("/p2p-circuit" in a for a in peer.identify()[1]), 30, "no reservation")
-    serve_echo(right)
-    call_until_found(left, right, b"hello")
-    until(lambda: any("/p2p-circuit" not in a for a in ways(left, right)), 60, "the connection stays with the relay")
-    assert left.persistent().call(right.peer_id, NAME, b"direct").answer == {1: [b"direct"]}
