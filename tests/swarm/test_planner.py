@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -70,13 +71,20 @@ def test_an_id_that_only_looks_alike_is_not_known():
 
 def test_each_pc_gets_what_fits_in_order():
     # 11 GiB free of 12, a tenth spared: 9 blocks of 1 GiB; then the one that is left; then none.
-    made = make_plan(needs(10), [Pc("gpu", 12 * GIB), Pc("ram", 16 * GIB), Pc("gpu", 24 * GIB)])
+    made = make_plan([(pc, needs(10)) for pc in (Pc("gpu", 12 * GIB), Pc("ram", 16 * GIB), Pc("gpu", 24 * GIB))])
     assert [(share.start, share.end) for share in made.shares] == [(0, 9), (9, 10), (10, 10)]
     assert not made.missing
 
 
+def test_a_pc_that_quantizes_holds_more():
+    made = make_plan([(Pc("gpu", 12 * GIB), needs(30, GIB // 4)), (Pc("ram", 15 * GIB), needs(30))])
+    assert [(share.start, share.end) for share in made.shares] == [(0, 30), (30, 30)]
+    made = make_plan([(Pc("ram", 15 * GIB), needs(30)), (Pc("gpu", 12 * GIB), needs(30, GIB // 4))])
+    assert [(share.start, share.end) for share in made.shares] == [(0, 9), (9, 30)]
+
+
 def test_what_is_missing_is_said():
-    made = make_plan(needs(30), [Pc("gpu", 12 * GIB), Pc("gpu", GIB), Pc("ram", 8 * GIB)])
+    made = make_plan([(pc, needs(30)) for pc in (Pc("gpu", 12 * GIB), Pc("gpu", GIB), Pc("ram", 8 * GIB))])
     assert [(share.start, share.end) for share in made.shares] == [(0, 9), (9, 9), (9, 12)]
     assert made.missing == range(12, 30)
 
@@ -107,17 +115,18 @@ def test_other_sizes_are_refused(text):
 
 
 def test_three_pcs_of_12_gib_hold_60_blocks_of_a_70b_in_nf4():
-    done = invoke("--model", LLAMA_70B, "--quant", "nf4", *["--gpu", "12GiB"] * 3)
+    done = invoke("--model", LLAMA_70B, *["--gpu", "12GiB"] * 3)
     assert done.exit_code == 0
-    assert "PC 3  GPU    12 GiB  blocks 40:60" in done.output
+    assert re.search(r"PC 3  GPU +12 GiB +nf4 +421 MiB a block +blocks 40:60", done.output)
     assert "60:80 (20 of 80) have no place" in done.output and "Add 1 more PC with 12 GiB" in done.output
 
 
 def test_the_same_as_json():
-    done = invoke("--model", LLAMA_70B, "--quant", "nf4", "--json", "--gpu", "24", "--gpu", "24")
+    done = invoke("--model", LLAMA_70B, "--json", "--gpu", "24", "--ram", "64")
     facts = json.loads(done.output)
-    assert [(pc["start"], pc["end"]) for pc in facts["pcs"]] == [(0, 43), (43, 80)]
-    assert facts["missing"] == [] and facts["num_blocks"] == 80
+    assert [(pc["quant"], pc["start"], pc["end"]) for pc in facts["pcs"]] == [("nf4", 0, 43), ("none", 43, 75)]
+    assert facts["missing"] == [75, 76, 77, 78, 79] and facts["num_blocks"] == 80
+    assert set(facts["sizes"]) == {"nf4", "none"}
 
 
 def test_without_pcs_it_tells_the_smallest_set_ups():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are
 _MIB, _GIB = 2**20, 2**30
 _QUANTS: tuple[Literal["nf4", "int8", "none"], ...] = ("nf4", "int8", "none")
 _IN_WORDS = {"nf4": "nf4", "int8": "int8", "none": "not quantized"}
+_DEFAULT_QUANTS = {"gpu": "nf4", "ram": "none"}
 _USUAL_GPUS = (8, 12, 16, 24)  # GiB
 
 
@@ -33,8 +34,11 @@ def plan(
         list[str] | None, typer.Option(help="Memory of a PC that computes on its CPU, e.g. 32GiB. Once for each PC.")
     ] = None,
     quant: Annotated[
-        str, typer.Option(help="How weights are stored: nf4 (4 bits), int8, or none for the checkpoint's own.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="How PCs keep weights: nf4 (4 bits), int8 or none; default: nf4 on GPUs, else none, as 'serve' does."
+        ),
+    ] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
@@ -42,20 +46,19 @@ def plan(
 ) -> None:
     """Tell from a model's configuration alone which blocks each PC would hold, and what is missing.
 
-    Example: petals-win plan --model meta-llama/Llama-2-70b-hf --quant nf4 --gpu 12GiB --gpu 12GiB --gpu 24GiB
+    Example: petals-win plan --model meta-llama/Llama-2-70b-hf --gpu 12GiB --gpu 12GiB --gpu 24GiB
     """
     from petals_win.swarm.planner import Pc, parse_size
 
-    stored = next((each for each in _QUANTS if each == quant), None)
-    if stored is None:
-        raise UserError(f"There is no way {quant!r} to store weights. Use one of: {', '.join(_QUANTS)}.")
+    if quant is not None and quant not in _QUANTS:
+        raise UserError(f"There is no quantization {quant!r}. Use one of: {', '.join(_QUANTS)}.")
     pcs = [Pc("gpu", parse_size(size)) for size in gpu or ()] + [Pc("ram", parse_size(size)) for size in ram or ()]
     if pcs and model is None:
         raise UserError("Which model are these PCs for? Give it as --model, or leave --gpu and --ram out.")
     if model is None or not pcs:
         _show_smallest(model, read_token(token_file), as_json)
     else:
-        _show_plan(model, pcs, stored, read_token(token_file), as_json)
+        _show_plan(model, pcs, quant, read_token(token_file), as_json)
 
 
 def _needs(model: str, token: str | None) -> dict[str, Needs]:
@@ -75,29 +78,47 @@ def _needs(model: str, token: str | None) -> dict[str, Needs]:
     return {quant: needs_of(config, dtype, quant) for quant in _QUANTS}  # pyright: ignore[reportArgumentType]
 
 
-def _show_plan(model: str, pcs: Sequence[Pc], quant: str, token: str | None, as_json: bool) -> None:
+def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | None, as_json: bool) -> None:
     from petals_win.swarm.planner import make_plan
 
-    needs = _needs(model, token)[quant]
-    made = make_plan(needs, pcs)
+    kept = [quant or _DEFAULT_QUANTS[pc.kind] for pc in pcs]  # by each PC
+    by_quant = _needs(model, token)
+    made = make_plan([(pc, by_quant[way]) for pc, way in zip(pcs, kept, strict=True)])
+    any_needs = by_quant["none"]
     if as_json:
-        typer.echo(json.dumps({"model": model, "quant": quant, **_facts(needs), **_plan_facts(made)}))
+        shares = [
+            {
+                "kind": share.pc.kind,
+                "total_bytes": share.pc.total_bytes,
+                "quant": way,
+                "start": share.start,
+                "end": share.end,
+            }
+            for share, way in zip(made.shares, kept, strict=True)
+        ]
+        sizes = {way: _facts(by_quant[way]) for way in _QUANTS if way in kept}
+        facts = {"model": model, "num_blocks": any_needs.num_blocks, "pcs": shares, "missing": list(made.missing)}
+        typer.echo(json.dumps({**facts, "sizes": sizes}))
         return
     typer.echo(
-        f"{model}, {_IN_WORDS[quant]}: {needs.num_blocks} blocks, the largest of {max(needs.block_bytes) / _MIB:,.0f} MiB, and "
-        f"{needs.cache_bytes / _MIB:,.0f} MiB for the caches of each ({needs.cache_tokens:,} tokens of all sessions together).\n"
+        f"{model}: {any_needs.num_blocks} blocks. Beside its weights each takes {any_needs.cache_bytes / _MIB:,.0f} MiB for "
+        f"caches: {any_needs.cache_tokens:,} tokens of all sessions together.\n"
     )
-    for number, share in enumerate(made.shares, 1):
-        holds = f"blocks {share.start}:{share.end}" if share.end > share.start else _why_none(share.pc, made, needs)
-        typer.echo(f"PC {number}  {share.pc.kind.upper()} {share.pc.total_bytes / _GIB:>5g} GiB  {holds}")
-    typer.echo(f"\n{_verdict(needs, made, pcs)}")
+    for number, (share, way) in enumerate(zip(made.shares, kept, strict=True), 1):
+        needs = by_quant[way]
+        holds = f"blocks {share.start}:{share.end}" if share.end > share.start else _why_none(share.pc, needs)
+        size = f"{max(needs.block_bytes) / _MIB:,.0f} MiB a block"
+        typer.echo(
+            f"PC {number}  {share.pc.kind.upper()} {share.pc.total_bytes / _GIB:>5g} GiB  {_IN_WORDS[way]:13}  {size:17}  {holds}"
+        )
+    typer.echo(f"\n{_verdict(made, pcs, [by_quant[way] for way in kept])}")
     typer.echo(
-        f"The PC that asks holds another {needs.outside_bytes / _MIB:,.0f} MiB (embeddings and head) in its RAM.\n"
+        f"The PC that asks holds another {any_needs.outside_bytes / _MIB:,.0f} MiB (embeddings and head) in its RAM.\n"
         "A tenth of what is free stays free; the system and torch are taken to have 1 GiB of a GPU, 4 GiB of a PC's RAM."
     )
 
 
-def _why_none(pc: Pc, made: Plan, needs: Needs) -> str:
+def _why_none(pc: Pc, needs: Needs) -> str:
     from petals_win.span.needs import blocks_that_fit
 
     if blocks_that_fit(pc.free_bytes, needs):
@@ -105,21 +126,24 @@ def _why_none(pc: Pc, made: Plan, needs: Needs) -> str:
     return f"too small for a block, which takes {needs.served_block_bytes / _MIB:,.0f} MiB with its caches"
 
 
-def _verdict(needs: Needs, made: Plan, pcs: Sequence[Pc]) -> str:
+def _verdict(made: Plan, pcs: Sequence[Pc], needs: Sequence[Needs]) -> str:
+    """Whether all blocks have a place, and if not, how many more PCs like the one that holds most would do."""
+    from petals_win.span.needs import blocks_that_fit
     from petals_win.swarm.planner import pcs_needed
 
     missing = made.missing
     if not missing:
         return "All blocks have a place."
-    happens = f"The blocks {missing.start}:{missing.stop} ({len(missing)} of {needs.num_blocks}) have no place: nothing can be answered yet."
-    largest = max(pcs, key=lambda pc: pc.free_bytes)
-    more = pcs_needed(needs, largest, len(missing))
+    happens = (
+        f"The blocks {missing.start}:{missing.stop} ({len(missing)} of {needs[0].num_blocks}) have no place: "
+        "nothing can be answered yet."
+    )
+    best, its_needs = max(zip(pcs, needs, strict=True), key=lambda pair: blocks_that_fit(pair[0].free_bytes, pair[1]))
+    more = pcs_needed(its_needs, best, len(missing))
     if more is None:
         return f"{happens} Use GPUs with more memory, --quant nf4, or a smaller model."
-    pc_text = f"PC with {largest.total_bytes / _GIB:g} GiB" + (
-        " of GPU memory" if largest.kind == "gpu" else " of RAM"
-    )
-    return f"{happens} Add {more} more {pc_text}." if more == 1 else f"{happens} Add {more} more, each a {pc_text}."
+    such = f"with {best.total_bytes / _GIB:g} GiB of {'GPU memory' if best.kind == 'gpu' else 'RAM'}"
+    return f"{happens} Add {more} more {'PC' if more == 1 else 'PCs'} {such}{'' if more == 1 else ' each'}."
 
 
 def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
@@ -153,11 +177,3 @@ def _facts(needs: Needs) -> dict[str, object]:
         "cache_tokens": needs.cache_tokens,
         "outside_bytes": needs.outside_bytes,
     }
-
-
-def _plan_facts(made: Plan) -> dict[str, object]:
-    shares = [
-        {"kind": share.pc.kind, "total_bytes": share.pc.total_bytes, "start": share.start, "end": share.end}
-        for share in made.shares
-    ]
-    return {"pcs": shares, "missing": list(made.missing)}

@@ -50,14 +50,15 @@ class Plan:
     missing: range
 
 
-def make_plan(needs: Needs, pcs: Sequence[Pc]) -> Plan:
-    """Give each PC in turn as many blocks as fit."""
-    shares, start = [], 0
-    for pc in pcs:
-        end = min(start + blocks_that_fit(pc.free_bytes, needs), needs.num_blocks)
+def make_plan(pcs: Sequence[tuple[Pc, Needs]]) -> Plan:
+    """Give each PC in turn as many blocks as fit. One model may take less on one PC than on another, where it is quantized."""
+    shares, start, num_blocks = [], 0, 0
+    for pc, needs in pcs:
+        num_blocks = needs.num_blocks
+        end = min(start + blocks_that_fit(pc.free_bytes, needs), num_blocks)
         shares.append(Share(pc, start, end))
         start = end
-    return Plan(tuple(shares), range(start, needs.num_blocks))
+    return Plan(tuple(shares), range(start, num_blocks))
 
 
 def pcs_needed(needs: Needs, pc: Pc, num_blocks: int | None = None) -> int | None:
