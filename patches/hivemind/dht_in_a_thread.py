@@ -127,13 +127,7 @@ class DHT(LoopThread):
         return self._await(self._node.get(key, latest=latest, **kwargs), return_future)
 
     def store(
-        self,
-        key: DHTKey,
-        value: DHTValue,
-        expiration_time: DHTExpiration,
-        subkey: Optional[Subkey] = None,
-        return_future: bool = False,
-        **kwargs,
+        self, key, value, expiration_time, subkey=None, return_future: bool = False, **kwargs
     ) -> Union[bool, MPFuture]:
         """Store a value at the nearest nodes until `expiration_time` (DHT time, seconds); True if one of them took it."""
         return self._await(self._node.store(key, value, expiration_time, subkey=subkey, **kwargs), return_future)

@@ -18,23 +18,14 @@ remove("petals.server.handler:TransformerConnectionHandler.shutdown", digest="e2
 
 @replace("petals.server.handler:TransformerConnectionHandler.__init__", digest="ce8829fc512b973b")
 def __init__(
-    self,
-    dht: DHT,
-    module_backends: Dict[str, TransformerBackend],
-    *,
-    adapters: Optional[Sequence[str]],
-    dht_prefix: str,
-    inference_max_length: int,
-    request_timeout: float,
-    session_timeout: float,
-    step_timeout: float,
-    task_prioritizer: TaskPrioritizerBase = DummyTaskPrioritizer(),
-    quant_type: QuantType,
+    self, dht, module_backends, *, adapters, dht_prefix, quant_type, task_prioritizer=DummyTaskPrioritizer(), **limits
 ):
     super().__init__(dht, module_backends)
     self.dht_prefix, self.adapters, self.quant_type = dht_prefix, adapters, quant_type
-    self.inference_max_length = inference_max_length
-    self.request_timeout, self.session_timeout, self.step_timeout = request_timeout, session_timeout, step_timeout
+    self.inference_max_length = limits["inference_max_length"]
+    self.request_timeout, self.session_timeout, self.step_timeout = (
+        limits[f"{what}_timeout"] for what in ("request", "session", "step")
+    )
     self._prioritizer = task_prioritizer
     self._session_queues: Dict[str, asyncio.Queue] = {}
 

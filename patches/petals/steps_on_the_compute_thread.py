@@ -70,12 +70,7 @@ def _to_cpu(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) ->
 
 
 async def run_rpc_forward(
-    *flat_tensors: torch.Tensor,
-    requested_backends: Sequence[TransformerBackend],
-    active_adapter: str = "",
-    prioritizer: TaskPrioritizerBase,
-    points: int = 0,
-    args_structure: Any = None,
+    *flat_tensors, requested_backends, prioritizer, active_adapter="", points=0, args_structure=None
 ) -> torch.Tensor:
     """Hidden states [batch, tokens, hidden] after the requested blocks, without a cache."""
     hidden_states, prompts, *_ = _unpack(flat_tensors, args_structure)
@@ -93,12 +88,7 @@ async def run_rpc_forward(
 
 
 async def run_rpc_backward(
-    *flat_tensors: torch.Tensor,
-    requested_backends: Sequence[TransformerBackend],
-    active_adapter: str = "",
-    prioritizer: TaskPrioritizerBase,
-    points: int = 0,
-    args_structure: Any = None,
+    *flat_tensors, requested_backends, prioritizer, active_adapter="", points=0, args_structure=None
 ) -> Sequence[torch.Tensor]:
     """Gradients with respect to the inputs and, if there were deep prompts, to them: [blocks, batch, prefix, hidden]."""
     inputs, grad_outputs, prompts, *_ = _unpack(flat_tensors, args_structure)
@@ -120,20 +110,11 @@ async def run_rpc_backward(
 
 
 async def iterate_rpc_inference(
-    requested_uids: Sequence[ExpertUID],
-    requested_backends: Sequence[TransformerBackend],
-    active_adapter: Optional[str],
-    input_iterator: AsyncIterator[Tuple[runtime_pb2.ExpertRequest, dict]],
-    cache_handles: Session,
-    *,
-    max_length: int,
-    prioritizer: TaskPrioritizerBase,
-    points: int,
-    args_structure: Any = None,
-    **_quantization,
+    *, input_iterator, cache_handles, requested_uids, requested_backends, active_adapter, prioritizer, points, **more
 ) -> AsyncIterator[Tuple[runtime_pb2.ExpertRequest, dict, Sequence[runtime_pb2.Tensor], bool]]:
     """For each request of a session: itself, its metadata, its outputs, and whether they may be pushed to the next server."""
-    session, backend = cache_handles, requested_backends[0]
+    session: Session = cache_handles
+    backend, args_structure = requested_backends[0], more.get("args_structure")
     session.adapter = active_adapter or ""
     async for request, metadata in input_iterator:
         flat_tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]

@@ -27,15 +27,7 @@ RELAY_PENALTY = 0.2  # upstream's figure: a relayed node passes on a fifth of wh
 
 
 def get_server_throughput(
-    model_name: str,
-    config: PretrainedConfig,
-    device: torch.device,
-    dtype: Union[str, torch.dtype],
-    *,
-    num_blocks: int,
-    quant_type: QuantType,
-    reachable_via_relay: bool,
-    **_unused: Sequence,
+    _model, config, device, dtype, *, num_blocks, quant_type, reachable_via_relay, **_settings_of_processes
 ) -> Dict[str, float]:
     """What the node announces while it joins: the speed measured at an earlier start, or a modest guess."""
     speed = known_speed(config, device, dtype, quant_type.name.lower())
