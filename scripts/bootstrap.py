@@ -1,6 +1,6 @@
 """Makes .venv in this checkout, keeps it up to date, and runs a program in it.
 
-Usage: bootstrap.py run|install|test|check [argument …], by any Python 3.10 to 3.13, with the standard library alone.
+Usage: bootstrap.py run|install|test|check|build [argument …], by any Python 3.10 to 3.13, with the standard library alone.
 
 Knows venv, pip and which build of torch suits this PC. Does not know what is installed: pyproject.toml says that.
 """
