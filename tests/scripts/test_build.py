@@ -58,6 +58,7 @@ def test_two_builds_in_two_places_are_equal(tmp_path):
     } <= names
     assert {"petals_win/licences/petals.txt", "petals_win/licences/hivemind.txt"} <= names
     with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "src/p2pd/go.mod",
@@ -67,6 +68,12 @@ def test_two_builds_in_two_places_are_equal(tmp_path):
         "hatch_build.py",
     } <= names
     assert not [name for name in names if name.startswith(("external/petals-main", "external/hivemind", "tests"))]
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "third")]
+    subprocess.run(command, cwd=unpacked, check=True, timeout=900)
+    assert (
+        tmp_path / "third" / wheel.name
+    ).read_bytes() == wheel.read_bytes(), "a wheel made from the sdist is the same"
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
