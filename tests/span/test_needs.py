@@ -18,9 +18,10 @@ from petals_win.span.source import open_model
 
 BLOCKS, TOKENS = 10, 8192
 
-# One block is loaded first, so that what torch takes once is not counted.
+# One block is loaded first, so that what torch takes once is not counted; nor is what the allocator keeps of plain weights
+# that were freed when they had been packed: it is a few layers' worth, however many there are, and the next one to ask gets it.
 MEASURE = f"""
-import gc, json, sys
+import ctypes, gc, json, sys
 import torch
 from petals_win.host.memory import own_bytes
 from petals_win.span.source import open_model
@@ -30,6 +31,8 @@ torch.set_num_threads(1)
 source = open_model(sys.argv[1])
 def settled():
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     return own_bytes()
 first = Span.load(source, 0, 1)
 first.step(first.open(1, 8), torch.zeros(1, 4, first.hidden_size, dtype=first.dtype))
