@@ -119,7 +119,9 @@ def test_a_node_leaves_in_order_when_its_parent_is_killed(tmp_path):
         time.sleep(600)
     """)
     psutil.wait_procs([child], timeout=10)
-    assert not child.is_running() and left.exists()
+    assert not child.is_running()
+    if sys.platform != "win32":  # where its job object ends it at once
+        assert left.exists()
 
 
 def test_a_process_without_stop_event_ends_at_once_with_its_parent():
@@ -177,7 +179,8 @@ def test_start_child_says_what_cannot_be_run(tmp_path):
         return output.decode()
 
     message = run(main())
-    assert "nothing" in message and "such file" in message or "find the file" in message
+    assert "such file" in message.lower() or "find the file" in message
+    assert "nothing" in message or sys.platform == "win32"  # whose event loops do not name it
 
 
 def test_exit_with_parent_leaves_other_processes_alone():
