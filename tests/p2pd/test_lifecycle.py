@@ -46,7 +46,8 @@ def test_11_every_flag_parses(program: Program, start: Start) -> None:
 
 @pytest.mark.parametrize("mode", ["-dht=1", "-dhtClient=1", "-dhtServer=1", "-forceReachabilityPrivate=true"])
 def test_11_each_mode_parses(program: Program, start: Start, mode: str) -> None:
-    assert start(program, mode, dht=None).identify()
+    daemon = start(program, mode, dht=None)
+    assert daemon.identify()[0] == daemon.peer_id
 
 
 def test_11_unknown_flag_is_refused(program: Program, start: Start) -> None:
@@ -135,7 +136,7 @@ def test_17_death_of_the_parent(program: Program, start: Start, held: bool) -> N
 
 def test_17_end_of_standard_input(our: Program, start: Start) -> None:
     daemon = start(our, env={"PETALS_WIN_P2PD_STDIN": "1"}, stdin=subprocess.PIPE)
-    assert daemon.identify()
+    assert daemon.identify()[0] == daemon.peer_id
     assert daemon.process.stdin is not None
     daemon.process.stdin.close()
     assert ends(daemon) == 0
