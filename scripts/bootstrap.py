@@ -1,6 +1,6 @@
 """Makes .venv in this checkout, keeps it up to date, and runs a program in it.
 
-Usage: bootstrap.py run|install|test|check|build [argument …], by any Python 3.10 to 3.13, with the standard library alone.
+Usage: bootstrap.py run|install|test|check|build [argument …], by any Python 3.11 to 3.13, with the standard library alone.
 
 Knows venv, pip and which build of torch suits this PC. Does not know what is installed: pyproject.toml says that.
 """
@@ -74,7 +74,7 @@ CAUSES = (
     (
         r"No matching distribution found",
         "The package index does not answer, or has no such package for this system and this Python. Check the internet "
-        "connection, and use a 64-bit Python 3.10 to 3.13 from python.org.",
+        "connection, and use a 64-bit Python 3.11 to 3.13 from python.org.",
     ),
 )
 
@@ -222,7 +222,7 @@ def make_venv(report: Report) -> None:
 def venv_works() -> bool:
     if not VENV_PYTHON.exists():
         return False
-    right = "import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))"
+    right = "import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
     try:
         return subprocess.run([str(VENV_PYTHON), "-I", "-c", right], capture_output=True).returncode == 0
     except OSError:
@@ -399,8 +399,8 @@ def run(*command: str) -> int:
 
 
 def main(verb: str, *arguments: str) -> int:
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        raise Failure(f"petals-win needs Python 3.10 to 3.13; this is {sys.version.split()[0]}.")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise Failure(f"petals-win needs Python 3.11 to 3.13; this is {sys.version.split()[0]}.")
     wanted = {"speed"} | ({"quant"} if has_nvidia() else set())
     install(wanted if verb in ("run", "install") else wanted | {"test"})
     if verb == "run":

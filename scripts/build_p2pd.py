@@ -1,4 +1,4 @@
-"""Builds p2pd, by any Python 3.10 to 3.13, with the standard library alone.
+"""Builds p2pd, by any Python 3.11 to 3.13, with the standard library alone.
 
 Usage: build-p2pd [--os windows|linux|darwin] [--arch amd64|arm64] [--output FILE]
 """

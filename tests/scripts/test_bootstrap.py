@@ -311,4 +311,4 @@ def test_no_suitable_python(bare, tmp_path):
         encoding="utf-8",
         timeout=60,
     )
-    assert done.returncode == 1 and "Python 3.10 to 3.13" in done.stderr and "python.org" in done.stderr
+    assert done.returncode == 1 and "Python 3.11 to 3.13" in done.stderr and "python.org" in done.stderr

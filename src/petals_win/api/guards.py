@@ -115,7 +115,7 @@ class LimitBody:
             # The server goes on to discard what still comes: a client that is cut off would not see the answer.
             await refusal.response()(scope, receive, send)
             return
-        except asyncio.TimeoutError:
+        except TimeoutError:
             refusal = ApiError(408, f"The request was not complete after {BODY_DEADLINE_S:.0f} s.")
             await refusal.response()(scope, receive, send)
             return

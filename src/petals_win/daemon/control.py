@@ -74,7 +74,7 @@ async def open_control(address: str) -> tuple[asyncio.StreamReader, asyncio.Stre
         connecting = asyncio.open_unix_connection(where)
     try:
         return await asyncio.wait_for(connecting, _CONNECT_TIMEOUT_S)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise TimeoutError(f"p2pd does not accept a connection at {address}") from None
 
 
@@ -109,7 +109,7 @@ def _behind_secret(handler: StreamHandler) -> StreamHandler:
     async def check(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             shown = await asyncio.wait_for(reader.readexactly(len(expected)), _SECRET_TIMEOUT_S)
-        except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError):
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             shown = b""
         if hmac.compare_digest(shown, expected):
             await handler(reader, writer)

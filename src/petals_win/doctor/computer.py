@@ -18,7 +18,7 @@ from petals_win.host.folders import cache_folder
 from petals_win.host.gpu import NvidiaDriver, find_nvidia
 
 _GIB = 2**30
-_PYTHONS = ((3, 10), (3, 13))
+_PYTHONS = ((3, 11), (3, 13))
 _LITTLE_RAM, _LITTLE_DISK, _NO_DISK = 4 * _GIB, 20 * _GIB, 2 * _GIB
 _CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))  # that torch is built for
 _TORCH_INDEX = "https://download.pytorch.org/whl"
@@ -32,7 +32,7 @@ def check_python(_asked: Asked) -> Iterator[Finding]:
         Finding("ok", text)
         if right
         else Finding(
-            "error", text, "Install a 64-bit Python 3.10 to 3.13 from python.org, then install petals-win again."
+            "error", text, "Install a 64-bit Python 3.11 to 3.13 from python.org, then install petals-win again."
         )
     )
 

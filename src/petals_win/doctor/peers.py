@@ -92,7 +92,7 @@ def _ask_time(peer: str) -> tuple[float, float]:
     loop = new_event_loop()
     try:
         return loop.run_until_complete(asyncio.wait_for(_ping(peer), 2 * _PING_S))
-    except asyncio.TimeoutError as e:
+    except TimeoutError as e:
         raise UserError(f"{peer} did not answer within {2 * _PING_S} s. Start petals-win there again.") from e
     finally:
         loop.close()
@@ -113,7 +113,7 @@ async def _ping(peer: str) -> tuple[float, float]:
             p2p.call_protobuf_handler(peer_id, "DHTProtocol.rpc_ping", request, messages.PingResponse), _PING_S
         )
         half = (time.monotonic() - began) / 2
-    except (P2PDaemonError, P2PHandlerError, asyncio.TimeoutError) as e:
+    except (TimeoutError, P2PDaemonError, P2PHandlerError) as e:
         raise UserError(f"{peer} is reached but does not answer. Start petals-win there again.") from e
     finally:
         await p2p.shutdown()

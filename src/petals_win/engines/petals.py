@@ -208,7 +208,7 @@ class PetalsEngine:
                 )
         except MissingBlocksError as e:
             raise SwarmUnavailable(e.block_indices) from e
-        except (ConnectionError, asyncio.TimeoutError, P2PDaemonError, P2PHandlerError, StopAsyncIteration) as e:
+        except (TimeoutError, ConnectionError, P2PDaemonError, P2PHandlerError, StopAsyncIteration) as e:
             raise SwarmUnavailable(()) from e
         finally:
             put(None)

@@ -58,7 +58,6 @@ class AwaitableFuture(concurrent.futures.Future[T]):
                 if self.done():
                     return super().result()
                 if deadline is not None and time.monotonic() >= deadline:
-                    # Python 3.10 has a TimeoutError of its own in concurrent.futures; callers expect the builtin one.
                     raise TimeoutError(f"No result within {timeout:g} s") from None
 
 
