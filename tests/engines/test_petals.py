@@ -1,0 +1,190 @@
+"""The engine "petals" in front of a real swarm: two nodes of the default model on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from petals_win.engines.base import (
+    ContextTooLong,
+    Finished,
+    GenerationRequest,
+    ModelNotFound,
+    Token,
+    Usage,
+)
+from petals_win.engines.petals import PetalsEngine
+from petals_win.errors import UserError
+from petals_win.span.source import DEFAULT_MODEL
+from petals_win.swarm.local import LocalSwarm
+
+QUESTION = ({"role": "user", "content": "What is the capital of France?"},)
+STORY = ({"role": "user", "content": "Tell me a long story about a dragon and a baker."},)
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
+        swarm.wait_until_serving()
+        yield swarm
+
+
+@pytest.fixture
+def use(swarm: LocalSwarm):
+    """Runs a coroutine function on an engine that follows the swarm, and closes the engine."""
+
+    def run(action: Callable[[PetalsEngine], Awaitable]):
+        async def within():
+            engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
+            try:
+                await engine.watch()
+                return await asyncio.wait_for(action(engine), 120)
+            finally:
+                await engine.close()
+
+        return asyncio.run(within())
+
+    return run
+
+
+def request(messages=QUESTION, **settings) -> GenerationRequest:
+    if "prompt" in settings:
+        messages = None
+    return GenerationRequest(**{"model": DEFAULT_MODEL, "messages": messages, "temperature": 0, **settings})
+
+
+async def answer(engine: PetalsEngine, asked: GenerationRequest) -> tuple[str, str, Usage]:
+    """Text, reason of the end, usage; and the events are in the order of the protocol."""
+    events = [event async for event in engine.generate(asked)]
+    *tokens, finished, usage = events
+    assert all(isinstance(token, Token) and token.text for token in tokens)
+    assert isinstance(finished, Finished) and isinstance(usage, Usage)
+    return "".join(token.text for token in tokens), finished.reason, usage
+
+
+def test_an_answer(use):
+    text, reason, usage = use(lambda engine: answer(engine, request(max_tokens=32)))
+    assert text == "The capital of France is Paris."
+    assert reason == "stop"
+    assert 7 <= usage.completion_tokens <= 9 and usage.prompt_tokens > 10
+
+
+def test_lengths_and_stop_strings(use):
+    async def ask(engine):
+        cut = await answer(engine, request(max_tokens=3))
+        stopped = await answer(engine, request(stop=("France", "nowhere")))
+        over_tokens = await answer(engine, request(stop=("is Par",)))
+        continued = await answer(engine, request(prompt="1, 2, 3, 4, 5, 6,", max_tokens=6))
+        ids = engine._tokenizer("1, 2, 3, 4, 5, 6,")["input_ids"]
+        by_ids = await answer(engine, request(prompt=tuple(ids), max_tokens=6))
+        return cut, stopped, over_tokens, continued, by_ids
+
+    cut, stopped, over_tokens, continued, by_ids = use(ask)
+    assert cut[0] == "The capital of" and cut[1] == "length" and cut[2].completion_tokens == 3
+    assert stopped[:2] == ("The capital of ", "stop")
+    assert over_tokens[:2] == ("The capital of France ", "stop")
+    assert continued[0].replace(" ", "").startswith("7,8,") and continued[1] == "length"
+    assert by_ids == continued
+
+
+def test_a_seed_repeats_an_answer(use):
+    async def ask(engine):
+        sampled = dict(temperature=1.5, top_p=0.95, max_tokens=12)
+        first, again, other = [(await answer(engine, request(STORY, **sampled, seed=seed)))[0] for seed in (7, 7, 8)]
+        # The seed is the request's own: another request at the same time does not disturb it.
+        both = await asyncio.gather(
+            answer(engine, request(STORY, **sampled, seed=7)), answer(engine, request(STORY, **sampled, seed=9))
+        )
+        return first, again, other, both[0][0]
+
+    first, again, other, beside_another = use(ask)
+    assert first == again == beside_another
+    assert first != other
+
+
+@pytest.mark.parametrize("how", ["aclose", "cancel"])
+def test_whoever_stops_reading_ends_the_computation(use, how):
+    async def ask(engine):
+        async def read(generation, count: int) -> int:
+            async for event in generation:
+                count -= isinstance(event, Token)
+                if count == 0:
+                    break
+            return count
+
+        steps: list[None] = []
+        engine._model.register_forward_hook(lambda *_: steps.append(None))
+        generation = engine.generate(request(STORY, max_tokens=1000))
+        assert await read(generation, 3) == 0
+        before = len(steps)
+        if how == "aclose":
+            await generation.aclose()
+        else:
+            task = asyncio.ensure_future(anext(generation))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        more = len(steps) - before
+        # Nothing of it is left: no thread computes, and the next answer comes as if it had never been.
+        assert not engine._running
+        assert engine._threads._work_queue.empty()
+        text, *_ = await answer(engine, request(max_tokens=32))
+        return more, text
+
+    more, text = use(ask)
+    assert more <= 2, "the token in work, and one that began while it was cancelled"
+    assert text == "The capital of France is Paris."
+
+
+def test_requests_that_cannot_be_answered(use):
+    async def refusal(engine, asked) -> UserError:
+        with pytest.raises(UserError) as refused:
+            await answer(engine, asked)
+        return refused.value
+
+    async def ask(engine):
+        context, unknown = engine.models()[0].context_length, 49152
+        too_long = await refusal(engine, request(prompt=(5,) * (context + 1)))
+        assert isinstance(too_long, ContextTooLong)
+        assert f"The prompt has {context + 1} tokens" in str(too_long) and str(context) in str(too_long)
+        assert isinstance(
+            await refusal(engine, request(prompt=(5,) * context)), ContextTooLong
+        ), "no room for an answer"
+        assert "prompt is empty" in str(await refusal(engine, request(prompt="")))
+        assert "prompt is empty" in str(await refusal(engine, request(prompt=())))
+        for token in (unknown, -1):
+            assert f"tokens 0 to {unknown - 1}, but the prompt has {token}" in str(
+                await refusal(engine, request(prompt=(1, token)))
+            )
+        assert isinstance(await refusal(engine, request(model="gpt-5")), ModelNotFound)
+        assert engine._running == set()
+
+    use(ask)
+
+
+def test_models_and_status(use):
+    async def ask(engine):
+        return engine.models(), engine.status()
+
+    (card,), status = use(ask)
+    assert card.id == DEFAULT_MODEL and card.context_length == 2048
+    assert abs(card.created - time.time()) < 600
+    assert status.ready and status.missing_blocks == ()
+    assert sorted((peer.start_block, peer.end_block) for peer in status.peers) == [(0, 15), (15, 30)]
+
+
+def test_close_ends_what_is_running(swarm):
+    async def run():
+        engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
+        await engine.watch()
+        generation = engine.generate(request(STORY, max_tokens=1000))
+        await anext(generation)
+        await asyncio.wait_for(engine.close(), 30)
+        await generation.aclose()
+        await engine.close()
+
+    asyncio.run(run())
