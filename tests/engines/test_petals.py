@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -105,6 +104,18 @@ def test_a_seed_repeats_an_answer(use):
     assert first != other
 
 
+def test_several_at_once(use):
+    words = ("red", "green", "blue", "white")
+
+    async def ask(engine):
+        asked = [request(prompt=f"The {word} flag of the old town", max_tokens=10) for word in words]
+        one_by_one = [await answer(engine, each) for each in asked]
+        return one_by_one, await asyncio.gather(*(answer(engine, each) for each in asked))
+
+    one_by_one, at_once = use(ask)
+    assert at_once == one_by_one
+
+
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
 def test_whoever_stops_reading_ends_the_computation(use, how):
     async def ask(engine):
@@ -164,17 +175,6 @@ def test_requests_that_cannot_be_answered(use):
         assert engine._running == set()
 
     use(ask)
-
-
-def test_models_and_status(use):
-    async def ask(engine):
-        return engine.models(), engine.status()
-
-    (card,), status = use(ask)
-    assert card.id == DEFAULT_MODEL and card.context_length == 2048
-    assert abs(card.created - time.time()) < 600
-    assert status.ready and status.missing_blocks == ()
-    assert sorted((peer.start_block, peer.end_block) for peer in status.peers) == [(0, 15), (15, 30)]
 
 
 def test_close_ends_what_is_running(swarm):
