@@ -114,7 +114,8 @@ class Node:
     @property
     def join_command(self) -> str:
         """What to type on the next PC."""
-        return f"petals-win serve --model {self._settings.model} --peers {self.addresses[0]}"
+        model = f'"{self._settings.model}"' if " " in self._settings.model else self._settings.model
+        return f"petals-win serve --model {model} --peers {self.addresses[0]}"
 
     def run(self, on_serving: Callable[[str], None] | None = None) -> None:
         """Serve until a signal comes; `on_serving` is called with the range of blocks whenever they are loaded."""
