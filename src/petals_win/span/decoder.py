@@ -111,7 +111,9 @@ class CutDecoder:
         if (start, end) not in self._views:
             view = copy.copy(self._frame)
             view._modules = dict(self._frame._modules)
-            view._buffers = dict(self._frame._buffers)  # some models move theirs to where their inputs are, even to meta
+            view._buffers = dict(
+                self._frame._buffers
+            )  # some models move theirs to where their inputs are, even to meta
             view._modules[self._list_name] = nn.ModuleList(self._layers[start - self.start : end - self.start])
             view.config = config_of_blocks(self._config, start, end)
             self._views[start, end] = view
