@@ -44,7 +44,7 @@ func pipe(conn net.Conn, s network.Stream) {
 	switch {
 	case err == io.EOF:
 		s.Close()
-		linger(conn)
+		finish(conn)
 	case sinkErr == nil:
 		s.Close()
 		conn.Close()
@@ -71,8 +71,13 @@ func copyAll(dst io.Writer, src io.Reader) (srcErr, dstErr error) {
 	}
 }
 
-// linger tells the client that no more comes, and gives it time to close.
-func linger(conn net.Conn) {
+// finish tells the client that no more comes. Where that is safe, it closes at once: a client that goes on writing has to
+// learn that nobody is there. A TCP socket gets time to be closed by the client first.
+func finish(conn net.Conn) {
+	if _, local := conn.(*net.UnixConn); local {
+		conn.Close() // what the client has not read yet stays readable
+		return
+	}
 	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		_ = half.CloseWrite()
 	}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -12,6 +15,7 @@ from petals_win.engines.base import (
     Finished,
     GenerationRequest,
     ModelNotFound,
+    SwarmUnavailable,
     Token,
     Usage,
 )
@@ -177,6 +181,17 @@ def test_requests_that_cannot_be_answered(use):
     use(ask)
 
 
+def test_models_and_status(use):
+    async def ask(engine):
+        return engine.models(), engine.status()
+
+    (card,), status = use(ask)
+    assert card.id == DEFAULT_MODEL and card.context_length == 8192
+    assert abs(card.created - time.time()) < 600
+    assert status.ready and status.missing_blocks == ()
+    assert sorted((peer.start_block, peer.end_block) for peer in status.peers) == [(0, 15), (15, 30)]
+
+
 def test_close_ends_what_is_running(swarm):
     async def run():
         engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
@@ -188,3 +203,37 @@ def test_close_ends_what_is_running(swarm):
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_a_node_is_missing():
+    """First in the middle of an answer, then for the next question."""
+
+    async def run(swarm: LocalSwarm):
+        engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
+        try:
+            await engine.watch()
+            generation = engine.generate(request(STORY, max_tokens=1000))
+            await anext(generation)
+            os.kill(swarm.nodes[1].child.pid, signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(SwarmUnavailable) as refused:
+                async for _ in generation:
+                    pass
+            assert time.monotonic() - began < 120
+            assert "no reachable PC serves" in str(refused.value) and "petals-win serve" in str(refused.value)
+            assert not engine._running
+
+            # The node is forgotten when its announcement ends.
+            deadline = time.monotonic() + 120
+            while engine.status().ready and time.monotonic() < deadline:
+                await asyncio.sleep(0.5)
+            assert engine.status().missing_blocks == tuple(range(15, 30))
+            assert "15:30" in engine.status().detail
+            with pytest.raises(SwarmUnavailable, match="blocks 15:30"):
+                await anext(engine.generate(request()))
+        finally:
+            await engine.close()
+
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
+        swarm.wait_until_serving()
+        asyncio.run(run(swarm))
