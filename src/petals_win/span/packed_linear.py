@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import statistics
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,8 +20,40 @@ from transformers.pytorch_utils import Conv1D
 logger = logging.getLogger(__name__)
 
 
+# More than caches hold, as the layers of a model are.
+_TRIED_LAYERS, _TRIED_FEATURES = 8, 1024
+_WORTHWHILE = 0.9  # of the time that plain layers take
+
+
+def packing_pays(dtype: torch.dtype) -> bool:
+    """Whether packed layers are faster on this PC with the present number of threads; measured once, in a quarter of a second."""
+    return _packing_pays(dtype, torch.get_num_threads())
+
+
+@functools.lru_cache
+def _packing_pays(dtype: torch.dtype, threads: int) -> bool:
+    if not _can_pack(dtype):
+        return False
+    plain = [
+        nn.Linear(_TRIED_FEATURES, _TRIED_FEATURES, bias=False, dtype=dtype).requires_grad_(False)
+        for _ in range(_TRIED_LAYERS)
+    ]
+    sides = (plain, [PackedLinear(layer.weight, None) for layer in plain])
+    token, seconds = torch.randn(1, 1, _TRIED_FEATURES, dtype=dtype), ([], [])
+    with torch.inference_mode():
+        for _ in range(10):
+            for layers, measured in zip(sides, seconds, strict=True):
+                began = time.perf_counter()
+                for layer in layers:
+                    layer(token)
+                measured.append(time.perf_counter() - began)
+    ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
+    logger.debug("Packed layers of %s take %.2f of the time on %d threads", dtype, ratio, threads)
+    return ratio < _WORTHWHILE
+
+
 def pack_linears(modules: Iterable[nn.Module]) -> int:
-    """Replace the linear layers (and GPT-2's Conv1D) below `modules` that gain by it; returns how many were replaced.
+    """Replace the linear layers (and GPT-2's Conv1D) below `modules`; returns how many were replaced.
 
     Only frozen layers on the CPU are. Each plain weight is freed before the next is packed.
     """
@@ -34,7 +68,7 @@ def pack_linears(modules: Iterable[nn.Module]) -> int:
 
 
 def packed_if_faster(layer: nn.Module) -> nn.Module:
-    """The layer with its weight packed, or the layer itself if it is none of the kind, or this PC gains nothing by it."""
+    """The layer with its weight packed, or the layer itself if it is none of the kind, or this PC cannot do it."""
     if type(layer) is nn.Linear:
         weight = layer.weight
     elif type(layer) is Conv1D:

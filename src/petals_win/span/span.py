@@ -19,7 +19,7 @@ from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.loading import load_parts
-from petals_win.span.packed_linear import pack_linears
+from petals_win.span.packed_linear import pack_linears, packing_pays
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.source import ModelSource
 
@@ -122,7 +122,7 @@ class Span:
             if quant != "none":
                 quantize_linears(layer, quant, device, dtype)
             weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
-            if not adapters:  # peft knows plain layers only
+            if not adapters and device.type == "cpu" and packing_pays(dtype):  # peft knows plain layers only
                 pack_linears([layer])
             if progress is not None:
                 progress(done, of)
