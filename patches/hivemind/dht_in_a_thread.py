@@ -36,15 +36,15 @@ class DHT(LoopThread):
 
     def __init__(
         self,
-        initial_peers: Optional[Sequence[Union[Multiaddr, str]]] = None,
+        initial_peers=None,
         *,
-        start: bool,
-        p2p: Optional[P2P] = None,
-        daemon: bool = True,
-        num_workers: int = DEFAULT_NUM_WORKERS,
-        record_validators: Iterable[RecordValidatorBase] = (),
-        shutdown_timeout: float = 10,
-        await_ready: bool = True,
+        start,
+        p2p=None,
+        daemon=True,
+        num_workers=DEFAULT_NUM_WORKERS,
+        record_validators=(),
+        shutdown_timeout=10,
+        await_ready=True,
         **kwargs,
     ):
         super().__init__(name="dht")
@@ -77,13 +77,8 @@ class DHT(LoopThread):
     async def _join_swarm(self) -> None:
         try:
             p2p = await P2P.replicate(self._daemon_listen_maddr) if self._daemon_listen_maddr is not None else None
-            self._node = await DHTNode.create(
-                initial_peers=self.initial_peers,
-                num_workers=self.num_workers,
-                record_validator=self._record_validator,
-                p2p=p2p,
-                **self.kwargs,
-            )
+            settings = {"num_workers": self.num_workers, "record_validator": self._record_validator, **self.kwargs}
+            self._node = await DHTNode.create(initial_peers=self.initial_peers, p2p=p2p, **settings)
         except BaseException as e:
             self._ready.set_exception(e)
         else:
@@ -132,9 +127,7 @@ class DHT(LoopThread):
         """Store a value at the nearest nodes until `expiration_time` (DHT time, seconds); True if one of them took it."""
         return self._await(self._node.store(key, value, expiration_time, subkey=subkey, **kwargs), return_future)
 
-    def run_coroutine(
-        self, coro: Callable[[DHT, DHTNode], Awaitable[ReturnType]], return_future: bool = False
-    ) -> Union[ReturnType, MPFuture[ReturnType]]:
+    def run_coroutine(self, coro, return_future: bool = False) -> Union[ReturnType, MPFuture[ReturnType]]:
         """Run `coro(dht, node)` on the node's loop and return its result, or a future of it."""
 
         async def _run() -> ReturnType:

@@ -25,8 +25,8 @@ def __init__(
     shutdown_timeout: float = 10,
     start: bool = False,
 ):
-    self.dht, self.module_backends = dht, module_backends
-    self.balanced, self.shutdown_timeout = balanced, shutdown_timeout
+    self.dht, self.balanced, self.shutdown_timeout = dht, balanced, shutdown_timeout
+    self.module_backends = module_backends
     self._p2p: Optional[P2P] = None
     if start:
         self.run_in_background(await_ready=True)

@@ -54,9 +54,9 @@ class TransformerBackend:
 
     def get_info(self) -> Dict[str, Any]:
         """What a client must know to call this block, as upstream's clients read it."""
-        return dict(
-            forward_schema=self.forward_schema,
-            outputs_schema=self.outputs_schema,
-            keyword_names=(),
-            inference_schema=self.inference_schema,
-        )
+        return {
+            "forward_schema": self.forward_schema,
+            "outputs_schema": self.outputs_schema,
+            "keyword_names": (),
+            "inference_schema": self.inference_schema,
+        }

@@ -59,14 +59,7 @@ async def _get_from_session_queue(self, session_id: str) -> Optional[runtime_pb2
 
 @replace("petals.server.handler:TransformerConnectionHandler._allocate_cache", digest="830e1ef0b8ee922d")
 @contextlib.asynccontextmanager
-async def _allocate_cache(
-    self,
-    backends: Sequence[TransformerBackend],
-    *,
-    batch_size: int,
-    max_length: int,
-    timeout: Optional[float],
-) -> AsyncIterator[Any]:
+async def _allocate_cache(self, backends, *, batch_size, max_length, timeout) -> AsyncIterator[Any]:
     """Open a session of the span over these blocks, within the node's budget for KV caches; close it at the end."""
     first = backends[0]
     span, blocks = first.span, (first.block_index, backends[-1].block_index + 1)

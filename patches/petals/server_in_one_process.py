@@ -76,17 +76,9 @@ class ModuleContainer:
         module_uids = [f"{dht_prefix}{UID_DELIMITER}{index}" for index in range(start, end)]
         memory_cache = MemoryCache(attn_cache_bytes, max_alloc_timeout)
         server_info.state = ServerState.JOINING
-        announcer = ModuleAnnouncerThread(
-            module_uids,
-            dht,
-            server_info,
-            model_info,
-            block_config=block_config,
-            memory_cache=memory_cache,
-            update_period=update_period,
-            expiration=expiration,
-            daemon=True,
-        )
+        about = {"block_config": block_config, "memory_cache": memory_cache}
+        pace = {"update_period": update_period, "expiration": expiration}
+        announcer = ModuleAnnouncerThread(module_uids, dht, server_info, model_info, **about, **pace, daemon=True)
         announcer.start()
         logger.info(f"Blocks {start}:{end} are joining the swarm")
         compute = ComputeThread()
@@ -117,17 +109,10 @@ class ModuleContainer:
                 )
                 for uid, index in zip(module_uids, range(start, end))
             }
-            handler = TransformerConnectionHandler(
-                dht,
-                backends,
-                adapters=server_info.adapters,
-                dht_prefix=dht_prefix,
-                inference_max_length=inference_max_length,
-                request_timeout=request_timeout,
-                session_timeout=session_timeout,
-                step_timeout=step_timeout,
-                quant_type=quant_type,
-            )
+            limits = {"inference_max_length": inference_max_length, "step_timeout": step_timeout}
+            limits |= {"request_timeout": request_timeout, "session_timeout": session_timeout}
+            names = {"dht_prefix": dht_prefix, "adapters": server_info.adapters, "quant_type": quant_type}
+            handler = TransformerConnectionHandler(dht, backends, **names, **limits)
             handler.run_in_background()
             if should_validate_reachability:
                 validate_reachability(dht.peer_id)
