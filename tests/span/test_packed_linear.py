@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petals_win.span import packed_linear
-from petals_win.span.packed_linear import PackedLinear, pack_linears, packed_if_faster
+from petals_win.span.packed_linear import PackedLinear, pack_linears, packed_if_possible
 from petals_win.span.source import open_model
 from petals_win.span.span import Span
 
@@ -44,7 +44,7 @@ def test_equal_to_a_plain_layer(dtype, bias, shape):
         pytest.skip(f"this processor has no instructions for {dtype}")
     torch.manual_seed(0)
     plain = frozen(nn.Linear(48, 80, bias=bias), dtype)
-    packed = packed_if_faster(plain)
+    packed = packed_if_possible(plain)
     assert isinstance(packed, PackedLinear)
     inputs = torch.randn(shape, dtype=dtype)
     expected, actual = plain(inputs), packed(inputs)
@@ -56,7 +56,7 @@ def test_equal_to_a_plain_layer(dtype, bias, shape):
 def test_gpt2_s_own_kind_of_linear_layer():
     torch.manual_seed(0)
     plain = frozen(Conv1D(80, 48))
-    packed = packed_if_faster(plain)
+    packed = packed_if_possible(plain)
     assert isinstance(packed, PackedLinear)
     inputs = torch.randn(2, 5, 48)
     assert (packed(inputs) - plain(inputs)).abs().max() <= 1e-4
@@ -66,7 +66,7 @@ def test_gpt2_s_own_kind_of_linear_layer():
 def test_gradients_of_the_inputs():
     torch.manual_seed(0)
     plain = frozen(nn.Linear(48, 80))
-    packed = packed_if_faster(plain)
+    packed = packed_if_possible(plain)
     ours, theirs = (torch.ones(2, 5, 48).requires_grad_() for _ in range(2))
     weights = torch.randn(2, 5, 80)
     (packed(ours) * weights).sum().backward()
@@ -85,7 +85,7 @@ def test_what_is_not_packed():
         """A layer with its own forward."""
 
     for layer in (trained, half, meta, other, frozen(Special(4, 4))):
-        assert packed_if_faster(layer) is layer
+        assert packed_if_possible(layer) is layer
 
 
 def test_without_the_operators_layers_stay_as_they_are(monkeypatch, no_cached_answer):
@@ -94,14 +94,14 @@ def test_without_the_operators_layers_stay_as_they_are(monkeypatch, no_cached_an
 
     monkeypatch.setattr(packed_linear, "_pack", missing)
     layer = frozen(nn.Linear(4, 4))
-    assert packed_if_faster(layer) is layer
+    assert packed_if_possible(layer) is layer
 
 
 @needs_packing
 def test_operators_that_compute_something_else_are_not_used(monkeypatch, no_cached_answer):
     monkeypatch.setattr(packed_linear, "_multiply", lambda inputs, weight, bias: inputs * 3)
     layer = frozen(nn.Linear(4, 4))
-    assert packed_if_faster(layer) is layer
+    assert packed_if_possible(layer) is layer
 
 
 @needs_packing

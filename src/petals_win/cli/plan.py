@@ -48,10 +48,11 @@ def plan(
 
     Example: petals-win plan --model meta-llama/Llama-2-70b-hf --gpu 12GiB --gpu 12GiB --gpu 24GiB
     """
+    from petals_win.span.quantized_linear import parse_quant
     from petals_win.swarm.planner import Pc, parse_size
 
-    if quant is not None and quant not in _QUANTS:
-        raise UserError(f"There is no quantization {quant!r}. Use one of: {', '.join(_QUANTS)}.")
+    if quant is not None:
+        parse_quant(quant)
     pcs = [Pc("gpu", parse_size(size)) for size in gpu or ()] + [Pc("ram", parse_size(size)) for size in ram or ()]
     if pcs and model is None:
         raise UserError("Which model are these PCs for? Give it as --model, or leave --gpu and --ram out.")

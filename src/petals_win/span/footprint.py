@@ -44,11 +44,6 @@ def model_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return model_footprint(config, dtype).total_bytes
 
 
-def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Of one token of one sequence in the block that keeps most."""
-    return max(model_footprint(config, dtype).cache_bytes_per_token)
-
-
 class _Hidden:
     """A configuration as an argument that plays no part in the key of a cache."""
 

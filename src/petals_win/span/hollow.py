@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from petals_win.span.architecture import config_of_blocks, find_blocks
 from petals_win.span.loading import load_parts, model_to_fill
-from petals_win.span.packed_linear import packed_if_faster, packing_pays
+from petals_win.span.packed_linear import packed_if_possible, packing_pays
 from petals_win.span.source import ModelSource
 
 _TASKS = {
@@ -104,7 +104,7 @@ def hollow_model(
     layer.in_a_tuple = _expects_tuples(decoder, layer)
     head = model.get_output_embeddings()
     if head is not None and packing_pays(dtype):
-        model.set_output_embeddings(packed_if_faster(head))
+        model.set_output_embeddings(packed_if_possible(head))
     model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     return model
 

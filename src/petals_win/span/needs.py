@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
 from petals_win.span.architecture import empty_model, find_blocks, text_config
 from petals_win.span.footprint import model_footprint
+from petals_win.span.linear import linear_weight
 from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,9 @@ def _own_bytes(module: nn.Module, quant: Quant) -> int:
     """Of a module's own parameters, without its children's. Of a linear layer the weight is quantized, not the bias."""
     parameters = dict(module.named_parameters(recurse=False))
     size = 0
-    if type(module) in (nn.Linear, Conv1D):
-        weight = parameters.pop("weight")
-        rows = weight.shape[0 if type(module) is nn.Linear else 1]
-        size = round(weight.numel() * _NF4_BYTES) if quant == "nf4" else weight.numel() + _INT8_SCALE_BYTES * rows
+    weight = linear_weight(module)
+    if weight is not None:
+        del parameters["weight"]
+        count, rows = weight.numel(), weight.shape[0]
+        size = round(count * _NF4_BYTES) if quant == "nf4" else count + _INT8_SCALE_BYTES * rows
     return size + sum(parameter.nbytes for parameter in parameters.values())

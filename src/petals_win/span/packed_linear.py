@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
 
@@ -57,27 +58,16 @@ def pack_linears(modules: Iterable[nn.Module]) -> int:
 
     Only frozen layers on the CPU are. Each plain weight is freed before the next is packed.
     """
-    count = 0
-    for module in modules:
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if (packed := packed_if_faster(child)) is not child:
-                    setattr(parent, name, packed)
-                    count += 1
-    return count
+    return sum(replace_children(module, packed_if_possible) for module in modules)
 
 
-def packed_if_faster(layer: nn.Module) -> nn.Module:
+def packed_if_possible(layer: nn.Module) -> nn.Module:
     """The layer with its weight packed, or the layer itself if it is none of the kind, or this PC cannot do it."""
-    if type(layer) is nn.Linear:
-        weight = layer.weight
-    elif type(layer) is Conv1D:
-        weight = layer.weight.t()
-    else:
+    weight = linear_weight(layer)
+    if weight is None or weight.requires_grad or weight.device.type != "cpu" or not _can_pack(weight.dtype):
         return layer
-    if weight.requires_grad or weight.device.type != "cpu" or not _can_pack(weight.dtype):
-        return layer
-    return PackedLinear(weight, layer.bias)
+    bias: Any = layer.bias
+    return PackedLinear(weight, bias)
 
 
 class PackedLinear(nn.Module):

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
+from petals_win.span.linear import linear_weight, replace_children
 
 Quant = Literal["nf4", "int8", "none"]
+QUANTS: tuple[Quant, ...] = get_args(Quant)
 
 # Of input features; a column with an outlier beyond it is computed in 16 bits (LLM.int8(), Dettmers et al. 2022).
 _OUTLIER = 6.0
+
+
+def parse_quant(name: str) -> Quant:
+    """One of QUANTS by its name. Raises UserError for any other."""
+    for quant in QUANTS:
+        if quant == name:
+            return quant
+    raise UserError(f"There is no quantization {name!r}. Use one of: {', '.join(QUANTS)}.")
 
 
 def is_installed() -> bool:
@@ -42,13 +51,14 @@ def quantize_linears(module: nn.Module, quant: Quant, device: torch.device, dtyp
     They compute in `dtype` on `device`. Each plain weight is freed before the next layer is quantized.
     """
     make: Callable[..., nn.Module] = {"nf4": _nf4, "int8": _int8}[quant]
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            weight = child.weight if type(child) is nn.Linear else child.weight.t() if type(child) is Conv1D else None
-            if weight is None or weight.is_meta:
-                continue
-            quantized = make(weight.detach().contiguous(), child.bias, dtype)
-            setattr(parent, name, quantized.requires_grad_(False).to(device))
+
+    def quantized(layer: nn.Module) -> nn.Module:
+        weight = linear_weight(layer)
+        if weight is None or weight.is_meta:
+            return layer
+        return make(weight.detach().contiguous(), layer.bias, dtype).requires_grad_(False).to(device)
+
+    replace_children(module, quantized)
 
 
 def extra_bytes(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ from petals_win.errors import UserError
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
 from petals_win.span.needs import check_fits, needs_of
-from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed
+from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 from petals_win.span.source import ModelSource, open_model
 
 logger = logging.getLogger(__name__)
@@ -159,9 +159,7 @@ def choose_quant(name: str | None, device: torch.device, adapters: bool = False)
             logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 4 bits would do")
             return "none"
         return "nf4"
-    if name not in ("nf4", "int8", "none"):
-        raise UserError(f"There is no quantization {name!r}. Use one of: nf4, int8, none.")
-    quant: Quant = name
+    quant = parse_quant(name)
     check_quantizes(quant, device)
     if adapters and quant != "none":
         raise UserError("Adapters are for plain weights. Use --quant none with --adapters.")
