@@ -30,7 +30,7 @@ def test_settings_take_effect_when_torch_comes_later():
         import torch
         print(json.dumps([settings, torch.get_num_threads(), sys.getswitchinterval(), os.environ["GOMP_SPINCOUNT"]]))
     """)
-    assert found[0] == {"threads": "1", "GOMP_SPINCOUNT": "20000", "switch_interval": "0.5 ms"}
+    assert found[0] == {"threads": "1", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1", "switch_interval": "0.5 ms"}
     assert found[1:] == [1, 0.0005, "20000"]
 
 

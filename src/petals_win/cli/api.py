@@ -61,7 +61,7 @@ def api(
     stop = stop_event()
     token = read_token(token_file)
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
-        apply_thread_settings(1)
+        apply_thread_settings(None)
         from petals_win.engines.petals import PetalsEngine
 
         engine = PetalsEngine.connect(model, peers, token=token)

@@ -39,8 +39,8 @@ def bench(
         return
     mib = 2**20
     typer.echo(f"{report.model}, medians of {report.rounds} rounds of {report.tokens} tokens, taking turns\n")
-    typer.echo(f"one process, {report.local_threads} threads     {report.local_tokens_per_s:8.1f} tokens/s")
-    typer.echo(f"two nodes, {report.node_threads} thread each     {report.swarm_tokens_per_s:8.1f} tokens/s")
+    typer.echo(f"one process                 {report.local_tokens_per_s:8.1f} tokens/s")
+    typer.echo(f"two nodes and a client      {report.swarm_tokens_per_s:8.1f} tokens/s")
     typer.echo(
         f"ratio                       {report.ratio:8.2f}   the swarm won {report.swarm_won} of {report.rounds}"
     )
@@ -49,7 +49,7 @@ def bench(
         f"memory of a node            {report.node_bytes_over_weights:8.2f} of the weights' "
         f"{report.weights_bytes / mib:.0f} MiB, plus {report.node_overhead_bytes / mib:.0f} MiB of Python and torch"
     )
-    typer.echo("threads: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+    typer.echo("each of these processes: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
 
 
 @app.command("p2pd")

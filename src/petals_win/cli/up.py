@@ -45,7 +45,7 @@ def up(
     log_to_file("up")
     stop = stop_event()
     settings = Settings(port=0 if check else port)
-    apply_thread_settings(1)
+    apply_thread_settings(None)
     result = _Check()
     # The server listens before anything slow begins: a port in use shows at once.
     with closing(ApiServer(settings)) as server, Progress() as progress:

@@ -8,7 +8,10 @@ import sys
 
 import psutil
 
-_SPIN_COUNT = "20000"
+# For how long a thread that has nothing to compute waits awake: turns for GNU's OpenMP, ms for LLVM's and Intel's, which
+# torch has on macOS and Windows. Less than the threads pause between two layers would cost a waking for each; LLVM's own
+# 200 ms would take the cores from the event loop and from other nodes on this PC.
+_SPINNING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _SWITCH_INTERVAL_S = 0.0005
 
 
@@ -23,15 +26,13 @@ def apply_thread_settings(threads: int | None) -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
-        spinning = "as torch found it"
+        spinning = dict.fromkeys(_SPINNING, "as torch found it")
     else:
-        # Between two steps of a token the threads pause for less than it takes to wake them, but longer spins would take
-        # the cores from the event loop.
-        spinning = os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+        spinning = {name: os.environ.setdefault(name, value) for name, value in _SPINNING.items()}
     # Event loop and compute thread hand over on every token; the default of 5 ms is as long as a token.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return {
         "threads": str(threads),
-        "GOMP_SPINCOUNT": spinning,
+        **spinning,
         "switch_interval": f"{_SWITCH_INTERVAL_S * 1000:g} ms",
     }

@@ -27,7 +27,7 @@ class BenchReport:
     """Medians over `rounds` rounds of `tokens` greedy tokens each; the sides take turns within a round.
 
     Memory is of the resident set: what a node's process takes beyond what it had before loading its blocks, over the
-    bytes of the whole model's weights; `node_overhead_bytes` is what it had.
+    bytes of the whole model's weights; `node_overhead_bytes` is what it had. `threads` is what each process computes with.
     """
 
     model: str
@@ -41,9 +41,7 @@ class BenchReport:
     node_bytes_over_weights: float
     node_overhead_bytes: int
     weights_bytes: int
-    local_threads: int
-    node_threads: int
-    client_threads: int
+    threads: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,21 +64,19 @@ def run_bench(
         report(f"the swarm is ready after {start_seconds:.1f} s; loading the model in this process, too")
         local = source.whole_model()
         prompt = source.tokenizer()(_PROMPT, return_tensors="pt")["input_ids"]
-        local_threads, client_threads = torch.get_num_threads(), 1
 
-        def timed(generate: Any, threads: int) -> tuple[float, torch.Tensor]:
-            torch.set_num_threads(threads)
+        def timed(generate: Any) -> tuple[float, torch.Tensor]:
             begin = time.perf_counter()
             text = generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
             return tokens / (time.perf_counter() - begin), text
 
         try:
-            for generate, threads in ((local.generate, local_threads), (remote.generate, client_threads)):
-                timed(generate, threads)  # warm up
+            for generate in (local.generate, remote.generate):
+                timed(generate)  # warm up
             locals_, remotes, same = [], [], True
             for number in range(1, rounds + 1):
-                local_speed, local_text = timed(local.generate, local_threads)
-                remote_speed, remote_text = timed(remote.generate, client_threads)
+                local_speed, local_text = timed(local.generate)
+                remote_speed, remote_text = timed(remote.generate)
                 same = same and torch.equal(local_text, remote_text)
                 locals_.append(local_speed)
                 remotes.append(remote_speed)
@@ -91,7 +87,6 @@ def run_bench(
             node = swarm.nodes[0]
             taken = psutil.Process(node.child.pid).memory_info().rss - node.bytes_before_loading
         finally:
-            torch.set_num_threads(local_threads)
             remote.blocks.sequence_manager.shutdown()
             remote.blocks.sequence_manager.dht.shutdown()
     return BenchReport(
@@ -106,7 +101,5 @@ def run_bench(
         node_bytes_over_weights=taken / weights,
         node_overhead_bytes=node.bytes_before_loading,
         weights_bytes=weights,
-        local_threads=local_threads,
-        node_threads=1,
-        client_threads=client_threads,
+        threads=torch.get_num_threads(),
     )

@@ -73,7 +73,7 @@ class LocalNode:
 
 
 class LocalSwarm:
-    """Nodes that serve the given spans of one model on 127.0.0.1, one thread each. A context that ends them all.
+    """Nodes that serve the given spans of one model on 127.0.0.1. A context that ends them all.
 
     :param spans: e.g. ["0:15", "15:30"]; the same span twice makes a swarm that survives the loss of one
     :param on_line: called with the span and each line that its node prints
@@ -126,7 +126,7 @@ class LocalSwarm:
 
     def _start(self, span: str, peers: list[str]) -> LocalNode:
         command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
-        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1", "--threads", "1"]
+        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1"]
         command += [*self._options, *peers]
         events: queue.SimpleQueue[dict] = queue.SimpleQueue()
 
