@@ -10,6 +10,9 @@ empty layer over them, and one with p2pd.exe over this checkout, in name spaces 
 checkout is not changed, and whatever ends the run, its mounts and processes end with it. Ports of 127.0.0.1 are shared with
 Linux.
 
+The p2pd.exe in bin is built with a Go that asks nothing of Windows that Wine lacks, so that QUIC runs, too. The one that is
+shipped is in build\\p2pd\\windows-amd64; PETALS_WIN_P2PD chooses it.
+
 Knows Wine and what differs there from Windows. The product and its tests know nothing of it.
 """
 
@@ -38,7 +41,7 @@ from typing import BinaryIO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from petals_win.daemon.build import build_if_changed  # noqa: E402
+from petals_win.daemon.build import build_if_changed, find_go  # noqa: E402
 from petals_win.errors import UserError  # noqa: E402
 
 SUITE = "trixie"  # the first Debian whose Wine has bcryptprimitives.dll, without which Python does not start
@@ -50,6 +53,13 @@ PACKAGES = [
     "numpy==2.0.2",  # newer ones call ucrtbase.crealf, which Wine lacks
     "msvc-runtime==14.44.35112",  # Microsoft's C++ run-time library, which a Windows PC has from its other programs
 ]
+
+# Files of Go's standard library, and what in them is changed to what: Wine refuses these requests, and then p2pd has no UDP
+# socket and finds no address of its PC.
+GO_CHANGES = {
+    "net/fd_windows.go": (r"(windows\.SIO_UDP_NETRESET\b.*\n\s*if err != nil)", r"\1 && err != syscall.Errno(10045)"),
+    "net/interface_windows.go": (r"windows\.GAA_FLAG_INCLUDE_PREFIX \| ", ""),
+}
 
 # Leaves the default model in its folder, and Python's compiled modules beside those that most runs import.
 FIRST_RUN = """
@@ -71,7 +81,7 @@ ENVIRONMENT = {
     "KMP_TOPOLOGY_METHOD": "flat",  # Wine has no GetNumaNodeProcessorMaskEx: torch would abort (OMP #179)
     "PYTHONUNBUFFERED": "1",
     "PIP_CERT": r"Z:\win\certificates.pem",
-    "PIP_USE_DEPRECATED": "legacy-certs",  # Wine refuses what pip asks of the certificate store (OSError 22)
+    "PIP_CONSTRAINT": r"Z:\win\constraints.txt",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
 HANDED_ON = re.compile(
@@ -92,6 +102,7 @@ mount -t overlay overlay -o "lowerdir=$checkout,upperdir=$run/checkout,workdir=$
 if [ -d "$checkout/.venv" ]; then mount -t tmpfs tmpfs "$run/root/win/checkout/.venv"; fi
 cp /etc/resolv.conf /etc/hosts "$run/root/etc/"
 cp "$CERTIFICATES" "$run/root/win/certificates.pem"
+printf '%s\n' "$CONSTRAINTS" >"$run/root/win/constraints.txt"
 status=0
 chroot "$run/root" "$@" || status=$?
 chroot "$run/root" env -i HOME=/root WINEPREFIX=/root/.wine wineserver -k || true
@@ -146,6 +157,9 @@ class Bench:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._layer("Debian with Wine", self.system, self._make_system)
             self._layer("Python and wheels for Windows", self.python, self._make_python)
+            shipped = build_if_changed("windows/amd64").read_bytes()
+            self.daemon = self.folder / f"p2pd-{self._digest(hashlib.sha256(shipped).hexdigest(), GO_CHANGES)}"
+            self._layer("p2pd.exe with QUIC", self.daemon, self._make_daemon)
             self._layer("Wine's Windows folder and the default model", self.ready, self._make_ready)
             fcntl.flock(lock, fcntl.LOCK_UN)
         self._sweep()
@@ -198,6 +212,24 @@ class Bench:
         roots = ("src", r"external\petals-main", r"external\hivemind")
         (site / "petals-win.pth").write_text("".join(f"Z:\\win\\checkout\\{root}\n" for root in roots), "utf-8")
 
+    def _make_daemon(self, layer: Path) -> None:
+        for old in self.folder.glob("p2pd-*"):
+            shutil.rmtree(old)
+        layer.mkdir()
+        go, replaced = find_go(ROOT), {}
+        library = Path(subprocess.check_output([go, "env", "GOROOT"], text=True).strip()) / "src"
+        for number, (name, (pattern, new)) in enumerate(GO_CHANGES.items()):
+            changed, count = re.subn(pattern, new, (library / name).read_text("utf-8"))
+            if count != 1:
+                raise UserError(f"{name} of {go} is another than GO_CHANGES in {__file__} was written for.")
+            replaced[str(library / name)] = str(layer.parent / f"{number}.go")
+            Path(replaced[str(library / name)]).write_text(changed, "utf-8")
+        overlay = layer.parent / "overlay.json"
+        overlay.write_text(json.dumps({"Replace": replaced}), "utf-8")
+        environment = {**os.environ, "GOOS": "windows", "GOARCH": "amd64", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+        command = [go, "build", "-trimpath", "-ldflags=-s -w", "-overlay", overlay, "-o", layer / "p2pd.exe", "."]
+        call(*command, cwd=ROOT / "src/p2pd", env=environment)
+
     def _make_ready(self, layer: Path) -> None:
         layer.mkdir()
         for command in (["wineboot", "-i"], ["python", "-c", FIRST_RUN]):
@@ -243,12 +275,12 @@ class Bench:
         with self._scratch() as run:
             for name in ("root", "work", "upper", "checkout/bin", "checkout-work"):
                 (run / name).mkdir(parents=True)
-            shutil.copy2(build_if_changed("windows/amd64"), run / "checkout/bin")
+            shutil.copy2(self.daemon / "p2pd.exe", run / "checkout/bin")
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL"]
                 + ["unshare", "--mount", "--pid", "--ipc", "--propagation", "private", "--kill-child"]
                 + ["sh", "-c", INSIDE, "sh", run, ":".join(map(str, layers)), ROOT, upper or run / "upper", *inside],
-                env={**os.environ, "CERTIFICATES": certificates()},
+                env={**os.environ, "CERTIFICATES": certificates(), "CONSTRAINTS": "\n".join(PACKAGES)},
                 stdin=subprocess.DEVNULL,  # Wine cannot use a terminal here: "Invalid handle"
                 stdout=stdout,
                 stderr=stderr,

@@ -1,11 +1,11 @@
-"""Statements 51 to 53, 55 and 56 of the conformance checklist: our daemon and upstream's in one swarm."""
+"""Statements 51 to 53, 55, 56 and 64 of the conformance checklist: our daemon and upstream's in one swarm."""
 
 from __future__ import annotations
 
 import time
 
 import pytest
-from conftest import Start
+from conftest import BOTH, Start
 from p2pd_client import Daemon, Program, Refused
 
 NAME = "Test.call"
@@ -23,6 +23,11 @@ def calls_pass(caller: Daemon, callee: Daemon) -> bool:
     return caller.persistent().call(callee.peer_id, NAME, b"hello" * 1000).answer == {1: [b"hello" * 1000]}
 
 
+# Statement 64 is that these pass with a daemon built for Windows, too.
+with_windows = pytest.mark.parametrize("program", [*BOTH, "windows"], indirect=True)
+
+
+@with_windows
 @pytest.mark.parametrize("how", SECURITY)
 def test_51_calls_both_ways(program: Program, other: Program, start: Start, how: str) -> None:
     listen = TRANSPORTS.get(how, TRANSPORTS["tcp"])
@@ -39,6 +44,7 @@ def test_51_calls_both_ways(program: Program, other: Program, start: Start, how:
     assert calls_pass(caller, again)
 
 
+@with_windows
 @pytest.mark.parametrize("middle", ["tested", "other"])
 def test_52_53_the_only_bootstrap_node(program: Program, other: Program, start: Start, middle: str) -> None:
     first = start(program if middle == "tested" else other)

@@ -22,7 +22,8 @@ from petals_win.swarm.local import LocalSwarm
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "windows-bench"
 UNIT_TESTS = ["host", "daemon", "cli", "engines/test_base.py", "engines/test_stopping.py"]
-SETUP_SECONDS, UNIT_SECONDS, SWARM_SECONDS = 1500, 1500, 600
+WHEELS = ROOT / "build" / "windows-wheel"
+SETUP_SECONDS, UNIT_SECONDS, SWARM_SECONDS = 1500, 2000, 600
 
 
 def why_not() -> str | None:
@@ -47,14 +48,26 @@ def bench() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def wheel() -> str:
+    """What a Windows user installs, by its Windows path: it holds the p2pd.exe that is shipped."""
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    command = [sys.executable, ROOT / "scripts/build.py", "--output", WHEELS, "windows/amd64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SETUP_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = WHEELS.glob("*.whl")
+    return "Z:/win/checkout/" + built.relative_to(ROOT).as_posix()
+
+
 @pytest.mark.timeout(SETUP_SECONDS + UNIT_SECONDS)
-def test_the_tests_under_windows_python(request, capsys):
+def test_the_tests_under_windows_python(wheel, request, capsys):
     folders = [f"tests/{name}" for name in ("windows", *UNIT_TESTS)]
     # Left out: what fetches Go and a hundred modules anew, to build what is built and tested here and runs there.
     options = ["-q", "-rs", "-s", "-p", "no:cacheprovider"]
     options += ["-k", "not test_build_writes_the_file_asked_for and not test_wheel_holds"]
     done = subprocess.run(
         [BENCH, "python", "-m", "pytest", *options, *folders],
+        env={**os.environ, "PETALS_WIN_WHEEL": wheel},
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -69,10 +82,38 @@ def test_the_tests_under_windows_python(request, capsys):
     ]
     with capsys.disabled():
         print("\nUnder Windows Python:", done.stdout.strip().splitlines()[-1])
-        print(*re.findall(r"^.*(?:up --check: \d|p2pd.exe was gone).*$", done.stdout, re.MULTILINE), sep="\n")
+        print(
+            *re.findall(r"^.*(?:up --check: \d|pip installed|p2pd.exe was gone).*$", done.stdout, re.MULTILINE),
+            sep="\n",
+        )
         print(f"Only on Linux: {sum(int(count) for count, *_ in skipped)}, only elsewhere: {len(not_here)}")
         for count, file, reason in skipped:
             print(f"    {count} of {file}: {reason}")
+
+
+@pytest.mark.timeout(SETUP_SECONDS + SWARM_SECONDS)
+def test_p2pd_exe_and_upstream_s_daemon_in_one_swarm():
+    """Statement 64 of the daemon's conformance checklist."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "windows",
+        "tests/p2pd/test_swarm.py",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PETALS_WIN_WINDOWS_P2PD": f"{BENCH} Z:/win/checkout/bin/p2pd.exe"},
+        capture_output=True,
+        text=True,
+        timeout=SWARM_SECONDS,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
 @pytest.mark.timeout(SETUP_SECONDS + SWARM_SECONDS)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from hivemind.p2p import P2P
+from hivemind.proto import dht_pb2
 
 from petals_win.span.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
@@ -18,6 +23,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 GONE_SECONDS = 5
+INSTALL_SECONDS = 900
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """How to start petals-win: of the wheel that PETALS_WIN_WHEEL names, newly installed, or else of this checkout."""
+    wheel = os.environ.get("PETALS_WIN_WHEEL")
+    if wheel is None:
+        return [sys.executable, "-m", "petals_win.cli.main"]
+    venv = tmp_path_factory.mktemp("A user's Größe") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=INSTALL_SECONDS)
+    began = time.monotonic()
+    pip = [venv / "Scripts/python.exe", "-m", "pip", "install", "--quiet", "--only-binary", "torch,numpy", wheel]
+    done = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace", timeout=INSTALL_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = time.monotonic() - began
+    size = sum(file.stat().st_size for file in venv.rglob("*") if file.is_file())
+    print(f"pip installed {Path(wheel).name} in {seconds:.0f} s; its venv has {size / 1e6:,.0f} MB")
+    return [str(venv / "Scripts/petals-win.exe")]
 
 
 def ours() -> dict[int, str]:
@@ -29,11 +53,13 @@ def ours() -> dict[int, str]:
     return found
 
 
-def test_up_check_says_paris_and_leaves_nothing_behind():
+@pytest.mark.timeout(2 * INSTALL_SECONDS)
+def test_up_check_says_paris_and_leaves_nothing_behind(program):
     before = ours()
     began = time.monotonic()
-    up = [sys.executable, "-m", "petals_win.cli.main", "up", "--check"]
-    done = subprocess.run(up, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
+    done = subprocess.run(
+        [*program, "up", "--check"], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280
+    )
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The capital of France is Paris." in done.stdout
@@ -41,6 +67,39 @@ def test_up_check_says_paris_and_leaves_nothing_behind():
     assert speed is not None
     print(f"up --check: {seconds:.0f} s, {speed[1]} tokens/s")
     assert {pid: name for pid, name in ours().items() if pid not in before} == {}
+
+
+def test_p2pd_is_the_installed_package_s_own(program):
+    if "PETALS_WIN_WHEEL" not in os.environ:
+        pytest.skip("it takes a wheel made by scripts/build: PETALS_WIN_WHEEL names none")
+    located = subprocess.run([*program, "p2pd", "locate"], capture_output=True, encoding="utf-8", timeout=120)
+    assert located.returncode == 0, located.stderr
+    assert "petals_win\\daemon\\bin\\p2pd.exe" in located.stdout
+
+
+def test_a_call_over_quic():
+    async def call() -> float:
+        server = await P2P.create(host_maddrs=["/ip4/127.0.0.1/udp/0/quic-v1"])
+        try:
+
+            async def answer(request: dht_pb2.PingRequest, _context: object) -> dht_pb2.PingResponse:
+                return dht_pb2.PingResponse(dht_time=7.0)
+
+            await server.add_protobuf_handler("ping", answer, dht_pb2.PingRequest)
+            addresses = [str(address) for address in await server.get_visible_maddrs()]
+            assert addresses and all("/quic-v1/" in address for address in addresses)
+            client = await P2P.create(initial_peers=addresses, host_maddrs=["/ip4/127.0.0.1/udp/0/quic-v1"])
+            try:
+                stub = client.call_protobuf_handler(
+                    server.peer_id, "ping", dht_pb2.PingRequest(), dht_pb2.PingResponse
+                )
+                return (await asyncio.wait_for(stub, 30)).dht_time
+            finally:
+                await client.shutdown()
+        finally:
+            await server.shutdown()
+
+    assert asyncio.run(call()) == 7.0
 
 
 def test_a_node_ended_by_force_takes_its_daemon_along():
