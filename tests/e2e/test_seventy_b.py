@@ -132,7 +132,7 @@ def test_true_blocks_on_two_nodes(folder, capsys):
     block = 2 * BLOCK_PARAMETERS
     with capsys.disabled():
         print(
-            f"\nOne block of Llama 2 70B in bfloat16, {block / MIB:,.0f} MiB of weights, one thread a node:\n"
+            f"\nOne block of Llama 2 70B in bfloat16, {block / MIB:,.0f} MiB of weights:\n"
             f"  memory of the nodes {', '.join(f'{bytes / MIB:,.0f}' for bytes in memory)} MiB, "
             f"before loading {', '.join(f'{bytes / MIB:,.0f}' for bytes in before)} MiB\n"
             f"  a step of one token through both blocks {sorted(seconds[1:])[len(seconds[1:]) // 2]:.2f} s, "
