@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +16,7 @@ from conftest import free_port
 from span.hub import TOKEN, running_hub
 from test_bad_input import assert_sentence, run
 
+from petals_win.host.children import spawn
 from petals_win.span.source import DEFAULT_MODEL
 
 SECONDS = 120
@@ -31,52 +28,26 @@ class Running:
     def __init__(self, command: str):
         name, *arguments = shlex.split(command)
         assert name == "petals-win"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "petals_win.cli.main", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
         self.lines: list[str] = []
-        self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._new.put(line)
-        self._new.put(None)
+        self._new: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.child = spawn([sys.executable, "-m", "petals_win.cli.main", *arguments], on_line=self._new.put)
 
     def line(self, wanted: str) -> re.Match[str]:
         """Wait for a line that matches."""
         deadline = time.monotonic() + SECONDS
-        while True:
+        while time.monotonic() < deadline and (self.child.returncode is None or not self._new.empty()):
             try:
-                line = self._new.get(timeout=max(0.0, deadline - time.monotonic()))
+                self.lines.append(self._new.get(timeout=0.5))
             except queue.Empty:
-                line = None
-            assert line is not None, f"no line {wanted!r} in:\n{''.join(self.lines)}"
-            self.lines.append(line)
-            if match := re.search(wanted, line):
+                continue
+            if match := re.search(wanted, self.lines[-1]):
                 return match
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-            self._reader.join()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+        raise AssertionError(f"no line {wanted!r} in:\n" + "\n".join(self.lines))
 
 
 @contextmanager
 def typed() -> Iterator[Callable[[str], Running]]:
-    """Types commands; all that were are ended by Ctrl+C at the end, the last one first, and have to end well."""
+    """Types commands; all that were are asked to end at the end, the last one first, and have to end well."""
     running: list[Running] = []
 
     def type_command(command: str) -> Running:
@@ -87,9 +58,9 @@ def typed() -> Iterator[Callable[[str], Running]]:
         yield type_command
     except BaseException:
         while running:
-            running.pop().stop()
+            running.pop().child.stop()
         raise
-    assert [running.pop().stop() for _ in range(len(running))] == [0] * 3
+    assert [running.pop().child.stop(30) for _ in range(len(running))] == [0] * 3
 
 
 def test_three_commands():

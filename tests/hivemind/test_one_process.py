@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 import time
@@ -119,7 +118,7 @@ def test_a_lost_daemon_ends_calls_in_work(pair):
     async def call(dht, node):
         task = asyncio.create_task(Echo.get_stub(node.p2p, first.peer_id).rpc_never(dht_pb2.PingRequest()))
         await asyncio.sleep(0.5)
-        os.kill(node.p2p._child.pid, signal.SIGKILL)
+        psutil.Process(node.p2p._child.pid).kill()
         with pytest.raises(P2PDaemonError, match="lost"):
             await asyncio.wait_for(task, 10)
 
@@ -160,8 +159,11 @@ def test_no_such_daemon(monkeypatch):
 
 
 def test_a_daemon_that_never_gets_ready(tmp_path, monkeypatch, new_children):
-    silent = tmp_path / "p2pd"
-    silent.write_text("#!/bin/sh\necho starting something\nexec sleep 60\n")
+    if sys.platform == "win32":
+        silent, script = tmp_path / "p2pd.cmd", "@echo starting something\n@ping -n 60 127.0.0.1 >nul\n"
+    else:
+        silent, script = tmp_path / "p2pd", "#!/bin/sh\necho starting something\nexec sleep 60\n"
+    silent.write_text(script)
     silent.chmod(0o755)
     monkeypatch.setenv("PETALS_WIN_P2PD", str(silent))
     monkeypatch.setenv("PETALS_WIN_P2PD_TIMEOUT", "1")

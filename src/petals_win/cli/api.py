@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.errors import UserError
+from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
@@ -57,6 +58,7 @@ def api(
     )
     if not peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    exit_with_parent()
     log_to_file("api")
     stop = stop_event()
     token = read_token(token_file)
