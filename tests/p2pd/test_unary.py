@@ -9,7 +9,7 @@ from collections import Counter
 
 import p2pd_wire as wire
 import pytest
-from conftest import Start
+from conftest import BOTH, Start, resolve
 from p2pd_client import Closed, Daemon, Persistent, Program, Refused
 
 NAME = "Test.call"
@@ -166,14 +166,19 @@ def test_33_cancel(both: Pair) -> None:
 
 
 @pytest.mark.slow
-def test_34_a_call_has_no_time_limit(both: Pair) -> None:
-    calling, called = both
-    handler, caller = serve(called), calling.persistent()
-    call_id = caller.start_call(called.peer_id, NAME)
-    call = handler.next_call()
+def test_34_a_call_has_no_time_limit(request: pytest.FixtureRequest, start: Start) -> None:
+    waiting = []
+    for name in BOTH:  # all at once: each waits for 90 s
+        tested, peer = start(resolve(name, request)), start(resolve(BOTH[-1], request))
+        tested.connect_to(peer)
+        for calling, called in ((tested, peer), (peer, tested)):
+            handler, caller = serve(called), calling.persistent()
+            call_id = caller.start_call(called.peer_id, NAME)
+            waiting.append((handler, handler.next_call(), caller, call_id))
     time.sleep(90)
-    handler.answer(call, b"at last")
-    assert caller.wait(call_id).answer == {1: [b"at last"]}
+    for handler, call, caller, call_id in waiting:
+        handler.answer(call, b"at last")
+        assert caller.wait(call_id).answer == {1: [b"at last"]}
 
 
 def test_35_handlers_go_with_their_client(both: Pair) -> None:
