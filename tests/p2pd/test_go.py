@@ -20,7 +20,12 @@ FUZZ_TARGETS = re.findall(r"^func (Fuzz\w+)\(", (SOURCE / "fuzz_test.go").read_t
 
 def go(*arguments: str, cgo: bool = False, timeout_s: float = 1500) -> str:
     """Run Go in the module, with exactly what go.mod and go.sum name; fails with all that Go says."""
-    fixed = {"GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "GOWORK": "off", "CGO_ENABLED": "1" if cgo else "0"}
+    fixed = {
+        "GOFLAGS": "-mod=readonly -trimpath",
+        "GOTOOLCHAIN": "local",
+        "GOWORK": "off",
+        "CGO_ENABLED": "1" if cgo else "0",
+    }
     done = subprocess.run(
         [find_go(ROOT), *arguments],
         cwd=SOURCE,

@@ -85,7 +85,9 @@ def test_the_tests_under_windows_python(wheel, request, capsys):
     with capsys.disabled():
         print("\nUnder Windows Python:", done.stdout.strip().splitlines()[-1])
         print(
-            *re.findall(r"^.*(?:up --check: \d|pip installed|p2pd.exe was gone).*$", done.stdout, re.MULTILINE),
+            *re.findall(
+                r"^.*(?:up --check: \d|pip installed|two nodes \d|p2pd.exe was gone).*$", done.stdout, re.MULTILINE
+            ),
             sep="\n",
         )
         print(f"Only on Linux: {sum(int(count) for count, *_ in skipped)}, only elsewhere: {len(not_here)}")
