@@ -232,9 +232,12 @@ class Bench:
 
     def _make_ready(self, layer: Path) -> None:
         layer.mkdir()
+        # Wine refuses what this Python's pip asks of the certificate store (OSError 22). The pip of a new venv is older, asks
+        # nothing, and refuses the option.
+        environment = {"PIP_USE_DEPRECATED": "legacy-certs"}
         for command in (["wineboot", "-i"], ["python", "-c", FIRST_RUN]):
             output = subprocess.PIPE, subprocess.STDOUT
-            with self._started(command, {}, [self.python, self.system], layer, *output) as process:
+            with self._started(command, environment, [self.python, self.system], layer, *output) as process:
                 said = process.communicate()[0].decode("utf-8", "replace")
             if process.returncode != 0:
                 raise UserError(f"{shlex.join(command)} ended with status {process.returncode}:\n{said[-2000:]}")
