@@ -41,6 +41,7 @@ from typing import BinaryIO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+from petals_win import __version__  # noqa: E402
 from petals_win.daemon.build import build_if_changed, find_go  # noqa: E402
 from petals_win.errors import UserError  # noqa: E402
 
@@ -158,7 +159,9 @@ class Bench:
             self._layer("Debian with Wine", self.system, self._make_system)
             self._layer("Python and wheels for Windows", self.python, self._make_python)
             shipped = build_if_changed("windows/amd64").read_bytes()
-            self.daemon = self.folder / f"p2pd-{self._digest(hashlib.sha256(shipped).hexdigest(), GO_CHANGES)}"
+            self.daemon = (
+                self.folder / f"p2pd-{self._digest(hashlib.sha256(shipped).hexdigest(), GO_CHANGES, __version__)}"
+            )
             self._layer("p2pd.exe with QUIC", self.daemon, self._make_daemon)
             self._layer("Wine's Windows folder and the default model", self.ready, self._make_ready)
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -227,8 +230,8 @@ class Bench:
         overlay = layer.parent / "overlay.json"
         overlay.write_text(json.dumps({"Replace": replaced}), "utf-8")
         environment = {**os.environ, "GOOS": "windows", "GOARCH": "amd64", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
-        command = [go, "build", "-trimpath", "-ldflags=-s -w", "-overlay", overlay, "-o", layer / "p2pd.exe", "."]
-        call(*command, cwd=ROOT / "src/p2pd", env=environment)
+        command = [go, "build", "-trimpath", f"-ldflags=-s -w -X main.version={__version__}", "-overlay", overlay]
+        call(*command, "-o", layer / "p2pd.exe", ".", cwd=ROOT / "src/p2pd", env=environment)
 
     def _make_ready(self, layer: Path) -> None:
         layer.mkdir()
