@@ -113,6 +113,10 @@ class LocalSwarm:
                 node.child.tell(self.peers[0])
             for node in others:
                 self._wait_until_joined(node)
+        except NodeFailed as e:
+            sentences = {str(e)} | self.failures()  # that another node has ended may be why
+            self.stop()
+            raise NodeFailed("\n".join(sorted(sentences))) from None
         except BaseException:
             self.stop()
             raise
