@@ -70,3 +70,11 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
         raise ValueError
     with hold_lock(tmp_path / "b.lock", "this test"):
         pass
+
+
+def test_the_holder_s_name_is_being_read_when_the_lock_is_given_back(tmp_path):
+    path = tmp_path / "it.lock"
+    with hold_lock(path, "the first"):
+        reader = (tmp_path / "it.lock.holder").open()
+    with hold_lock(path, "the second"):
+        reader.close()

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -38,11 +38,14 @@ def hold_lock(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
             lock.acquire(timeout=timeout)
         except filelock.Timeout:
             raise UserError(f"{_read(note)} holds {path}. Stop it first, or wait until it has ended.") from None
+    # On Windows it can be neither written nor deleted in the moment in which somebody who waits reads it.
     try:
-        note.write_text(f"{what} (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})", "utf-8")
+        with suppress(PermissionError):
+            note.write_text(f"{what} (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})", "utf-8")
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(PermissionError):
+            note.unlink(missing_ok=True)
         lock.release()
 
 
