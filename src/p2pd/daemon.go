@@ -48,6 +48,10 @@ func newDaemon(o *options, secret *secrets) (*daemon, error) {
 		d.cancel()
 		return nil, err
 	}
+	if err := d.punchLater(); err != nil {
+		d.stop()
+		return nil, err
+	}
 	if d.relay, err = newRelay(o, d.host); err != nil {
 		d.stop()
 		return nil, err

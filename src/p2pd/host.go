@@ -297,6 +297,13 @@ func printable(addrs []ma.Multiaddr) []ma.Multiaddr {
 // holdTag marks peers with calls or streams under way.
 const holdTag = "p2pd"
 
+// isHeld tells if a peer has calls or streams under way.
+func (d *daemon) isHeld(id peer.ID) bool {
+	d.holding.Lock()
+	defer d.holding.Unlock()
+	return d.held[id] > 0
+}
+
 // hold keeps the connection manager from closing the connection to a stream's peer. The result undoes it.
 func (d *daemon) hold(s network.Stream) func() {
 	id := s.Conn().RemotePeer()

@@ -67,11 +67,14 @@ class Networks:
         """Make a namespace the router of a home: connections of the inner network leave with its own address."""
         self.forward(namespace)
         if shutil.which("nft"):
-            chain = f"type nat hook postrouting priority srcnat; ip saddr {inner} masquerade;"
-            rules = f"add table ip home {{ chain out {{ {chain} }}; }}"
+            out = f"type nat hook postrouting priority srcnat; ip saddr {inner} masquerade;"
+            into = f"type filter hook input priority filter; ct state new ip saddr != {inner} drop;"
+            rules = f"add table ip home {{ chain out {{ {out} }}; chain into {{ {into} }}; }}"
             self._run(*self.inside(namespace), "nft", rules)
         elif shutil.which("iptables"):
             rule = ["-t", "nat", "-A", "POSTROUTING", "-s", inner, "-j", "MASQUERADE"]
+            self._run(*self.inside(namespace), "iptables", *rule)
+            rule = ["-A", "INPUT", "!", "-s", inner, "-m", "conntrack", "--ctstate", "NEW", "-j", "DROP"]
             self._run(*self.inside(namespace), "iptables", *rule)
         else:
             raise NoNetworks("neither nft nor iptables is installed, so there is no address translation")

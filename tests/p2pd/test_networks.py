@@ -170,16 +170,29 @@ def homes(networks: Networks) -> Homes:
 class Relayed:
     """A relay, and two peers that know nobody else."""
 
-    def __init__(self, homes: Homes, start: Start, relay: Program, left: Program, right: Program) -> None:
+    def __init__(
+        self,
+        homes: Homes,
+        start: Start,
+        relay: Program,
+        left: Program,
+        right: Program,
+        *args: str,
+        transport: str = "tcp/4001",
+    ) -> None:
         self.relay = start(
-            relay, "-forceReachabilityPublic=1", "-relayService=1", prefix=homes.relay, listen="/ip4/5.1.1.2/tcp/4001"
+            relay,
+            "-forceReachabilityPublic=1",
+            "-relayService=1",
+            prefix=homes.relay,
+            listen=f"/ip4/5.1.1.2/{transport}",
         )
         address = self.relay.full_addresses()[0]
         join = [
             "-b=1", f"-bootstrapPeers={address}", "-autoRelay=1", "-relayDiscovery=0", f"-trustedRelays={address}",
-            "-forceReachabilityPrivate=1",
+            "-forceReachabilityPrivate=1", *args,
         ]  # fmt: skip
-        listen = "/ip4/0.0.0.0/tcp/4001"
+        listen = f"/ip4/0.0.0.0/{transport}"
         self.left = start(left, *join, prefix=homes.left, listen=listen)
         self.right = start(right, *join, prefix=homes.right, listen=listen)
         for peer in (self.left, self.right):
@@ -232,3 +245,15 @@ def test_54_two_homes_through_a_relay(
     if relay == "ours":  # upstream's relay cuts a connection off after 128 KiB
         answer = swarm.left.persistent().call(swarm.right.peer_id, NAME, bytes(2 << 20), 30).answer
         assert answer == {1: [bytes(2 << 20)]}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("transport", ["tcp/4001", "udp/4001/quic-v1"])
+def test_two_homes_become_direct(transport: str, homes: Homes, start: Start, ours: Program) -> None:
+    """DCUtR, by routers that let in nothing but answers. The homes meet before either knows its public address."""
+    swarm = Relayed(homes, start, ours, ours, ours, "-autonat=1", transport=transport)
+    call_until_found(swarm.left, swarm.right, bytes(4096))
+    for caller, callee, address in ((swarm.left, swarm.right, "5.1.3.2"), (swarm.right, swarm.left, "5.1.2.2")):
+        until(lambda: f"/ip4/{address}/{transport}" in ways(caller, callee), 30, "no direct connection")
+    swarm.relay.kill()
+    call_until_found(swarm.left, swarm.right, bytes(4096))
