@@ -20,7 +20,7 @@ from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.proto import dht_pb2
 
 PEERS = 8
-STORES = GETS = 1000
+KEYS = 2000
 AT_ONCE = 4  # of each peer; all share one Python process
 DEADLINE_S = 60.0  # a busy PC is no fault of the daemon's
 
@@ -140,18 +140,18 @@ def test_two_thousand_stores_and_gets(swarm: Swarm) -> None:
         async def attempt(key: int) -> bool:
             return await node.store(f"key {key}", f"value {key}", get_dht_time() + 600)
 
-        return await settled(range(index, STORES, PEERS), attempt)
+        return await settled(range(index, KEYS, PEERS), attempt)
 
     async def get(node: DHTNode, index: int) -> int:
         async def attempt(key: int) -> bool:
-            key = (key + 1) % GETS  # which another peer has stored
+            key = (key + 1) % KEYS  # which another peer has stored
             found = await node.get(f"key {key}", latest=True)
             return found is not None and found.value == f"value {key}"
 
-        return await settled(range(index, GETS, PEERS), attempt)
+        return await settled(range(index, KEYS, PEERS), attempt)
 
-    assert sum(swarm.everywhere(store, list(range(PEERS)))) == STORES
-    assert sum(swarm.everywhere(get, list(range(PEERS)))) == GETS
+    assert sum(swarm.everywhere(store, list(range(PEERS)))) == KEYS
+    assert sum(swarm.everywhere(get, list(range(PEERS)))) == KEYS
 
 
 def test_streams_cut_in_the_middle(swarm: Swarm) -> None:
