@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +34,26 @@ def provide_browser() -> None:
             sys.exit(f"apt-get {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
+@contextlib.contextmanager
+def working_ahead() -> Iterator[None]:
+    """Run scripts/ahead.py meanwhile, and end it with all that it started."""
+    command = [sys.executable, ROOT / "scripts" / "ahead.py"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
 def main(arguments: list[str]) -> int:
     provide_browser()
-    checked = subprocess.run([sys.executable, str(ROOT / "scripts" / "check.py")]).returncode
-    if checked != 0:
-        return checked
-    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+    with contextlib.nullcontext() if arguments or sys.platform != "linux" else working_ahead():
+        checked = subprocess.run([sys.executable, str(ROOT / "scripts" / "check.py")]).returncode
+        if checked != 0:
+            return checked
+        return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

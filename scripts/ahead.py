@@ -1,0 +1,23 @@
+"""Makes what late tests need and what takes minutes, while the tests before them run: see scripts/test.py.
+
+That is the bench of tests/windows, and Go's compiled packages for every system. On the processor time that nobody else wants;
+the tests wait for what is not ready, and tell what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from petals_win.daemon.build import TARGETS, build_p2pd  # noqa: E402
+
+if __name__ == "__main__":
+    os.nice(19)
+    subprocess.run([sys.executable, ROOT / "scripts" / "windows_bench.py", "--setup"])
+    for target in TARGETS:
+        build_p2pd(Path(os.devnull), target)
