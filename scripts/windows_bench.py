@@ -2,6 +2,7 @@
 
 Usage: windows-bench COMMAND [ARGUMENT …], such as: windows-bench python -m pytest tests/windows
        windows-bench --setup: make or complete the bench, and show what each step took
+Ends with the command's status; with 3 where the bench cannot be.
 
 The bench is made at first use and kept in PETALS_WIN_BENCH, or else ~/.cache/petals-win/windows-bench. It is made of
 layers, each in a folder named by a digest of its pins: `system` (Debian 13 with Wine 10), `python` (CPython and the wheels
@@ -24,6 +25,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -42,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from petals_win import __version__  # noqa: E402
-from petals_win.daemon.build import build_if_changed, find_go  # noqa: E402
+from petals_win.daemon.build import build_if_changed, build_p2pd, find_go  # noqa: E402
 from petals_win.errors import UserError  # noqa: E402
 
 SUITE = "trixie"  # the first Debian whose Wine has bcryptprimitives.dll, without which Python does not start
@@ -81,13 +83,13 @@ ENVIRONMENT = {
     "WINEPATH": r"Z:\win\python;Z:\win\python\Scripts",
     "KMP_TOPOLOGY_METHOD": "flat",  # Wine has no GetNumaNodeProcessorMaskEx: torch would abort (OMP #179)
     "PYTHONUNBUFFERED": "1",
+    "PYTEST_ADDOPTS": "-m 'not wine_lacks'",
+    "HF_HUB_DISABLE_SYMLINKS": "1",  # Wine makes none and says that it did; most Windows PCs refuse to make any
     "PIP_CERT": r"Z:\win\certificates.pem",
     "PIP_CONSTRAINT": r"Z:\win\constraints.txt",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
-HANDED_ON = re.compile(
-    r"PETALS_WIN_(?!BENCH$)\w+|PYTEST_ADDOPTS|CI|PIP_INDEX_URL|PIP_TIMEOUT|https?_proxy|no_proxy", re.I
-)
+HANDED_ON = re.compile(r"PETALS_WIN_(?!BENCH$)\w+|CI|PIP_INDEX_URL|PIP_TIMEOUT|https?_proxy|no_proxy", re.I)
 
 # In name spaces of its own. $1: what is mounted where, $2: the checkout, then the command to run in the new root.
 INSIDE = r"""
@@ -109,6 +111,13 @@ chroot "$run/root" "$@" || status=$?
 chroot "$run/root" env -i HOME=/root WINEPREFIX=/root/.wine wineserver -k || true
 exit $status
 """
+
+
+class NotHere(UserError):
+    """The bench cannot be on this system."""
+
+
+NOT_HERE = 3  # the exit status that says so
 
 
 def say(text: str) -> None:
@@ -229,9 +238,7 @@ class Bench:
             Path(replaced[str(library / name)]).write_text(changed, "utf-8")
         overlay = layer.parent / "overlay.json"
         overlay.write_text(json.dumps({"Replace": replaced}), "utf-8")
-        environment = {**os.environ, "GOOS": "windows", "GOARCH": "amd64", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
-        command = [go, "build", "-trimpath", f"-ldflags=-s -w -X main.version={__version__}", "-overlay", overlay]
-        call(*command, "-o", layer / "p2pd.exe", ".", cwd=ROOT / "src/p2pd", env=environment)
+        build_p2pd(layer / "p2pd.exe", "windows/amd64", overlay)
 
     def _make_ready(self, layer: Path) -> None:
         layer.mkdir()
@@ -351,6 +358,18 @@ def debian_mirror() -> str:
     raise UserError("The sources of apt name no mirror of Debian: the bench is made on Debian.")
 
 
+def check_possible() -> None:
+    """Raises NotHere with what this system lacks for the bench."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise NotHere("The bench runs on Linux on x86_64. On Windows type scripts\\test.cmd instead.")
+    if os.geteuid() != 0:
+        raise NotHere("The bench needs root, to make name spaces and mounts of its own.")
+    if shutil.which("debootstrap") is None and shutil.which("apt-get") is None:
+        raise NotHere("The bench needs Debian's debootstrap.")
+    if subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode != 0:
+        raise NotHere("The bench needs name spaces of its own, which this system refuses.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="windows-bench", description="Run a command under Python for Windows.")
     parser.add_argument("--setup", action="store_true", help="only make the bench")
@@ -358,8 +377,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.setup and not options.command:
         parser.error("name a command, such as: python -m pytest tests/windows")
-    if sys.platform != "linux" or os.geteuid() != 0:
-        raise UserError("The bench is for Linux, as root. On Windows type scripts\\test.cmd instead.")
+    check_possible()
     kept = os.environ.get("PETALS_WIN_BENCH")
     bench = Bench(Path(kept) if kept else Path.home() / ".cache/petals-win/windows-bench")
     bench.set_up()
@@ -379,6 +397,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as e:
         say(str(e))
-        sys.exit(1)
+        sys.exit(NOT_HERE if isinstance(e, NotHere) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

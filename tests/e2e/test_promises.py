@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
+import psutil
 import pytest
 import torch
 from conftest import connect, disconnect, node_of
@@ -46,7 +44,7 @@ def test_a_session_survives_the_loss_of_a_node():
                     used = session._server_sessions[-1].span
                     assert (used.start, used.end) == (15, 30)
                     victim = node_of(swarm, used.peer_id)
-                    os.kill(victim.child.pid, signal.SIGKILL)
+                    psutil.Process(victim.child.pid).kill()
                     killed.append(used.peer_id)
 
                 killed: list[object] = []

@@ -14,6 +14,10 @@ import psutil
 import pytest
 from conftest import free_port
 
+ENDINGS = ["SIGTERM", "SIGINT", "kill"]
+if sys.platform == "win32":
+    mark = pytest.mark.wine_lacks("a console to press Ctrl+Break in")
+    ENDINGS = ["kill", pytest.param("CTRL_BREAK_EVENT", marks=mark)]
 UP = [sys.executable, "-m", "petals_win.cli.main", "up"]
 
 
@@ -28,16 +32,31 @@ def assert_gone(processes: list[psutil.Process], seconds: float) -> None:
 
 
 def test_check_answers_paris():
-    done = subprocess.run([*UP, "--check"], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*UP, "--check"], capture_output=True, encoding="utf-8", timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The capital of France is Paris." in done.stdout
     assert re.search(r"[\d.]+ tokens/s", done.stdout)
 
 
-@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
+def start(*arguments: str) -> subprocess.Popen[str]:
+    # On Windows in a group of its own, since Ctrl+Break reaches whole groups.
+    group = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
+    return subprocess.Popen(
+        [*UP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", creationflags=group
+    )
+
+
+def end(up: subprocess.Popen[str], ending: str) -> None:
+    if ending == "kill":
+        up.kill()
+    else:
+        up.send_signal(getattr(signal, ending))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_nothing_is_left_behind(ending):
     port = free_port()
-    up = subprocess.Popen([*UP, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    up = start("--port", str(port))
     try:
         for line in up.stdout:
             if f"Chat page: http://127.0.0.1:{port}" in line:
@@ -46,11 +65,12 @@ def test_nothing_is_left_behind(ending):
             raise AssertionError("it ended without an address")
         assert httpx.get(f"http://127.0.0.1:{port}/ready").json()["ready"] is True
         processes = descendants(up.pid)
-        sockets = [c.laddr for p in processes for c in p.net_connections("unix") if c.laddr]
-        up.send_signal(getattr(signal, ending))
+        kinds = [] if sys.platform == "win32" else ["unix"]
+        sockets = [c.laddr for p in processes for kind in kinds for c in p.net_connections(kind) if c.laddr]
+        end(up, ending)
         up.wait(20)
         assert_gone(processes, 20)
-        if ending != "SIGKILL":
+        if ending != "kill":
             assert up.returncode == 0
             assert not [path for path in sockets if os.path.exists(path)]
     finally:
@@ -59,14 +79,12 @@ def test_nothing_is_left_behind(ending):
 
 
 def test_a_stop_during_the_start_ends_everything():
-    up = subprocess.Popen(
-        [*UP, "--port", str(free_port())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    up = start("--port", str(free_port()))
     deadline = time.monotonic() + 60
     while len(descendants(up.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     processes = descendants(up.pid)
-    up.send_signal(signal.SIGTERM)
+    end(up, ENDINGS[0])
     assert up.wait(30) != 0
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert processes and not alive

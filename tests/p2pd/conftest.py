@@ -26,7 +26,9 @@ BOTH = [*OURS, "reference"]
 
 @pytest.fixture(scope="session")
 def our_program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """This repository's daemon, built from its present source."""
+    """This repository's daemon, built from its present source, or PETALS_WIN_TESTED_P2PD."""
+    if chosen := os.environ.get("PETALS_WIN_TESTED_P2PD"):
+        return chosen
     output = tmp_path_factory.mktemp("p2pd") / ("p2pd" if _UNIX else "p2pd.exe")
     script = [sys.executable, str(ROOT / "scripts" / "build_p2pd.py"), "--output", str(output)]
     subprocess.run(script, check=True, timeout=600)

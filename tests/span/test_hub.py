@@ -122,7 +122,8 @@ def test_nothing_listens_there(load, monkeypatch):
     assert said.startswith("REFUSED The Hugging Face hub cannot be reached") and "internet connection" in said
 
 
-def test_the_hub_is_out_of_order(hub, load):
+def test_the_hub_is_out_of_order(hub, load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
     hub.failing[MODEL] = 500
     said = load()
     assert said.startswith("REFUSED The Hugging Face hub") and "500" in said

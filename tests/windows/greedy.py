@@ -8,8 +8,6 @@ import torch
 
 from petals_win.span.source import DEFAULT_MODEL, open_model
 
-torch.set_num_threads(1)  # as each node
-
 PROMPT = "My favourite animal is"
 TOKENS = 32
 TEXT = (

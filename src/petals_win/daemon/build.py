@@ -102,10 +102,11 @@ def put_into_bin() -> Path:
     return place
 
 
-def build_p2pd(output: Path, target: str | None = None) -> None:
+def build_p2pd(output: Path, target: str | None = None, overlay: Path | None = None) -> None:
     """Build p2pd to a file; the same source and toolchain give the same bytes.
 
     :param target: one of TARGETS; None: for this PC
+    :param overlay: what Go's `-overlay` takes: a JSON file of source files and what stands in for them
     Raises UserError when there is no toolchain, or when it reports errors.
     """
     target = _known(target or this_target())
@@ -114,7 +115,9 @@ def build_p2pd(output: Path, target: str | None = None) -> None:
     go = find_go(root)
     system, machine = target.split("/")
     stamp = f"-s -w -buildid= -X main.version={__version__} -X main.commit={_commit(source)}"
-    command = [go, "build", "-trimpath", "-buildvcs=false", f"-ldflags={stamp}", "-o", str(output.absolute()), "."]
+    command = [go, "build", "-trimpath", "-buildvcs=false", f"-ldflags={stamp}", "-o", str(output.absolute())]
+    if overlay is not None:
+        command += ["-overlay", str(overlay)]
     # Everything that the user's settings could change in the output is fixed; where modules come from is theirs.
     fixed = {
         "CGO_ENABLED": "0",
@@ -125,7 +128,7 @@ def build_p2pd(output: Path, target: str | None = None) -> None:
         "GOWORK": "off",
     }
     logger.info("Building p2pd for %s with %s", target, go)
-    done = _run(command, {**fixed, "GOOS": system, "GOARCH": machine}, source, _BUILD_S)
+    done = _run([*command, "."], {**fixed, "GOOS": system, "GOARCH": machine}, source, _BUILD_S)
     if done.returncode:
         raise UserError(f"p2pd could not be built. Go says: {(done.stderr or done.stdout).strip()[-1500:]}")
 
