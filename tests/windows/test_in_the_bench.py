@@ -22,10 +22,12 @@ from petals_win.swarm.local import LocalSwarm
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "windows-bench"
-# Two runs at a time, of about the same length. Which tests of a folder are left out for their time is in LEFT_OUT.
-WITH_THE_WHEEL = ["windows/test_on_windows.py", "span", "upstream", "host", "daemon", "cli", "hivemind", "swarm"]
-BESIDE = ["api", "e2e", "engines", "p2pd", "web"]
-LEFT_OUT = [
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench")
+
+# Two runs at a time, of about the same length.
+WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "span", "swarm", "upstream", "windows"}
+BESIDE = {"api", "e2e", "engines", "p2pd", "web"}
+LEFT_OUT = [  # for their time
     "e2e/test_bad_input.py",
     "e2e/test_by_hand.py::test_a_gated_model_without_a_token",
     "e2e/test_choice_of_blocks.py",
@@ -36,6 +38,8 @@ LEFT_OUT = [
     "p2pd/test_go.py",
     "p2pd/test_hard.py::test_two_thousand_stores_and_gets",
     "p2pd/test_targets.py",
+    "scripts",
+    "windows/test_speed.py",  # runs by itself
 ]
 P2PD = "Z:/win/checkout/bin/p2pd.exe"
 NOT_HERE = 3  # the bench's status where it cannot be
@@ -62,11 +66,10 @@ def wheel() -> str:
     return "Z:/win/checkout/" + built.relative_to(ROOT).as_posix()
 
 
-def pytest_in_the_bench(folders: list[str], **environment: str) -> str:
+def pytest_in_the_bench(*arguments: str, **environment: str) -> str:
     """Run tests under Windows Python; what pytest says of them."""
-    options = ["-q", "-rs", "-s", "-p", "no:cacheprovider", *(f"--deselect=tests/{path}" for path in LEFT_OUT)]
     done = subprocess.run(
-        [BENCH, "python", "-m", "pytest", *options, *(f"tests/{folder}" for folder in folders)],
+        [BENCH, "python", "-m", "pytest", "-q", "-rs", "-s", "-p", "no:cacheprovider", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         encoding="utf-8",
@@ -85,11 +88,21 @@ def summary(said: str) -> str:
     )
 
 
+def everything_in(folders: set[str]) -> list[str]:
+    # By what is ignored: named together, folders would get each other's conftest.
+    others = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name not in folders]
+    return [
+        "tests",
+        *(f"--ignore=tests/{name}" for name in others),
+        *(f"--deselect=tests/{name}" for name in LEFT_OUT),
+    ]
+
+
 @pytest.mark.timeout(SETUP_SECONDS + UNIT_SECONDS)
 def test_the_tests_under_windows_python(wheel, request, capsys):
     with ThreadPoolExecutor() as at_once:
-        beside = at_once.submit(pytest_in_the_bench, BESIDE, PETALS_WIN_TESTED_P2PD=P2PD)
-        outputs = [pytest_in_the_bench(WITH_THE_WHEEL, PETALS_WIN_WHEEL=wheel), beside.result()]
+        beside = at_once.submit(pytest_in_the_bench, *everything_in(BESIDE), PETALS_WIN_TESTED_P2PD=P2PD)
+        outputs = [pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel), beside.result()]
     skipped: Counter[tuple[str, str]] = Counter()
     for count, file, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+?):\d+: (.*)$", "\n".join(outputs), re.MULTILINE):
         skipped[file, reason] += int(count)
@@ -103,12 +116,12 @@ def test_the_tests_under_windows_python(wheel, request, capsys):
             print(f"    {count} of {file}: {reason}")
         for (file, what), count in lacking.items():
             print(f"    {count} of {file}, on Windows PCs only: Wine lacks {what}")
-        print("    for their time here:", *LEFT_OUT)
+        print("    left out for their time:", *LEFT_OUT)
 
 
 @pytest.mark.timeout(SETUP_SECONDS + SWARM_SECONDS)
 def test_speed(capsys):
-    said = pytest_in_the_bench(["windows/test_speed.py"])
+    said = pytest_in_the_bench("tests/windows/test_speed.py")
     with capsys.disabled():
         print("", summary(said), sep="\n")
 

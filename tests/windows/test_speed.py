@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_a_swarm_keeps_up_with_one_process():
-    command = [sys.executable, "-m", "petals_win.cli.main", "bench", "--tokens", "32", "--rounds", "5", "--json"]
+    command = [sys.executable, "-m", "petals_win.cli.main", "bench", "--tokens", "16", "--rounds", "5", "--json"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads(done.stdout)
@@ -22,4 +22,4 @@ def test_a_swarm_keeps_up_with_one_process():
         f"two nodes {measured['swarm_tokens_per_s']:.1f} tokens/s, one process {measured['local_tokens_per_s']:.1f}: "
         f"ratio {measured['ratio']:.2f}"
     )
-    assert measured["ratio"] > 0.6, "0.86 on an idle PC"
+    assert measured["ratio"] > 0.7, "0.92 on an idle PC"
