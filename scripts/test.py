@@ -49,7 +49,8 @@ def working_ahead() -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     provide_browser()
-    with contextlib.nullcontext() if arguments or sys.platform != "linux" else working_ahead():
+    everything = all(argument.startswith("-") for argument in arguments)
+    with working_ahead() if everything and sys.platform == "linux" else contextlib.nullcontext():
         checked = subprocess.run([sys.executable, str(ROOT / "scripts" / "check.py")]).returncode
         if checked != 0:
             return checked
