@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "windows-bench"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench")
 
-# Two runs at a time, of about the same length.
 WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "span", "swarm", "upstream", "windows"}
-BESIDE = {"api", "e2e", "engines", "p2pd", "web"}
+WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
 LEFT_OUT = [  # for their time
     "e2e/test_bad_input.py",
     "e2e/test_by_hand.py::test_a_gated_model_without_a_token",
@@ -98,11 +96,12 @@ def everything_in(folders: set[str]) -> list[str]:
     ]
 
 
-@pytest.mark.timeout(SETUP_SECONDS + UNIT_SECONDS)
+@pytest.mark.timeout(SETUP_SECONDS + 2 * UNIT_SECONDS)
 def test_the_tests_under_windows_python(wheel, request, capsys):
-    with ThreadPoolExecutor() as at_once:
-        beside = at_once.submit(pytest_in_the_bench, *everything_in(BESIDE), PETALS_WIN_TESTED_P2PD=P2PD)
-        outputs = [pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel), beside.result()]
+    outputs = [
+        pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel),
+        pytest_in_the_bench(*everything_in(WITH_THE_DAEMON), PETALS_WIN_TESTED_P2PD=P2PD),
+    ]
     skipped: Counter[tuple[str, str]] = Counter()
     for count, file, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+?):\d+: (.*)$", "\n".join(outputs), re.MULTILINE):
         skipped[file, reason] += int(count)
