@@ -32,7 +32,8 @@ def test_text_survives_any_code_page():
     assert done.stdout.decode("utf-8").strip() == "Größe ≈ 12 €"
 
 
-def test_plain_lines_have_time_size_and_elapsed():
+def test_plain_lines_have_time_size_and_elapsed(monkeypatch):
+    monkeypatch.setattr(console.time, "monotonic", lambda: 100.0)  # a busy PC needs a tenth of a second for this
     out = io.StringIO()
     with Progress(out) as progress:
         progress.step("Fetching a model", 92_900_000)
@@ -42,12 +43,12 @@ def test_plain_lines_have_time_size_and_elapsed():
         progress.step("Starting")
         progress.done("It answers at http://127.0.0.1:8000")
     lines = out.getvalue().splitlines()
-    assert [re.sub(r"^\d\d:\d\d:\d\d |\d+\.\d s$", "", line) for line in lines] == [
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
         "Fetching a model (92.9 MB)",
         "  0:15 loaded",
-        "Fetching a model: done, 92.9 MB, ",
+        "Fetching a model: done, 92.9 MB, 0.0 s",
         "Starting",
-        "Starting: done, ",
+        "Starting: done, 0.0 s",
         "It answers at http://127.0.0.1:8000",
     ]
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)

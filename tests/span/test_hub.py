@@ -51,6 +51,12 @@ def load(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return load
 
 
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the five tries of the hub's client."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
 def fetched(hub: Hub) -> set[str]:
     return {path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
 
@@ -112,18 +118,16 @@ def test_an_unknown_revision(load):
     assert load(revision="v99").startswith(f"REFUSED The model {MODEL} has no revision 'v99'")
 
 
-def test_nothing_listens_there(load, monkeypatch):
+def test_nothing_listens_there(load, monkeypatch, no_pauses):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
     point_to(nobody, monkeypatch)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
     said = load()
     assert said.startswith("REFUSED The Hugging Face hub cannot be reached") and "internet connection" in said
 
 
-def test_the_hub_is_out_of_order(hub, load, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
+def test_the_hub_is_out_of_order(hub, load, no_pauses):
     hub.failing[MODEL] = 500
     said = load()
     assert said.startswith("REFUSED The Hugging Face hub") and "500" in said
