@@ -29,16 +29,12 @@ func pipe(conn net.Conn, s network.Stream) {
 	toPeer := make(chan struct{})
 	go func() {
 		defer close(toPeer)
-		err, sinkErr := copyAll(s, conn)
-		if sinkErr != nil {
+		if _, sinkErr := copyAll(s, conn); sinkErr != nil {
 			// Keep reading, so that a client in the middle of a write gets to see the end of the stream.
-			_, err = io.Copy(io.Discard, conn)
+			_, _ = io.Copy(io.Discard, conn)
 		}
-		if err == nil || err == io.EOF {
-			s.Close()
-		} else {
-			s.Reset()
-		}
+		// A client that closes with unread input shows as an error. Resetting the stream would take back its last words.
+		s.Close()
 	}()
 	err, sinkErr := copyAll(conn, s)
 	switch {

@@ -152,6 +152,19 @@ def test_a_child_that_does_not_look_ends_with_its_killed_parent():
     assert not child.is_running()
 
 
+@pytest.mark.skipif(sys.platform != "win32", reason="job objects are Windows'")
+def test_whatever_a_program_of_ours_starts_ends_with_it():
+    child = started_by_a_parent_that_is_killed(f"""
+        import subprocess, sys, time
+        from petals_win.host.children import end_children_with_this_process
+        end_children_with_this_process()
+        print(subprocess.Popen([sys.executable, "-c", {SLEEP!r}]).pid, flush=True)
+        time.sleep(600)
+    """)
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running()
+
+
 def test_start_child_is_called_like_asyncios_function():
     async def main():
         child = await start_child(

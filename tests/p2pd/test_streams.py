@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import socket
 import threading
 import time
@@ -99,6 +100,24 @@ def test_47_close_reaches_the_other_side(both: Pair, sockets: Path, who: str) ->
         closing.sock.sendall(b"last words")
         closing.close()
         assert seeing.take_all() == b"last words"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closing a TCP socket with unread input destroys what it has sent")
+def test_47_the_last_words_of_a_handler_that_leaves_input_unread(our_pair: Pair, sockets: Path) -> None:
+    opening, serving = our_pair
+    with Listener(serving, sockets) as listener:
+        serving.add_handler(listener, "s")
+        stream, _ = opening.open_stream(serving.peer_id, "s")
+        inner, _ = listener.accept()
+        stream.sock.sendall(b"nobody reads this")
+        assert select.select([inner.sock], [], [], 10)[0]
+
+        def say_and_leave() -> None:
+            inner.sock.sendall(bytes(LARGE))
+            inner.close()
+
+        threading.Thread(target=say_and_leave).start()
+        assert len(stream.take_all()) == LARGE
 
 
 def test_47_there_is_no_half_close(both: Pair, sockets: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from petals_win import __version__
 from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, plan, serve, up
 from petals_win.errors import UserError
+from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ def options(
 def main() -> None:
     """Run the command line: exit code 0 for success, 1 for a failure, 2 for wrong usage."""
     use_utf8()
+    end_children_with_this_process()
     try:
         app()
     except UserError as e:

@@ -178,6 +178,16 @@ def spawn(
     return Child(process, on_line)
 
 
+def end_children_with_this_process() -> None:
+    """In a program of ours on Windows: whatever it starts from now on ends with it. Elsewhere: do nothing.
+
+    `spawn` and `start_child` take care of what they start; but a process whose creator is ended by force while it creates it would
+    stay behind, suspended for ever, if it were not in the creator's own job object from its creation on.
+    """
+    if sys.platform == "win32":
+        _join(_tree_of_this_process(), os.getpid())
+
+
 def read_line() -> str | None:
     """The next line of standard input, and not a byte more; None if it ends before the line does."""
     line = bytearray()

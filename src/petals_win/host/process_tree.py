@@ -14,7 +14,7 @@ if sys.platform == "win32":
 
     _EXTENDED_LIMITS = 9  # JobObjectExtendedLimitInformation
     _KILL_ON_JOB_CLOSE = 0x2000
-    _SET_QUOTA_AND_TERMINATE = 0x0100 | 0x0001
+    _QUERY, _SET_QUOTA_AND_TERMINATE = 0x0400, 0x0100 | 0x0001
 
     class _BasicLimits(ctypes.Structure):
         _fields_ = [
@@ -45,6 +45,7 @@ if sys.platform == "win32":
     _kernel32.SetInformationJobObject.argtypes = [wintypes.HANDLE, ctypes.c_int, wintypes.LPVOID, wintypes.DWORD]
     _kernel32.OpenProcess.restype = wintypes.HANDLE
     _kernel32.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
+    _kernel32.IsProcessInJob.argtypes = [wintypes.HANDLE, wintypes.HANDLE, ctypes.POINTER(wintypes.BOOL)]
     _kernel32.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
     _kernel32.TerminateJobObject.argtypes = [wintypes.HANDLE, wintypes.UINT]
     _kernel32.CloseHandle.argtypes = [wintypes.HANDLE]
@@ -63,10 +64,13 @@ if sys.platform == "win32":
             )
 
         def add(self, pid: int) -> None:
-            """Take a running process in; raises OSError when it has ended already or the system forbids it."""
-            process = _checked(_kernel32.OpenProcess(_SET_QUOTA_AND_TERMINATE, False, pid))
+            """Take a running process in, unless it is; raises OSError when it has ended already or the system forbids it."""
+            process = _checked(_kernel32.OpenProcess(_QUERY | _SET_QUOTA_AND_TERMINATE, False, pid))
             try:
-                _checked(_kernel32.AssignProcessToJobObject(self._handle, process))
+                inside = wintypes.BOOL()
+                _checked(_kernel32.IsProcessInJob(process, self._handle, ctypes.byref(inside)))
+                if not inside:
+                    _checked(_kernel32.AssignProcessToJobObject(self._handle, process))
             finally:
                 _kernel32.CloseHandle(process)
 
