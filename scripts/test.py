@@ -1,4 +1,7 @@
-"""Checks, then all tests, with pytest's own summary at the end. Run by scripts/test, in .venv; arguments go to pytest."""
+"""Installs what is missing, checks, then runs all tests, with pytest's own summary at the end; arguments go to pytest.
+
+Run by scripts/test, with any Python: what late tests need is made while the installation waits for its downloads.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 BROWSER = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # programs and their Debian packages
 
 
@@ -38,7 +42,8 @@ def provide_browser() -> None:
 def working_ahead() -> Iterator[None]:
     """Run scripts/ahead.py meanwhile, and end it with all that it started."""
     command = [sys.executable, ROOT / "scripts" / "ahead.py"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    # Not in a session of its own: to Linux each has the same right to the processor, however low a priority is in it.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
     try:
         yield
     finally:
@@ -51,11 +56,14 @@ def main(arguments: list[str]) -> int:
     provide_browser()
     everything = all(argument.startswith("-") for argument in arguments)
     with working_ahead() if everything and sys.platform == "linux" else contextlib.nullcontext():
-        checked = subprocess.run([sys.executable, str(ROOT / "scripts" / "check.py")]).returncode
+        check = [sys.executable, "-I", "-S", ROOT / "scripts" / "bootstrap.py", "check"]  # installs what is missing
+        checked = subprocess.run(check).returncode
         if checked != 0:
             return checked
-        return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        return subprocess.run([VENV_PYTHON, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
     sys.exit(main(sys.argv[1:]))

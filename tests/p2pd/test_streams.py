@@ -12,7 +12,8 @@ from pathlib import Path
 
 import p2pd_wire as wire
 import pytest
-from p2pd_client import Connection, Daemon, Listener, Refused
+from conftest import Start
+from p2pd_client import Connection, Daemon, Listener, Program, Refused
 
 Pair = tuple[Daemon, Daemon]
 LARGE = 30 << 20
@@ -103,8 +104,9 @@ def test_47_close_reaches_the_other_side(both: Pair, sockets: Path, who: str) ->
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closing a TCP socket with unread input destroys what it has sent")
-def test_47_the_last_words_of_a_handler_that_leaves_input_unread(our_pair: Pair, sockets: Path) -> None:
-    opening, serving = our_pair
+def test_47_the_last_words_of_a_handler_that_leaves_input_unread(ours: Program, start: Start, sockets: Path) -> None:
+    opening, serving = start(ours), start(ours)
+    opening.connect_to(serving)
     with Listener(serving, sockets) as listener:
         serving.add_handler(listener, "s")
         stream, _ = opening.open_stream(serving.peer_id, "s")

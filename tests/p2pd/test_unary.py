@@ -139,7 +139,10 @@ def test_31_refused_dial(program: Program, start: Start) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [pytest.param("dies", marks=pytest.mark.wine_lacks("the sure end of a killed process's connections")), "disconnected"],
+    [
+        pytest.param("dies", marks=pytest.mark.wine_lacks("the sure end of a killed process's connections")),
+        "disconnected",
+    ],
 )
 def test_32_the_remote_side_goes(program: Program, other: Program, start: Start, how: str) -> None:
     tested, peer = start(program), start(other)
@@ -169,7 +172,7 @@ def test_33_cancel(both: Pair) -> None:
 
 
 @pytest.mark.slow
-def test_34_a_call_has_no_time_limit(request: pytest.FixtureRequest, start: Start) -> None:
+def test_34_39_a_call_has_no_time_limit(request: pytest.FixtureRequest, start: Start) -> None:
     waiting = []
     for name in BOTH:  # all at once: each waits for 90 s
         tested, peer = start(resolve(name, request)), start(resolve(BOTH[-1], request))
@@ -180,6 +183,7 @@ def test_34_a_call_has_no_time_limit(request: pytest.FixtureRequest, start: Star
             waiting.append((handler, handler.next_call(), caller, call_id))
     time.sleep(90)
     for handler, call, caller, call_id in waiting:
+        assert handler.cancels.empty()
         handler.answer(call, b"at last")
         assert caller.wait(call_id).answer == {1: [b"at last"]}
 

@@ -6,7 +6,6 @@ One side of each call is a raw stream that this test writes and reads itself, th
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import p2pd_wire as wire
@@ -64,18 +63,6 @@ def test_37_38_39_what_the_caller_sends(pair: Pair, sockets: Path) -> None:
         assert caller.wait(call_id).answer == {1: [b"pong"]}
         stream.sock.settimeout(20)
         assert stream.is_closed()
-
-
-def test_39_a_slow_answer(pair: Pair) -> None:
-    tested, peer = pair
-    handler, caller = peer.persistent(), tested.persistent()
-    assert handler.add(NAME).done
-    call_id = caller.start_call(peer.peer_id, NAME)
-    call = handler.next_call()
-    time.sleep(10)
-    assert handler.cancels.empty()
-    handler.answer(call, b"slow")
-    assert caller.wait(call_id).answer == {1: [b"slow"]}
 
 
 @pytest.mark.parametrize("how", ["end", "reset", "one more byte"])

@@ -35,7 +35,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     venv = tmp_path_factory.mktemp("A user's Größe") / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=INSTALL_SECONDS)
     began = time.monotonic()
-    pip = [venv / "Scripts/python.exe", "-m", "pip", "install", "--quiet", "--only-binary", "torch,numpy", wheel]
+    options = ["--quiet", "--no-compile", "--only-binary", "torch,numpy"]
+    pip = [venv / "Scripts/python.exe", "-m", "pip", "install", *options, wheel]
     done = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace", timeout=INSTALL_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = time.monotonic() - began
