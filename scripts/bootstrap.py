@@ -290,8 +290,7 @@ def can_reach(url: str) -> bool:
 def pip(report: Report, lock: int, *arguments: str) -> None:
     """`pip install` into .venv, shown as it goes. Raises Failure with the likely cause."""
     command = [str(VENV_PYTHON), "-I", "-u", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    # Most modules are never imported; Python compiles the others when they are.
-    command += ["--progress-bar", "off", "--no-compile", *arguments]
+    command += ["--progress-bar", "off", *arguments]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -13,13 +13,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+ENOUGH = 0.8
+TRIES = 3  # whatever else the PC does takes from both, but not evenly
+
+
+@pytest.mark.timeout(TRIES * 300)
 def test_a_swarm_keeps_up_with_one_process():
     command = [sys.executable, "-m", "petals_win.cli.main", "bench", "--tokens", "16", "--rounds", "5", "--json"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    measured = json.loads(done.stdout)
-    print(
-        f"two nodes {measured['swarm_tokens_per_s']:.1f} tokens/s, one process {measured['local_tokens_per_s']:.1f}: "
-        f"ratio {measured['ratio']:.2f}"
-    )
-    assert measured["ratio"] > 0.7, "0.92 on an idle PC"
+    ratios = []
+    while len(ratios) < TRIES and max(ratios, default=0) < ENOUGH:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        measured = json.loads(done.stdout)
+        swarm, local = measured["swarm_tokens_per_s"], measured["local_tokens_per_s"]
+        print(f"two nodes {swarm:.1f} tokens/s, one process {local:.1f}: ratio {measured['ratio']:.2f}")
+        ratios.append(measured["ratio"])
+    assert max(ratios) >= ENOUGH

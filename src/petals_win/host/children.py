@@ -10,7 +10,8 @@ Knows the three means for that, none of which is enough everywhere:
   started the child, so it is only set for children that belong to one event loop (`start_child`). It is not set in a
   preexec_fn, which would run Python between fork and exec in a process full of threads and locks, and copy the page
   tables of the loaded model besides, but by a few lines of Python that then become the child.
-* Windows, a job object that is closed with the parent's last handle: sure, and it takes grandchildren along.
+* Windows, a job object that is closed with the parent's last handle: sure, and it takes grandchildren along. A program
+  of ours is in its own one besides (`end_children_with_this_process`).
 
 Does not know what the children are for.
 """
@@ -181,8 +182,8 @@ def spawn(
 def end_children_with_this_process() -> None:
     """In a program of ours on Windows: whatever it starts from now on ends with it. Elsewhere: do nothing.
 
-    `spawn` and `start_child` take care of what they start; but a process whose creator is ended by force while it creates it would
-    stay behind, suspended for ever, if it were not in the creator's own job object from its creation on.
+    A process that is being created when its creator is ended by force stays behind, suspended for ever, unless it is in the
+    creator's own job object from the first moment. `spawn` and `start_child` put it into one a moment later.
     """
     if sys.platform == "win32":
         _join(_tree_of_this_process(), os.getpid())
