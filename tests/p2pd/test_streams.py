@@ -68,6 +68,7 @@ def digest_of(connection: Connection) -> str:
     return hashlib.sha256(connection.take_all()).hexdigest()
 
 
+@pytest.mark.wine_lacks("the sure end of a socket that its process has closed")
 def test_46_large_streams_arrive_whole(both: Pair, sockets: Path) -> None:
     opening, serving = both
     data = os.urandom(LARGE)
