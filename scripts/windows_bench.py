@@ -75,18 +75,7 @@ open_model(DEFAULT_MODEL).tokenizer()
 # processes talk for the number of the volume, which Python's os.stat asks for and which is 0 now.
 READY = [
     ["wineboot", "-i"],
-    [
-        "reg",
-        "add",
-        r"HKLM\System\CurrentControlSet\Services\MountMgr",
-        "/v",
-        "Start",
-        "/t",
-        "REG_DWORD",
-        "/d",
-        "4",
-        "/f",
-    ],
+    r"reg add HKLM\System\CurrentControlSet\Services\MountMgr /v Start /t REG_DWORD /d 4 /f".split(),
     ["python", "-c", FIRST_RUN],
 ]
 
