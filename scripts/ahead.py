@@ -1,6 +1,6 @@
 """Makes what late tests need and what takes minutes, while the installation and the first tests run: see scripts/test.py.
 
-That is Go's compiled packages, for every system and for the race detector, and the bench of tests/windows. On the processor time
+That is the bench of tests/windows, and Go's compiled packages for every system and for the race detector. On the processor time
 that nobody else wants; the tests wait for what is not ready, and tell what is wrong with it.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from petals_win.daemon.build import TARGETS, build_p2pd, find_go  # noqa: E402
+from petals_win.daemon.build import GO_FLAGS, TARGETS, build_p2pd, find_go  # noqa: E402
 
 if __name__ == "__main__":
     os.nice(19)
+    subprocess.run([sys.executable, ROOT / "scripts" / "windows_bench.py", "--setup"])
     race = [find_go(ROOT), "test", "-race", "-run=^$", "./..."]
-    subprocess.run(race, cwd=ROOT / "src/p2pd", env={**os.environ, "GOFLAGS": "-trimpath", "CGO_ENABLED": "1"})
+    subprocess.run(race, cwd=ROOT / "src/p2pd", env={**os.environ, "GOFLAGS": GO_FLAGS, "CGO_ENABLED": "1"})
     for target in TARGETS:
         build_p2pd(Path(os.devnull), target)
-    subprocess.run([sys.executable, ROOT / "scripts" / "windows_bench.py", "--setup"])

@@ -16,19 +16,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-BROWSER = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # programs and their Debian packages
+# Programs that tests run, and their Debian packages: a browser for the web page, address translation for networks.
+PROGRAMS = {"chromium": "chromium", "chromedriver": "chromium-driver", "nft": "nftables"}
 
 
-def provide_browser() -> None:
-    """The tests of the web page drive a real browser. On Debian as root it is installed, elsewhere asked for."""
-    missing = [package for program, package in BROWSER.items() if shutil.which(program) is None]
+def provide_programs() -> None:
+    """On Debian as root, programs that are missing are installed; elsewhere they are asked for."""
+    missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if sys.platform != "linux" or not missing:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        print(
-            f"The tests of the web page need a browser. Type: sudo apt install {' '.join(BROWSER.values())}",
-            flush=True,
-        )
+        print(f"Some tests need programs that are not here. Type: sudo apt install {' '.join(missing)}", flush=True)
         return
     print(f"Installing {' '.join(missing)}", flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -52,16 +50,42 @@ def working_ahead() -> Iterator[None]:
         process.wait()
 
 
+def pytest(*arguments: str) -> list[str | Path]:
+    return [VENV_PYTHON, "-m", "pytest", *arguments]
+
+
+def side_by_side(environment: dict[str, str]) -> int:
+    """Run tests/windows beside all others, since each waits for half of its time, then by themselves those that measure."""
+    log = ROOT / "build" / "windows-tests.log"
+    print(f"Meanwhile, the tests under Windows Python write to {log}", flush=True)
+    others = pytest("--ignore=tests/windows", "-m", "not alone")
+    windows = pytest("tests/windows", "-m", "not alone", "-p", "no:cacheprovider")
+    with log.open("wb") as output:
+        process = subprocess.Popen(windows, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        try:
+            statuses = [subprocess.run(others, cwd=ROOT, env=environment).returncode]
+            statuses.append(process.wait())
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
+                process.wait()
+            print(log.read_text("utf-8", "replace"), flush=True)
+    statuses.append(subprocess.run(pytest("-m", "alone"), cwd=ROOT, env=environment).returncode)
+    return max(statuses)
+
+
 def main(arguments: list[str]) -> int:
-    provide_browser()
-    everything = all(argument.startswith("-") for argument in arguments)
-    with working_ahead() if everything and sys.platform == "linux" else contextlib.nullcontext():
+    provide_programs()
+    everything = not arguments and sys.platform == "linux"
+    with working_ahead() if everything else contextlib.nullcontext():
         check = [sys.executable, "-I", "-S", ROOT / "scripts" / "bootstrap.py", "check"]  # installs what is missing
         checked = subprocess.run(check).returncode
         if checked != 0:
             return checked
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        return subprocess.run([VENV_PYTHON, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
+        if everything:
+            return side_by_side(environment)
+        return subprocess.run(pytest(*arguments), cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

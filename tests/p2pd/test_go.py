@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from petals_win.daemon.build import find_go
+from petals_win.daemon.build import GO_FLAGS, find_go
 
 pytestmark = pytest.mark.wine_lacks("what pip asks of the certificate store, so that Go cannot be fetched")
 
@@ -23,7 +23,7 @@ FUZZ_TARGETS = re.findall(r"^func (Fuzz\w+)\(", (SOURCE / "fuzz_test.go").read_t
 def go(*arguments: str, cgo: bool = False, timeout_s: float = 1500) -> str:
     """Run Go in the module, with exactly what go.mod and go.sum name; fails with all that Go says."""
     fixed = {
-        "GOFLAGS": "-mod=readonly -trimpath",
+        "GOFLAGS": GO_FLAGS,
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
         "CGO_ENABLED": "1" if cgo else "0",

@@ -116,6 +116,7 @@ def test_the_tests_under_windows_python(wheel, request, capsys):
         print("    left out for their time:", *LEFT_OUT)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SETUP_SECONDS + SWARM_SECONDS)
 def test_speed(capsys):
     said = pytest_in_the_bench("tests/windows/test_speed.py")

