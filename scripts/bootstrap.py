@@ -186,6 +186,7 @@ def install(extras: set[str]) -> None:
             install_torch(report, lock)
             report.doing("Installing petals-win")
             pip(report, lock, "-e", f"{ROOT}[{','.join(sorted(extras))}]")
+            say_in_ascii_where_it_is()
         finally:
             report.close()
         STAMP.write_text(json.dumps({"inputs": inputs, "extras": sorted(extras)}), "utf-8")
@@ -239,6 +240,14 @@ def forget_half_installed(report: Report) -> None:
         if not (info / "RECORD").is_file():
             report.log(f"removing {info.name}: it is not complete")
             shutil.rmtree(info)
+
+
+def say_in_ascii_where_it_is() -> None:
+    """An editable installation names its folders in UTF-8; Python before 3.13 reads that by the code page of Windows."""
+    file = site_packages() / "_petals_win.pth"
+    folders = file.read_text("utf-8").splitlines()
+    if not all(folder.isascii() for folder in folders):
+        file.write_text(f"import sys; sys.path += {folders!a}\n", "ascii")
 
 
 def install_torch(report: Report, lock: int) -> None:
@@ -387,6 +396,7 @@ def run(*command: str) -> int:
     """Become `command`, a program of .venv; returns its exit status where a process cannot become another."""
     # A file of the folder that the user is in must not stand in for a module of the same name.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    os.environ["PYTHONUTF8"] = "1"  # whatever the code page
     if sys.platform != "win32":
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), *command])
     process = subprocess.Popen([VENV_PYTHON, *command])
@@ -417,6 +427,8 @@ def stop(number: int, _frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # as all that it starts writes
     try:
         sys.exit(main(*sys.argv[1:]))
     except Failure as e:

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
         checked = subprocess.run(check).returncode
         if checked != 0:
             return checked
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
         if everything:
             return side_by_side(environment)
         return subprocess.run(pytest(*arguments), cwd=ROOT, env=environment).returncode

@@ -84,6 +84,7 @@ async def _read_outputs(self, ready: asyncio.Future) -> None:
         elif line.startswith("Peer ID:"):
             ready.set_result(None)
     if not ready.done():
+        await self._child.wait()  # so that nothing is left of it when the error is known
         ready.set_exception(self._start_failure("it ended at once"))
 
 

@@ -48,7 +48,7 @@ BACKEND = """
         for requirement in (ROOT / "requirements").read_text().split():
             metadata += f"Requires-Dist: {requirement}\\n"
         with zipfile.ZipFile(pathlib.Path(wheel_directory) / name, "w") as wheel:
-            wheel.writestr("petals_win.pth", str(ROOT / "src"))
+            wheel.writestr("_petals_win.pth", str(ROOT / "src"))
             wheel.writestr("petals_win-1.0.dist-info/METADATA", metadata)
             wheel.writestr("petals_win-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
             wheel.writestr("petals_win-1.0.dist-info/RECORD", "")
@@ -150,7 +150,7 @@ def test_the_second_start_does_nothing_and_takes_no_time(project):
         times.append(time.perf_counter() - began)
         assert done.returncode == 0 and done.stderr == ""
     assert builds(project) == 1
-    assert min(times) < 0.3
+    assert min(times) < (1.5 if WINDOWS else 0.3)  # Windows starts processes slowly, and a launcher for that of .venv
 
 
 def test_the_users_folder_and_the_exit_status_are_kept(project, tmp_path):
