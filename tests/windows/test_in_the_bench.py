@@ -23,18 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "windows-bench"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench")
 
-WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "span", "swarm", "upstream", "windows"}
+WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "scripts", "span", "swarm", "upstream", "windows"}
 WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
 LEFT_OUT = [  # for their time
-    "e2e/test_bad_input.py",
-    "e2e/test_by_hand.py::test_a_gated_model_without_a_token",
-    "e2e/test_choice_of_blocks.py",
-    "e2e/test_exactness.py::test_family",
     "e2e/test_seventy_b.py",
     "e2e/test_up.py::test_check_answers_paris",  # the installed wheel does
     "engines/test_petals.py::test_a_node_is_missing",
     "p2pd/test_hard.py::test_two_thousand_stores_and_gets",
-    "scripts",
+    "scripts/test_build.py",
+    "scripts/test_resolve.py",
+    "scripts/test_workflows.py",
     "windows/test_speed.py",  # test_speed runs it by itself
 ]
 P2PD = "Z:/win/checkout/bin/p2pd.exe"
