@@ -41,7 +41,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = time.monotonic() - began
     size = sum(file.stat().st_size for file in venv.rglob("*") if file.is_file())
-    print(f"pip installed {Path(wheel).name} in {seconds:.0f} s; its venv has {size / 1e6:,.0f} MB")
+    print(f"\npip installed {Path(wheel).name} in {seconds:.0f} s; its venv has {size / 1e6:,.0f} MB")
     return [str(venv / "Scripts/petals-win.exe")]
 
 
@@ -116,7 +116,7 @@ def test_a_node_ended_by_force_takes_its_daemon_along():
         finally:
             client.close()
         seconds = seconds_until_gone(swarm.nodes[1].child.pid)
-        print(f"p2pd.exe was gone {seconds:.2f} s after TerminateProcess of its node")
+        print(f"\np2pd.exe was gone {seconds:.2f} s after TerminateProcess of its node")
         assert seconds < GONE_SECONDS
 
 
