@@ -55,11 +55,11 @@ def pytest(*arguments: str) -> list[str | Path]:
 
 
 def side_by_side(environment: dict[str, str]) -> int:
-    """Run tests/windows beside all others, since each waits for half of its time, then by themselves those that measure."""
+    """Run the tests in the bench beside all others, since each waits for half of its time, then by itself what measures."""
     log = ROOT / "build" / "windows-tests.log"
     print(f"Meanwhile, the tests under Windows Python write to {log}", flush=True)
-    others = pytest("--ignore=tests/windows", "-m", "not alone")
-    windows = pytest("tests/windows", "-m", "not alone", "-p", "no:cacheprovider")
+    others = pytest("-m", "not bench and not alone")
+    windows = pytest("-m", "bench and not alone", "-p", "no:cacheprovider")
     with log.open("wb") as output:
         process = subprocess.Popen(windows, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:

@@ -21,7 +21,10 @@ from petals_win.swarm.local import LocalSwarm
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "windows-bench"
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench")
+pytestmark = [
+    pytest.mark.bench,
+    pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench"),
+]
 
 WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "scripts", "span", "swarm", "upstream", "windows"}
 WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
@@ -93,7 +96,7 @@ def everything_in(folders: set[str]) -> list[str]:
 
 
 @pytest.mark.timeout(SETUP_SECONDS + 2 * UNIT_SECONDS)
-def test_the_tests_under_windows_python(wheel, request, capsys):
+def test_the_tests_under_windows_python(wheel, every_test, capsys):
     outputs = [
         pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel),
         pytest_in_the_bench(*everything_in(WITH_THE_DAEMON), PETALS_WIN_TESTED_P2PD=P2PD),
@@ -101,7 +104,7 @@ def test_the_tests_under_windows_python(wheel, request, capsys):
     skipped: Counter[tuple[str, str]] = Counter()
     for count, file, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+?):\d+: (.*)$", "\n".join(outputs), re.MULTILINE):
         skipped[file, reason] += int(count)
-    marks = [(item, mark) for item in request.session.items for mark in item.iter_markers()]
+    marks = [(item, mark) for item in every_test for mark in item.iter_markers()]
     lacking = Counter((item.path.name, mark.args[0]) for item, mark in marks if mark.name == "wine_lacks")
     elsewhere = {item.nodeid for item, mark in marks if mark.name == "skipif" and mark.args[:1] == (True,)}
     with capsys.disabled():
