@@ -8,13 +8,14 @@ import textwrap
 
 import psutil
 
+from petals_win.host import threads
 from petals_win.host.memory import available_bytes, own_bytes
 
+OPENMP = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-def run(program):
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT")
-    }
+
+def run(program, **settings):
+    environment = {k: v for k, v in os.environ.items() if k not in OPENMP} | settings
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -51,7 +52,103 @@ def test_none_is_a_thread_for_each_core():
         from petals_win.host.threads import apply_thread_settings
         print(json.dumps(apply_thread_settings(None)))
     """)
-    assert int(found["threads"]) == (psutil.cpu_count(logical=False) or os.cpu_count())
+    assert found["threads"] == f"up to {psutil.cpu_count(logical=False) or os.cpu_count()}"
+
+
+def test_what_the_user_has_set_stays():
+    program = """
+        import json, os
+        from petals_win.host.threads import apply_thread_settings
+        settings = apply_thread_settings(None)
+        print(json.dumps([settings, {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}]))
+    """
+    settings, environment = run(program, OMP_NUM_THREADS="3,1", GOMP_SPINCOUNT="7")
+    assert (settings["threads"], settings["GOMP_SPINCOUNT"], environment["GOMP_SPINCOUNT"]) == ("3", "7", "7")
+    settings, environment = run(program, OMP_WAIT_POLICY="passive")
+    assert settings["OMP_WAIT_POLICY"] == "passive", "a count of ours would win over it"
+    assert environment == {"OMP_NUM_THREADS": None, "GOMP_SPINCOUNT": None}
+
+
+def test_nodes_that_a_process_starts_count_free_cores_by_themselves():
+    found = run("""
+        import json, os
+        from petals_win.host.threads import apply_thread_settings
+        apply_thread_settings(None)
+        print(json.dumps("OMP_NUM_THREADS" in os.environ))
+    """)
+    assert found is False, "they would take it for a number that the user has given"
+
+
+class Pc:
+    """A PC of four cores whose clocks the test sets."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.others = 0.0
+        monkeypatch.setattr(threads, "_clocks", lambda: (self.now, self.others))
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        self.cores = threads.FreeCores(4)
+
+    def compute(self, seconds, others):
+        """One computation, while others keep so many cores busy; returns with how many threads."""
+        with self.cores.computing() as number:
+            self.now += seconds
+            self.others += seconds * others
+        return number
+
+
+def test_cores_that_others_keep_busy_are_left_to_them(monkeypatch):
+    pc = Pc(monkeypatch)
+    assert pc.compute(1, others=0.2) == 4
+    assert pc.compute(1, others=1.1) == 4, "no more was known"
+    assert pc.compute(1, others=3) == 3
+    assert pc.compute(1, others=9) == 1
+    assert pc.compute(1, others=0) == 1, "never none"
+    assert pc.compute(1, others=0) == 4
+
+
+def test_what_others_do_between_computations_does_not_count(monkeypatch):
+    """The other node of this PC computes while this one waits for it."""
+    pc = Pc(monkeypatch)
+    for _token in range(20):
+        assert pc.compute(0.05, others=0) == 4
+        pc.now += 0.05
+        pc.others += 0.2
+
+
+def test_a_decision_takes_more_than_one_tick_of_the_system_s_clock(monkeypatch):
+    pc = Pc(monkeypatch)
+    assert pc.compute(0.001, others=10) == 4
+    assert pc.compute(0.001, others=0) == 4, "10 ms of somebody else's in 1 ms say nothing"
+
+
+def test_computations_of_one_process_share_the_free_cores(monkeypatch):
+    pc = Pc(monkeypatch)
+    with pc.cores.computing() as first, pc.cores.computing() as second:
+        assert (first, second) == (4, 2)
+    assert pc.compute(1, others=0) == 4
+
+
+def test_beside_busy_programs_torch_computes_with_one_thread():
+    """Real programs and the real clocks; as many as there are cores leave none free."""
+    busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        found = run("""
+            import json, time
+            from petals_win.host.threads import apply_thread_settings, computing
+            apply_thread_settings(None)
+            import torch
+            a, numbers, end = torch.randn(256, 256), [], time.monotonic() + 20
+            while (not numbers or numbers[-1] > 1) and time.monotonic() < end:
+                with computing():
+                    numbers.append(torch.get_num_threads())
+                    a @ a
+            print(json.dumps(numbers))
+        """)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert found[-1] == 1
 
 
 def test_memory_of_the_pc_and_of_this_process():

@@ -21,6 +21,12 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are
     from petals_win.engines.petals import PetalsEngine
 
 
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads to compute with; default: as many as other programs leave cores free.", min=1),
+]
+
+
 def api(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
     peers: Annotated[
@@ -36,6 +42,7 @@ def api(
         list[str] | None,
         typer.Option(help="Web origin whose pages may call this API, e.g. https://baremetalrt.ai."),
     ] = None,
+    threads: Threads = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
@@ -63,7 +70,7 @@ def api(
     stop = stop_event()
     token = read_token(token_file)
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
-        apply_thread_settings(None)
+        apply_thread_settings(threads)
         from petals_win.engines.petals import PetalsEngine
 
         engine = PetalsEngine.connect(model, peers, token=token)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from petals_win.cli import logs
-from petals_win.cli.api import read_token
+from petals_win.cli.api import Threads, read_token
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent, read_line
 
@@ -39,9 +39,7 @@ def serve(
     adapters: Annotated[
         list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads to compute with; default: all cores.", min=1)
-    ] = None,
+    threads: Threads = None,
     name: Annotated[str | None, typer.Option(help="Name of this PC that others see.")] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from petals_win.cli import logs
+from petals_win.cli.api import Threads
 from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
 
@@ -25,6 +26,7 @@ def up(
         str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")
     ] = "SmolLM2-135M-Instruct",
     port: Annotated[int, typer.Option(help="Port of the API and the chat page.", min=0, max=65535)] = 8000,
+    threads: Threads = None,
     check: Annotated[
         bool,
         typer.Option("--check", help=f"Ask {_QUESTION!r} through the API and end: 0 if the answer says {_ANSWER}."),
@@ -45,7 +47,7 @@ def up(
     log_to_file("up")
     stop = stop_event()
     settings = Settings(port=0 if check else port)
-    apply_thread_settings(None)
+    apply_thread_settings(threads)
     result = _Check()
     # The server listens before anything slow begins: a port in use shows at once.
     with closing(ApiServer(settings)) as server, Progress() as progress:
@@ -61,7 +63,8 @@ def up(
             tell = progress.note if logs.is_bad_news(line) else progress.detail
             tell(f"Blocks {blocks}: {line}")
 
-        with LocalSwarm(model, spans, on_line=show, stop=stop) as swarm:
+        options = [] if threads is None else ["--threads", str(threads)]
+        with LocalSwarm(model, spans, options=options, on_line=show, stop=stop) as swarm:
             from petals_win.engines.petals import PetalsEngine
 
             progress.step("Loading the model's embeddings and head")

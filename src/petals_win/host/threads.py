@@ -1,10 +1,21 @@
 """How many threads compute, and how they wait.
 
-Knows the settings of OpenMP, torch and the interpreter. Does not know what is computed.
+Knows the settings of OpenMP, torch and the interpreter, and how busy the PC is. Does not know what is computed.
+
+The threads of one computation wait for one another hundreds of times a token. They wait awake, since being woken takes longer than
+most of these waits; so all of them must be running at once. Where another program takes one of the cores that they count on, each wait
+lasts until the system has run that program, too, and an answer takes several times as long. So threads are as many as the
+PC's other programs leave cores free, this process's nodes' neighbours included: with one thread there is nobody to wait for.
 """
+
+from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -13,26 +24,117 @@ import psutil
 # 200 ms would take the cores from the event loop and from other nodes on this PC.
 _SPINNING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _SWITCH_INTERVAL_S = 0.0005
+_WINDOW_S = 0.2  # of computing, between two decisions; the system counts a core's time in ticks of 10 to 16 ms
+_BUSY = ("user", "nice", "system", "irq", "softirq")  # of the times that a system tells, those in which a core works
+
+
+class FreeCores:
+    """Counts, while this process computes, the cores that others keep busy, and tells how many threads that leaves.
+
+    :param most: threads to compute with on a PC that does nothing else
+    """
+
+    def __init__(self, most: int):
+        self._most = self._threads = most
+        self._cores = os.cpu_count() or most
+        self._lock = threading.Lock()
+        self._running = 0  # computations of this process at this moment
+        self._began = (0.0, 0.0)
+        self._seconds = self._taken = 0.0  # of computing, and core seconds that others had meanwhile
+
+    @contextmanager
+    def computing(self) -> Iterator[int]:
+        """Around one computation; yields the number of threads for it, at least one."""
+        with self._lock:
+            if self._running == 0:
+                self._began = _clocks()
+            self._running += 1
+            threads = max(1, self._threads // self._running)
+        try:
+            yield threads
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    self._count(_clocks())
+
+    def _count(self, now: tuple[float, float]) -> None:
+        self._seconds += now[0] - self._began[0]
+        self._taken += now[1] - self._began[1]
+        if self._seconds >= _WINDOW_S:
+            free = self._cores - self._taken / self._seconds
+            self._threads = min(max(int(free + 0.5), 1), self._most)
+            self._seconds = self._taken = 0.0
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds that have passed, and core seconds that all other processes of the PC have had."""
+    times = psutil.cpu_times()
+    return time.perf_counter(), sum(getattr(times, kind, 0.0) for kind in _BUSY) - time.process_time()
+
+
+_free_cores: FreeCores | None = None
+_most: int | None = None
 
 
 def apply_thread_settings(threads: int | None) -> dict[str, str]:
-    """Let torch compute with `threads` threads in this process, None: one for each core; returns what is set.
+    """Let torch compute with `threads` threads in this process; returns what is set.
 
-    Call it before torch is imported: OpenMP reads its settings once, and only the number of threads can be changed later.
+    None: as many as OMP_NUM_THREADS says, or else one for each core that other programs leave free, time and again. What the user has
+    set of OpenMP's waiting (OMP_WAIT_POLICY, GOMP_SPINCOUNT, KMP_BLOCKTIME) stays. Call it before torch is imported:
+    OpenMP reads its settings once, and only the number of threads can be changed later.
     """
-    if threads is None:
-        threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    global _free_cores, _most
+    given = threads or _threads_of_the_user()
+    _most = given or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    _free_cores = None if given else FreeCores(_most)
+    if given:  # not otherwise: nodes that this process starts would take it for the user's wish
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(given)
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(_most)
         spinning = dict.fromkeys(_SPINNING, "as torch found it")
+    elif "OMP_WAIT_POLICY" in os.environ:
+        spinning = {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}
     else:
         spinning = {name: os.environ.setdefault(name, value) for name, value in _SPINNING.items()}
     # Event loop and compute thread hand over on every token; the default of 5 ms is as long as a token.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return {
-        "threads": str(threads),
+        "threads": str(given) if given else f"up to {_most}",
         **spinning,
         "switch_interval": f"{_SWITCH_INTERVAL_S * 1000:g} ms",
     }
+
+
+def most_threads() -> int:
+    """With how many threads this process computes at most. Torch must have been imported."""
+    return _most or sys.modules["torch"].get_num_threads()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Around one computation by torch in the calling thread, which has as many threads as there are free cores.
+
+    Without effect where the number of threads was given, or `apply_thread_settings` was not called in this process.
+    """
+    if _free_cores is None:
+        yield
+        return
+    torch = sys.modules["torch"]
+    with _free_cores.computing() as threads:
+        before = torch.get_num_threads()  # of this thread: OpenMP keeps a number for each
+        if before == threads:
+            yield
+            return
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _threads_of_the_user() -> int | None:
+    """OMP_NUM_THREADS, of which the first number counts, as a list has one for each level of nesting."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None

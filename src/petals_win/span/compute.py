@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from petals_win.host.futures import AwaitableFuture
+from petals_win.host.threads import computing
 
 T = TypeVar("T")
 
@@ -54,7 +55,8 @@ class ComputeThread(threading.Thread):
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                result = function(*args, **kwargs)
+                with computing():
+                    result = function(*args, **kwargs)
             except BaseException as e:
                 future.set_exception(e)
             else:

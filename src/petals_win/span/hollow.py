@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from petals_win.host.threads import computing
 from petals_win.span.architecture import config_of_blocks, find_blocks
 from petals_win.span.loading import load_parts, model_to_fill
 from petals_win.span.packed_linear import packed_if_possible, packing_pays
@@ -103,8 +104,11 @@ def hollow_model(
     setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
     layer.in_a_tuple = _expects_tuples(decoder, layer)
     head = model.get_output_embeddings()
-    if head is not None and packing_pays(dtype):
-        model.set_output_embeddings(packed_if_possible(head))
+    if head is not None:
+        if packing_pays(dtype):
+            head = packed_if_possible(head)
+            model.set_output_embeddings(head)
+        head.forward = _with_free_cores(head.forward)
     model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     return model
 
@@ -134,6 +138,16 @@ def _expects_tuples(decoder: PreTrainedModel, layer: _RemoteLayer) -> bool:
         return output.last_hidden_state.shape[:2] != (2, 3)
     finally:
         layer.remote = remote
+
+
+def _with_free_cores(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The head is what a client computes; it does so beside the nodes of this PC, and for several answers at once."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with computing():
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def _without_mask(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from petals_win.host.folders import cache_folder
+from petals_win.host.threads import most_threads
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 
@@ -88,7 +89,7 @@ def _rounds(call: Callable[[], torch.Tensor], at_most: int) -> tuple[int, float]
 
 def _key(config: Any, device: torch.device | str, dtype: torch.dtype, quant: Quant) -> str:
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{torch.get_num_threads()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{most_threads()}"
     return f"{config.model_type} {config.hidden_size} {dtype} {quant} {name}"
 
 

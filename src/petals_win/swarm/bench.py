@@ -15,6 +15,7 @@ import psutil
 import torch
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 
+from petals_win.host.threads import most_threads
 from petals_win.span.footprint import model_bytes
 from petals_win.span.source import open_model
 from petals_win.swarm.local import LocalSwarm
@@ -101,5 +102,5 @@ def run_bench(
         node_bytes_over_weights=taken / weights,
         node_overhead_bytes=node.bytes_before_loading,
         weights_bytes=weights,
-        threads=torch.get_num_threads(),
+        threads=most_threads(),
     )
