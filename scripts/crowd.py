@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(".venv") / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 CLIENTS = (1, 2, 8)
 PROMPT = "The history of computing began with"
@@ -32,13 +31,13 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @contextlib.contextmanager
-def swarm_of(checkout: Path) -> Iterator[str]:
-    """`petals-win up` of a checkout, in a home of its own; yields the address of its API once it answers."""
+def swarm_of(python: Path) -> Iterator[str]:
+    """`petals-win up` of the checkout that this Python belongs to; yields the address of its API once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        command = [checkout / PYTHON, "-m", "petals_win.cli.main", "up", "--port", str(port)]
+        command = [python, "-m", "petals_win.cli.main", "up", "--port", str(port)]
         environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, stdin=subprocess.DEVNULL)
         try:
@@ -47,7 +46,7 @@ def swarm_of(checkout: Path) -> Iterator[str]:
             while not is_ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
-                    sys.exit(f"{checkout}: petals-win up does not answer. It says:\n{output.read()[-3000:]}")
+                    sys.exit(f"petals-win up of {python} does not answer. It says:\n{output.read()[-3000:]}")
                 time.sleep(0.5)
             yield url
         finally:
@@ -121,12 +120,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=40, help="of each answer (default: 40)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args()
-    checkouts = {"this": ROOT, **({"against": asked.against.resolve()} if asked.against else {})}
-    for checkout in checkouts.values():
-        if not (checkout / PYTHON).exists():
-            parser.error(f"{checkout} is not installed: run scripts/install there")
+    pythons = {"this": Path(sys.executable)}
+    if asked.against:
+        pythons["against"] = asked.against.absolute() / PYTHON
+        if not pythons["against"].exists():
+            parser.error(f"{asked.against} is not installed: run scripts/install there")
     with contextlib.ExitStack() as running:
-        urls = {side: running.enter_context(swarm_of(checkout)) for side, checkout in checkouts.items()}
+        urls = {side: running.enter_context(swarm_of(python)) for side, python in pythons.items()}
         found = measure(urls, asked.rounds, asked.tokens)
     medians = {side: {name: statistics.median(speeds) for name, speeds in by.items()} for side, by in found.items()}
     if asked.json:
