@@ -2,7 +2,7 @@
 
 Usage: bootstrap.py run|install|test|check|build [argument …], by any Python 3.11 to 3.13, with the standard library alone.
 
-Knows venv, pip and which build of torch suits this PC. Does not know what is installed: pyproject.toml says that.
+Knows venv and pip. Does not know what is installed: pyproject.toml says that, and petals_win.host.torch_build for torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # of it, only what needs the standard library alone
+
+from petals_win.host.torch_build import choose_torch, has_nvidia  # noqa: E402
+
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 STAMP = VENV / "petals-win.json"
@@ -43,7 +47,6 @@ INPUTS = (
 GENERATED = ("external/petals-main", "external/hivemind", "bin/p2pd.exe" if sys.platform == "win32" else "bin/p2pd")
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
-CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))  # of torch, for the newest CUDA that a driver can do
 REACH_SECONDS = 4
 REPORT_EVERY_S = 10
 
@@ -106,6 +109,13 @@ class Report:
             self._close_line()
             self._doing, self._began = what, time.monotonic()
             self._show(what)
+
+    def say(self, sentence: str) -> None:
+        """To be read whole, however long."""
+        with self._lock:
+            self._close_line()
+            self.log(f"{time.strftime('%H:%M:%S')} {sentence}")
+            print(sentence, file=sys.stderr, flush=True)
 
     def log(self, line: str) -> None:
         """For the log only."""
@@ -258,32 +268,25 @@ def install_torch(report: Report, lock: int) -> None:
     wanted = re.search(r'"(torch\b[^"]*)"', (ROOT / "pyproject.toml").read_text("utf-8"))
     if wanted is None or any(site_packages().glob("torch-*.dist-info")):
         return
-    for build in torch_builds():
+    report.doing("Choosing the build of torch")
+    choice = choose_torch()
+    report.say(choice.why)
+    for build in choice.builds:
         index = f"{TORCH_WHEELS}/{build}"
         report.doing(f"Looking for torch at {index}")
         if not can_reach(f"{index}/torch/"):
+            report.log(f"{index} cannot be reached")
             continue
         report.doing(f"Installing torch ({build})")
         with contextlib.suppress(Failure):  # in the log; the package index has one that works everywhere
             pip(report, lock, wanted[1], "--index-url", index)
             return
-
-
-def has_nvidia() -> bool:
-    """Whether there is an NVIDIA driver."""
-    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
-
-
-def torch_builds() -> list[str]:
-    """Names of torch builds other than the package index's own that suit this PC, the best first."""
-    if sys.platform == "linux":
-        return [] if has_nvidia() else ["cpu"]
-    if sys.platform == "win32" and (tool := shutil.which("nvidia-smi")) is not None:
-        shown = subprocess.run([tool], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30).stdout
-        if version := re.search(r"CUDA Version:\s*(\d+)\.(\d+)", shown):
-            newest = (int(version[1]), int(version[2]))
-            return [f"cu{major}{minor}" for major, minor in CUDA_BUILDS if (major, minor) <= newest]
-    return []
+    if choice.builds:
+        for_cpus = ", which is for CPUs (later, 'petals-win doctor' tells how to use the GPU)"
+        report.say(
+            f"torch: the package index's own build instead{for_cpus if sys.platform == 'win32' else ''}, for "
+            f"{', '.join(choice.builds)} cannot be had from {TORCH_WHEELS}; {LOG} says why."
+        )
 
 
 def can_reach(url: str) -> bool:
@@ -333,7 +336,6 @@ def pip(report: Report, lock: int, *arguments: str) -> None:
 
 def tree_of(process: subprocess.Popen[Any]) -> Any:
     """`process` and what it starts, to be ended together."""
-    sys.path.insert(0, str(ROOT / "src"))
     from petals_win.host.process_tree import ProcessTree
 
     tree = ProcessTree()

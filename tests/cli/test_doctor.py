@@ -16,17 +16,18 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from petals_win.cli.main import app
-from petals_win.doctor import checks, network
+from petals_win.doctor import checks, computer, network
 from petals_win.doctor.computer import check_disk, judge_torch
 from petals_win.doctor.findings import Asked, Finding, finding_of, run_checks
 from petals_win.doctor.peers import check_peers, judge_clock
 from petals_win.errors import UserError
 from petals_win.host.children import spawn
-from petals_win.host.gpu import NvidiaDriver, NvidiaGpu
+from petals_win.host.gpu import GpuError, NvidiaDriver, NvidiaGpu
 
 # A member of a DHT whose clock is so many seconds ahead of this PC's.
 PEER = """
@@ -175,23 +176,65 @@ def test_a_disk_that_is_full(monkeypatch):
         assert {found.level for found in check_disk(Asked())} == {level}
 
 
-RTX = NvidiaDriver("572.83", (12, 8), (NvidiaGpu("RTX 3060", 12 << 30, 11 << 30),))
+RTX = NvidiaDriver("572.83", (12, 8), (NvidiaGpu("RTX 3060", 12 << 30, 11 << 30, (8, 6)),))
 OLD = NvidiaDriver("470.10", (11, 4), (NvidiaGpu("GTX 1060", 6 << 30, 5 << 30),))
+PASCAL = NvidiaDriver("580.10", (13, 0), (NvidiaGpu("GTX 1080", 8 << 30, 7 << 30, (6, 1)),))
+NEW = NvidiaDriver("610.57", (13, 3), (NvidiaGpu("RTX 5090", 32 << 30, 30 << 30, (12, 0)), *PASCAL.gpus))
+BLACKWELL = NvidiaDriver("572.83", (12, 8), NEW.gpus[:1])
 
 
 @pytest.mark.parametrize(
-    ("cuda", "is_available", "driver", "level", "said", "fix"),
+    ("cuda", "computes", "driver", "level", "said", "fix"),
     [
-        ("12.8", True, RTX, "ok", "computes on RTX 3060", ""),
+        ("12.6", True, RTX, "ok", "computes on RTX 3060", ""),
         (None, False, None, "ok", "no NVIDIA GPU", ""),
-        (None, False, RTX, "warning", "RTX 3060 would idle", "whl/cu128"),
+        (None, False, RTX, "warning", "RTX 3060 would idle", "whl/cu126"),
+        (None, False, NEW, "warning", "RTX 5090 and the GTX 1080 would idle", "whl/cu132"),
+        (None, False, PASCAL, "warning", "GTX 1080 would idle", "whl/cu126"),
         (None, False, OLD, "warning", "GTX 1060 would idle", "newest driver"),
+        (None, False, BLACKWELL, "warning", "RTX 5090 would idle", "needs 13.0 or newer"),
         ("13.0", False, RTX, "warning", "wants CUDA 13.0, the driver 572.83 does 12.8", "newest driver"),
+        ("13.2", False, PASCAL, "warning", "wants CUDA 13.2, the driver 580.10 does 13.0", "whl/cu126"),
+        ("13.0", False, NEW, "warning", "does not find the RTX 5090", "CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_torch_against_the_driver(cuda, is_available, driver, level, said, fix):
-    found = judge_torch("2.15.0", cuda, is_available, driver)
+def test_torch_against_the_driver(cuda, computes, driver, level, said, fix):
+    found = judge_torch("2.15.0", cuda, computes, driver)
     assert found.level == level and said in found.text and fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("computes", "levels"), [(True, ["ok"]), (False, ["error"])], ids=["it computes", "it has no kernels for the card"]
+)
+def test_what_a_card_does_is_tried(monkeypatch, computes, levels):
+    """No card is here: torch is told that there is one, which computes as the CPU does, or fails."""
+    real = torch.zeros
+
+    def zeros(*size, device):
+        if not computes:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+        return real(*size)
+
+    monkeypatch.setattr(computer, "find_nvidia", lambda: PASCAL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    found = list(computer.check_torch(Asked()))
+    assert [finding.level for finding in found] == levels
+    if not computes:
+        assert "no kernel image" in found[0].text and "whl/cu126" in found[0].fix
+
+
+def test_a_driver_that_is_out_of_order(monkeypatch):
+    def broken() -> None:
+        raise GpuError("The NVIDIA driver hangs. Restart the PC.")
+
+    monkeypatch.setattr(computer, "find_nvidia", broken)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    warning, rest = computer.check_torch(Asked())
+    assert warning == Finding("warning", "The NVIDIA driver hangs.", "Restart the PC.")
+    assert rest.level == "ok" and "on the CPU until then" in rest.text
 
 
 @pytest.mark.parametrize(

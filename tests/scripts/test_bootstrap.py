@@ -94,6 +94,7 @@ def bare(tmp_path) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(textwrap.dedent(text), "utf-8")
     shutil.copytree(ROOT / "src/petals_win/host", root / "src/petals_win/host")
+    shutil.copy2(ROOT / "src/petals_win/errors.py", root / "src/petals_win/errors.py")
     shutil.copytree(ROOT / "bin", root / "bin", ignore=shutil.ignore_patterns("p2pd*"))
     (root / "scripts").mkdir()
     for name in ("bootstrap.py", "with-python", "with-python.cmd", "install", "install.cmd"):
@@ -312,3 +313,68 @@ def test_no_suitable_python(bare, tmp_path):
         timeout=60,
     )
     assert done.returncode == 1 and "Python 3.11 to 3.13" in done.stderr and "python.org" in done.stderr
+
+
+# The package index of PyTorch, as far as a start asks it: stands in for the network, and says what it was asked for.
+INDEX = """
+    import runpy, sys, urllib.request
+
+    def refuse(request, timeout=None):
+        raise OSError("refused")
+
+    urllib.request.urlopen = refuse
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def wanting_torch(project: Path) -> Path:
+    """The project wants torch, which is nowhere to be had: so that the choice of its build is made and nothing is installed."""
+    file = project / "pyproject.toml"
+    file.write_text(file.read_text("utf-8").replace("dependencies = []", 'dependencies = ["torch>=2.13"]'), "utf-8")
+    (project / "offline.py").write_text(textwrap.dedent(INDEX), "utf-8")
+    return project
+
+
+def install_offline(project: Path, tools: Path) -> subprocess.CompletedProcess[str]:
+    bootstrap = [sys.executable, "-I", str(project / "offline.py"), str(project / "scripts/bootstrap.py"), "install"]
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        bootstrap, env=environment(PATH=path), capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )
+
+
+def test_the_choice_of_torch_is_told_with_its_reason(project, tmp_path):
+    """Where the network does not give the build that suits, the start says so, and what it takes instead."""
+    done = install_offline(wanting_torch(project), tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("torch: ")]
+    assert told[0].startswith("torch: the build for CPUs, for there is no NVIDIA driver here"), done.stderr
+    if sys.platform == "linux":
+        assert "package index's own build instead, for cpu cannot be had" in told[1]
+
+
+@pytest.mark.skipif(
+    WINDOWS, reason="a script cannot stand in for nvidia-smi.exe; tests/host/test_torch_build.py judges its words"
+)
+def test_a_driver_that_is_out_of_order_is_told(project, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+    program.chmod(0o755)
+    file = project / "pyproject.toml"
+    file.write_text(file.read_text("utf-8").replace("speed = []", "speed = []\n    quant = []"), "utf-8")
+    done = install_offline(wanting_torch(project), tmp_path)
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("torch: ")]
+    assert "has CUDA" in told and "Restart the PC." in told and "Traceback" not in done.stderr
+
+
+def test_bootstrap_needs_the_standard_library_alone():
+    """It asks the NVIDIA driver before anything is installed: what it imports of ours must import nothing else."""
+    imports = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bootstrap; print(*{m.split('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", imports, str(ROOT / "scripts")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    foreign = {name for name in done.stdout.split() if name not in sys.stdlib_module_names} - {"__main__", "bootstrap"}
+    assert foreign == {"petals_win"}

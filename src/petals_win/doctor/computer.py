@@ -13,14 +13,14 @@ from pathlib import Path
 
 import psutil
 
-from petals_win.doctor.findings import Asked, Finding
+from petals_win.doctor.findings import Asked, Finding, finding_of
 from petals_win.host.folders import cache_folder
-from petals_win.host.gpu import NvidiaDriver, find_nvidia
+from petals_win.host.gpu import GpuError, NvidiaDriver, find_nvidia
+from petals_win.host.torch_build import BUILDS, builds_for, shown, why_none
 
 _GIB = 2**30
 _PYTHONS = ((3, 11), (3, 13))
 _LITTLE_RAM, _LITTLE_DISK, _NO_DISK = 4 * _GIB, 20 * _GIB, 2 * _GIB
-_CUDA_BUILDS = ((13, 0), (12, 8), (12, 6))  # that torch is built for
 _TORCH_INDEX = "https://download.pytorch.org/whl"
 _DRIVER_FIX = "Install the newest driver from NVIDIA, then restart the PC."
 
@@ -38,42 +38,61 @@ def check_python(_asked: Asked) -> Iterator[Finding]:
 
 
 def check_torch(_asked: Asked) -> Iterator[Finding]:
-    """Whether torch computes on this PC, and on its GPU if it has one."""
+    """Whether torch computes on this PC, and on its GPUs if it has some."""
     import torch
 
+    version = torch.__version__
+    driver, trouble = None, None
     try:
         driver = find_nvidia()
-    except OSError as e:
-        yield Finding("warning", f"The NVIDIA driver does not work: {e}", _DRIVER_FIX)
-        driver = None
-    yield judge_torch(torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver)
-    if torch.cuda.is_available():
+    except GpuError as e:
+        trouble = finding_of(e, "warning")
+        yield trouble
+    computing = 0
+    for number in range(torch.cuda.device_count()):
         try:
-            torch.zeros(1, device="cuda").add_(1).item()
+            torch.zeros(1, device=f"cuda:{number}").add_(1).item()
+            computing += 1
         except RuntimeError as e:
-            yield Finding(
-                "error",
-                f"torch {torch.__version__} cannot compute on this GPU: {str(e).splitlines()[0]}",
-                f"The GPU may be too old for this build. Try an older one, such as {_install_torch((12, 6))}, or serve "
-                "with --device cpu.",
-            )
+            text = f"torch {version} cannot compute on cuda:{number}: {str(e).strip().splitlines()[0]}"
+            yield Finding("error", text, f"{_other_torch(driver)} Until then, serve with --device cpu.")
+    if computing or not torch.cuda.is_available():
+        yield (
+            Finding("ok", f"torch {version} computes on the CPU until then")
+            if trouble and not computing
+            else judge_torch(version, torch.version.cuda, computing > 0, driver)
+        )
 
 
-def judge_torch(version: str, cuda: str | None, is_available: bool, driver: NvidiaDriver | None) -> Finding:
+def judge_torch(version: str, cuda: str | None, computes: bool, driver: NvidiaDriver | None) -> Finding:
     """What a build of torch (for CUDA `cuda`, None: for CPUs) means on a PC with this driver."""
-    if is_available:
+    if computes:
         cards = ", ".join(gpu.name for gpu in driver.gpus) if driver else "a GPU"
         return Finding("ok", f"torch {version} computes on {cards}")
     if driver is None:
-        return Finding("ok", f"torch {version}; no NVIDIA GPU was found")
-    name = driver.gpus[0].name
+        return Finding("ok", f"torch {version} computes on the CPU: no NVIDIA GPU was found")
+    names = " and the ".join(gpu.name for gpu in driver.gpus)
     if cuda is None:
-        suiting = [build for build in _CUDA_BUILDS if build <= driver.cuda]
-        text = f"torch {version} is built for CPUs only: the {name} would idle"
-        return Finding("warning", text, f"Type: {_install_torch(suiting[0])}" if suiting else _DRIVER_FIX)
-    newest = ".".join(map(str, driver.cuda))
-    text = f"torch {version} does not find the {name}: it wants CUDA {cuda}, the driver {driver.version} does {newest}"
-    return Finding("warning", text, _DRIVER_FIX)
+        text = f"torch {version} is built for CPUs only: the {names} would idle"
+        return Finding("warning", text, _other_torch(driver))
+    runs = f"does {shown(driver.cuda)}" if driver.cuda > (0, 0) else "does not tell what it does"
+    text = f"torch {version} does not find the {names}: it wants CUDA {cuda}, the driver {driver.version} {runs}"
+    major, minor = map(int, cuda.split(".")[:2])
+    if (major, minor) <= driver.cuda:
+        return Finding("warning", text, f"Look whether CUDA_VISIBLE_DEVICES hides it. Else: {_DRIVER_FIX}")
+    would_do = any(build.cuda == (major, minor) and any(map(build.suits, driver.gpus)) for build in BUILDS)
+    return Finding("warning", text, _DRIVER_FIX if would_do else _other_torch(driver))
+
+
+def _other_torch(driver: NvidiaDriver | None) -> str:
+    """How to get a torch that uses the cards of this driver."""
+    if driver is None:
+        return _DRIVER_FIX
+    suiting = builds_for(driver)
+    if not suiting:
+        return why_none(driver)
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    return f"Type: {python} -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{suiting[0].name}"
 
 
 def check_bitsandbytes(_asked: Asked) -> Iterator[Finding]:
@@ -149,7 +168,3 @@ def check_long_paths(_asked: Asked) -> Iterator[Finding]:
             "Paths longer than 260 characters are not allowed: a model's files may not fit below a long folder name",
             f"In PowerShell (Admin) type: Set-ItemProperty HKLM:\\{path} LongPathsEnabled 1",
         )
-
-
-def _install_torch(cuda: tuple[int, int]) -> str:
-    return f"python -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}/cu{cuda[0]}{cuda[1]}"
