@@ -29,11 +29,16 @@ _DEADLINE_SECONDS = 3600
 _REPORT_SECONDS = 10
 
 
+def default_model_path() -> Path:
+    """Where the model's .gguf file is, or will be once it is fetched."""
+    return cache_folder() / "models" / f"{NAME}.Q4_1.gguf"
+
+
 def default_model_file() -> Path:
     """The model's .gguf file, fetched at the first call. Raises UserError if it cannot be fetched."""
-    folder = cache_folder() / "models"
+    path = default_model_path()
+    folder = path.parent
     folder.mkdir(exist_ok=True)
-    path = folder / f"{NAME}.Q4_1.gguf"
     if path.exists():
         return path
     with hold_lock(folder / f"{NAME}.lock", f"the download of {NAME}", timeout=_DEADLINE_SECONDS):

@@ -1,0 +1,163 @@
+"""scripts/gpu-check: its half without a GPU, whole, and what it makes of checks that hang, crash or find something wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
+
+
+def test_the_half_without_a_gpu(tmp_path):
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [*COMMAND, "--device", "cpu", "--seconds", "280", "--json", str(report)],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=295,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["what"]: result for result in json.loads(report.read_text("utf-8"))["results"]}
+    assert {what for what, result in results.items() if result["level"] == "skipped"} == {
+        "logits on the card",
+        "memory on the card",
+        "a card that is full",
+        "tokens/s on the card",
+        "smollm2",
+    }
+    assert all(result["figures"]["why"] for result in results.values() if result["level"] == "skipped")
+    for what in ("llama, float32", "gpt_neox, float32", "gemma3_text, float32", "mixtral, float32", "llama, nf4"):
+        assert float(results[what]["figures"]["error"]) <= float(results[what]["figures"]["allowed"])
+    assert results["an answer by the API"]["figures"]["text"] == "that of one process"
+    assert results["tokens/s, float32, cpu"]["figures"]["swarm"] > 0
+    assert results["a session no node can hold"]["figures"]["said"]
+    assert results["the next question"]["level"] == "ok"
+    assert "ok       an answer by the API" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this PC has what the test is without")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([*COMMAND, "--only", "device"], capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 1
+    assert "failed   device" in done.stdout and "finds no GPU" in done.stdout and "--device cpu" in done.stdout
+
+
+def test_a_model_that_is_not_there():
+    done = subprocess.run([*COMMAND, "--model", "nowhere.gguf"], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 2 and "there is no file nowhere.gguf" in done.stderr
+
+
+# -- what the runner makes of its checks
+
+PROGRAM = """
+    import json, os, sys, time
+
+    def say(event, **facts):
+        print(json.dumps({"event": event, **facts}), flush=True)
+
+    for name in sys.argv[4:]:
+        say("begin", name=name)
+        say("result", level="failed" if name == "device" else "ok", what=name, figures={})
+        if name == "families":
+            time.sleep(100)
+        if name == "memory":
+            os._exit(3)
+        say("end", name=name, over=name == "device")
+        if name == "device":
+            break
+"""
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch) -> ModuleType:
+    """gpu_check, with a program in the place of the checks: one fails and ends itself, one hangs, one crashes."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM), "utf-8")
+    monkeypatch.setattr(gpu_check, "PROGRAM", program)
+    return gpu_check
+
+
+def run(runner: ModuleType, folder: Path, names: list[str], seconds: float = 60) -> list[tuple[str, str, str]]:
+    options = Namespace(device="cpu", model=None, seconds=seconds)
+    results = runner.run_checks(names, options, folder / "log")
+    return [(result["level"], result["what"], result["figures"].get("why", "")) for result in results]
+
+
+def test_a_check_that_hangs_or_crashes_stops_no_other(runner, tmp_path, monkeypatch):
+    monkeypatch.setitem(runner.CHECKS, "families", 1)
+    assert run(runner, tmp_path, ["device", "families", "memory", "swarm"]) == [
+        ("failed", "device", ""),
+        ("ok", "families", ""),
+        ("failed", "families", "it did not end within 1 s"),
+        ("ok", "memory", ""),
+        ("failed", "memory", "its process ended with status 3; the log tells more"),
+        ("ok", "swarm", ""),
+    ]
+
+
+def test_all_checks_together_have_their_time(runner, tmp_path):
+    *_, late, left = run(runner, tmp_path, ["families", "swarm"], seconds=3)
+    assert late == ("failed", "families", "it was not done when all checks had had 3 s")
+    assert left == ("skipped", "swarm", "no time is left of 3 s")
+
+
+def test_the_time_of_all_checks_is_less_than_eight_minutes(runner):
+    assert sum(runner.CHECKS.values()) <= runner.TOTAL_SECONDS < 480
+
+
+# -- what the checks make of what they find
+
+
+@pytest.fixture
+def checks(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_checks
+
+    return gpu_checks
+
+
+@pytest.mark.parametrize(("storage", "noise"), [("float32", 1e-3), ("bfloat16", 0.3)])
+def test_a_device_that_computes_wrongly_is_found(checks, tmp_path, monkeypatch, storage, noise):
+    """Steps that are off by as much as TF32 would be, or by more than 16 bits explain."""
+    from petals_win.span.span import Span
+
+    step = Span.step
+
+    def noisy(self, session, hidden):
+        output = step(self, session, hidden)
+        return output + noise * output.float().std() * torch.randn_like(output)
+
+    folder = checks._make_model(tmp_path / "llama", "llama")
+    tokens = torch.arange(3, 30).unsqueeze(0)
+    asked = checks.Asked(torch.device("cpu"), "", tmp_path)
+    assert [result.level for result in checks._logits(asked, "llama", str(folder), tokens, [storage])] == ["ok"]
+    monkeypatch.setattr(Span, "step", noisy)
+    assert [result.level for result in checks._logits(asked, "llama", str(folder), tokens, [storage])] == ["failed"]
+
+
+def test_what_is_not_installed_is_skipped_with_the_reason(checks, tmp_path, monkeypatch):
+    def needs(package: str):
+        def check(_asked):
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            yield
+
+        return check
+
+    asked = checks.Asked(torch.device("cpu"), "", tmp_path)
+    monkeypatch.setattr(checks, "CHECKS", {"a": needs("sse_starlette"), "b": needs("petals.client")})
+    (skipped,) = checks._carry_out("a", asked)
+    assert (skipped.level, skipped.figures["why"]) == ("skipped", "sse_starlette is not installed")
+    (failed,) = checks._carry_out("b", asked)
+    assert failed.level == "failed" and "external/ is not built" in failed.figures["why"]
