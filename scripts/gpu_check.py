@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import queue
@@ -96,14 +97,18 @@ def run_checks(names: list[str], options: argparse.Namespace, log: Path) -> Iter
     """The results of the checks, as they come: "level", "what", "figures". A check that crashes or hangs has failed."""
     end = time.monotonic() + options.seconds
     remaining = list(names)
+    reason = f"no time is left of {options.seconds} s"
     while remaining and time.monotonic() < end:
         run = Run(remaining, options, log)
         try:
-            yield from _follow(run, remaining, end, options)
+            for result in _follow(run, remaining, end, options):
+                yield result
+                if (result["level"], result["what"]) == ("failed", "device"):
+                    end, reason = 0.0, "there is no device to check"
         finally:
             run.end()
     for name in remaining:
-        yield _result("skipped", name, f"no time is left of {options.seconds} s")
+        yield _result("skipped", name, reason)
 
 
 def _follow(run: Run, remaining: list[str], end: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -165,6 +170,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.model and not Path(options.model).exists():
         parser.error(f"there is no file {options.model}; check the path")
+    if importlib.util.find_spec("torch") is None:
+        print(f"gpu-check: {sys.executable} has no torch. Start gpu_check.py with a Python that has.", file=sys.stderr)
+        return 1
     began = time.monotonic()
     results = []
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
@@ -176,7 +184,7 @@ def main(arguments: list[str]) -> int:
     counts = {level: sum(result["level"] == level for result in results) for level in ("ok", "failed", "skipped")}
     seconds = round(time.monotonic() - began, 1)
     print(f"\n{', '.join(f'{count} {level}' for level, count in counts.items())} in {seconds} s", flush=True)
-    if counts["failed"]:
+    if counts["failed"] and told:
         print("\n".join(["\nThe last lines of what the checks said besides:", *told[-LOG_LINES:]]), file=sys.stderr)
     if options.json:
         report = {"seconds": seconds, **counts, "results": results, "log": told[-LOG_LINES:]}

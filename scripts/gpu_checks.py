@@ -16,6 +16,7 @@ import statistics
 import sys
 import threading
 import time
+import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 BLOCKS, VOCABULARY, CONTEXT = 4, 512, 2048
 WINDOW, PROMPT, DECODED = 8, 21, 6  # the prompt reaches past the windows
@@ -89,9 +91,10 @@ Check = Callable[[Asked], Iterator[Result]]
 
 def check_device(asked: Asked) -> Iterator[Result]:
     """What there is: the card, its driver, the versions of what computes."""
-    versions = {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")}
-    versions["torch"] = torch.__version__
+    versions = {"torch": torch.__version__, **{name: _version(name) for name in ("transformers", "bitsandbytes")}}
     figures: dict[str, Any] = {"python": platform.python_version(), **versions, "system": platform.system()}
+    if missing := _missing():
+        figures["missing"] = ", ".join(missing)
     if not asked.is_cuda:
         yield Result("ok", "device", {"device": platform.processor() or platform.machine(), **figures})
         needs_cuda = "logits on the card", "memory on the card", "a card that is full", "tokens/s on the card"
@@ -552,10 +555,20 @@ def _mib(size: float) -> float:
 
 
 def _version(package: str) -> str:
+    """Of an installed package; 0 where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return "0"
+
+
+def _missing() -> list[str]:
+    """What pyproject.toml wants of other packages and is not here, in the version wanted."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = map(Requirement, project["dependencies"])
+    return [str(need) for need in wanted if not need.specifier.contains(_version(need.name), prereleases=True)]
 
 
 def _no_quantization() -> str:

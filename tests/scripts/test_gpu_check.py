@@ -66,13 +66,14 @@ PROGRAM = """
 
     for name in sys.argv[4:]:
         say("begin", name=name)
-        say("result", level="failed" if name == "device" else "ok", what=name, figures={})
+        say("result", level="failed" if name in ("device", "smollm2") else "ok", what=name, figures={})
         if name == "families":
             time.sleep(100)
         if name == "memory":
             os._exit(3)
-        say("end", name=name, over=name == "device")
-        if name == "device":
+        over = name in ("device", "smollm2")
+        say("end", name=name, over=over)
+        if over:
             break
 """
 
@@ -97,14 +98,19 @@ def run(runner: ModuleType, folder: Path, names: list[str], seconds: float = 60)
 
 def test_a_check_that_hangs_or_crashes_stops_no_other(runner, tmp_path, monkeypatch):
     monkeypatch.setitem(runner.CHECKS, "families", 1)
-    assert run(runner, tmp_path, ["device", "families", "memory", "swarm"]) == [
-        ("failed", "device", ""),
+    assert run(runner, tmp_path, ["smollm2", "families", "memory", "swarm"]) == [
+        ("failed", "smollm2", ""),
         ("ok", "families", ""),
         ("failed", "families", "it did not end within 1 s"),
         ("ok", "memory", ""),
         ("failed", "memory", "its process ended with status 3; the log tells more"),
         ("ok", "swarm", ""),
     ]
+
+
+def test_without_a_device_nothing_else_is_tried(runner, tmp_path):
+    failed, skipped = run(runner, tmp_path, ["device", "swarm"])
+    assert failed == ("failed", "device", "") and skipped == ("skipped", "swarm", "there is no device to check")
 
 
 def test_all_checks_together_have_their_time(runner, tmp_path):
