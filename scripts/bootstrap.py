@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # of it, only what needs the standard library alone
 
-from petals_win.host.torch_build import choose_torch, has_nvidia  # noqa: E402
+from petals_win.host.gpu import has_nvidia  # noqa: E402
 
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -268,6 +268,8 @@ def install_torch(report: Report, lock: int) -> None:
     wanted = re.search(r'"(torch\b[^"]*)"', (ROOT / "pyproject.toml").read_text("utf-8"))
     if wanted is None or any(site_packages().glob("torch-*.dist-info")):
         return
+    from petals_win.host.torch_build import choose_torch  # here, since a start that installs nothing does not need it
+
     report.doing("Choosing the build of torch")
     choice = choose_torch()
     report.say(choice.why)

@@ -1,6 +1,7 @@
 """NVIDIA GPUs of this PC and what their driver can do, told by nvidia-smi, which comes with the driver.
 
-Needs the standard library alone: scripts/bootstrap.py asks before anything is installed. Does not know torch.
+Needs the standard library alone, and no slow part of it: scripts/bootstrap.py asks before anything is installed, and at each
+start whether there is a driver. Does not know torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from petals_win.errors import UserError
 
@@ -54,8 +55,7 @@ class GpuError(UserError):
     """There is an NVIDIA driver, but it does not tell what it has: why, and what to do."""
 
 
-@dataclass(frozen=True)
-class NvidiaGpu:
+class NvidiaGpu(NamedTuple):
     """One card; bytes of its memory, None where it has none of its own or does not tell.
 
     `capability` is the compute capability, such as (8, 6), None if the driver is too old to tell.
@@ -67,8 +67,7 @@ class NvidiaGpu:
     capability: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class NvidiaDriver:
+class NvidiaDriver(NamedTuple):
     """The driver, the newest CUDA that it can run ((0, 0) if it does not tell), and its cards, of which there is at least one."""
 
     version: str
@@ -79,6 +78,11 @@ class NvidiaDriver:
 def find_nvidia_smi() -> str | None:
     """Path of nvidia-smi, None where there is no NVIDIA driver. Starts no program."""
     return shutil.which("nvidia-smi") or next(filter(os.path.isfile, _places(sys.platform)), None)
+
+
+def has_nvidia() -> bool:
+    """Whether there is an NVIDIA driver, whatever its state."""
+    return find_nvidia_smi() is not None or os.path.exists("/proc/driver/nvidia")
 
 
 def find_nvidia() -> NvidiaDriver | None:

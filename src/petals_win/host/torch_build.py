@@ -5,12 +5,11 @@ Needs the standard library alone, as scripts/bootstrap.py does. Does not know wh
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from petals_win.host.gpu import GpuError, NvidiaDriver, NvidiaGpu, find_nvidia, find_nvidia_smi
+from petals_win.host.gpu import GpuError, NvidiaDriver, NvidiaGpu, find_nvidia, has_nvidia
 
 Version = tuple[int, int]
 
@@ -52,11 +51,6 @@ class TorchChoice:
 
     builds: tuple[str, ...]
     why: str
-
-
-def has_nvidia() -> bool:
-    """Whether there is an NVIDIA driver, whatever its state."""
-    return find_nvidia_smi() is not None or os.path.exists("/proc/driver/nvidia")
 
 
 def choose_torch(platform: str = sys.platform) -> TorchChoice:
