@@ -54,9 +54,10 @@ def test_connections_live_longer_than_those_of_clients_and_proxies():
 def test_half_sent_heads_are_closed_and_nobody_waits_for_them(monkeypatch):
     monkeypatch.setattr(server, "HEAD_DEADLINE_S", 1.5)
     with serving() as served:
-        slow = [socket.create_connection(("127.0.0.1", served.port), timeout=5) for _ in range(300)]
-        for number, client in enumerate(slow):
-            client.sendall([b"", b"GET /health HTTP/1.1\r\nHost: local", b"P"][number % 3])
+        slow = []
+        for number in range(300):
+            slow.append(socket.create_connection(("127.0.0.1", served.port), timeout=5))
+            slow[-1].sendall([b"", b"GET /health HTTP/1.1\r\nHost: local", b"P"][number % 3])
         assert httpx.get(f"{served.url}/health").status_code == 200, "while they are open"
         # A head that goes on a little at a time is no better.
         deadline = time.monotonic() + 10

@@ -145,7 +145,9 @@ class ModelNotFound(UserError):
     """The request names a model that this engine does not have."""
 
     def __init__(self, model: str, available: Sequence[str]):
-        super().__init__(f"There is no model {model!r} here. Ask for one of: {', '.join(available) or '(none)'}.")
+        super().__init__(
+            f"There is no model {model[:100]!r} here. Ask for one of: {', '.join(available) or '(none)'}."
+        )
         self.model = model
 
 

@@ -157,4 +157,5 @@ def _reason(error: Exception) -> str:
     from jinja2 import TemplateError
 
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST_REASON]
+    said = said.encode(errors="replace").decode()  # it may repeat what UTF-8 cannot carry
     return said if isinstance(error, TemplateError) else f"{said} ({type(error).__name__})"
