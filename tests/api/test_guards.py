@@ -1,11 +1,19 @@
 """Who may ask: keys, origins, host names."""
 
 import logging
+import os
+import re
+from pathlib import Path
 
 import httpx
 import pytest
+from typer.main import get_command
 
-from api.serving import serving
+from api.serving import Served, eventually, serving
+from petals_win.api import settings
+from petals_win.api.settings import KeyFile
+from petals_win.cli.main import app
+from petals_win.errors import UserError
 
 SITE = "https://baremetalrt.example"
 
@@ -127,6 +135,53 @@ def test_without_keys_only_local_names_are_answered(served, host):
     assert served.engine.requests == []
 
 
+@pytest.mark.parametrize("name", ["host.docker.internal", "host.containers.internal", "HOST.docker.internal"])
+def test_programs_in_containers_may_ask(served, name):
+    for host in (name, f"{name}:{served.port}"):
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers={"Host": host})
+        assert response.status_code == 200
+
+
+def test_but_no_page_by_a_containers_name_for_this_machine(served):
+    """Whoever runs a visitor's name server could have the name resolved to anything."""
+    for origin in ("http://host.docker.internal", f"http://host.docker.internal:{served.port}"):
+        headers = {"Host": origin.removeprefix("http://"), "Origin": origin}
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers=headers)
+        assert response.status_code == 403
+    for name in ("docker.internal", "evil.docker.internal", "host.docker.internal.evil.example", "evil.internal"):
+        assert httpx.get(f"{served.url}/v1/models", headers={"Host": name}).status_code == 403
+    assert served.engine.requests == []
+
+
+def test_other_names_can_be_allowed():
+    with serving(allow_hosts=("llm.example", "192.168.1.5", "::7")) as served:
+        for host in ("llm.example", "LLM.Example:80", "192.168.1.5:8000", "[::7]:8000", "localhost"):
+            assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == 200, host
+        own = {"Host": "llm.example", "Origin": "https://llm.example"}
+        assert httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("Hi"), headers=own).status_code == 200
+        for host in ("evil.example", "sub.llm.example", "llm.example.evil.example", "192.168.1.6"):
+            assert httpx.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == 403, host
+        foreign = {"Host": "llm.example", "Origin": "https://evil.example"}
+        assert httpx.get(f"{served.url}/v1/models", headers=foreign).status_code == 403
+
+
+def test_refusals_name_options_that_both_commands_have(served):
+    """The advice is followed: what it names is an option, and with it the request is answered."""
+    options = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+        if name in ("up", "api")
+    }
+    assert len(options) == 2
+    for headers, setting in (({"Host": "llm.example"}, "allow_hosts"), ({"Origin": SITE}, "cors_origins")):
+        response = httpx.get(f"{served.url}/v1/models", headers=headers)
+        assert response.status_code == 403
+        [(option, value)] = re.findall(r"(--[a-z-]+) (\S+)", response.json()["error"]["message"])
+        assert all(option in known for known in options.values())
+        with serving(**{setting: (value.rstrip("."),)}) as allowed:
+            assert httpx.get(f"{allowed.url}/v1/models", headers=headers).status_code == 200
+
+
 def test_with_keys_any_name_is_answered():
     with serving(api_keys=("key",)) as served:
         headers = {"Host": "llm.example", "Authorization": "Bearer key"}
@@ -155,3 +210,90 @@ def test_the_page_can_load_and_reach_nothing_else(served):
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
     assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    file = tmp_path / "keys.txt"
+    file.write_text("first-key\nsecond-key\n")
+    return file
+
+
+def status(served: Served, key: str) -> int:
+    return httpx.get(f"{served.url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+
+def test_a_key_that_is_removed_is_refused_within_seconds(keys):
+    with serving(key_file=KeyFile(keys)) as served:
+        assert (status(served, "first-key"), status(served, "second-key"), status(served, "third-key")) == (
+            200,
+            200,
+            401,
+        )
+        keys.write_text("second-key\nthird-key\n")
+        assert eventually(lambda: status(served, "first-key") == 401, 3)
+        assert (status(served, "second-key"), status(served, "third-key")) == (200, 200)
+
+
+def test_the_same_size_and_time_do_not_hide_a_change(keys):
+    with serving(key_file=KeyFile(keys)) as served:
+        before = keys.stat()
+        keys.write_text("First-key\nsecond-key\n")
+        os.utime(keys, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert eventually(lambda: status(served, "first-key") == 401, 3)
+
+
+@pytest.fixture
+def read_each_time(monkeypatch):
+    monkeypatch.setattr(settings, "_KEYS_FRESH_S", 0)
+
+
+@pytest.mark.usefixtures("read_each_time")
+def test_no_key_left_is_nobody_and_not_everybody(keys, caplog):
+    with serving(key_file=KeyFile(keys)) as served:
+        for content in ("", "# none\n"):
+            keys.write_text(content)
+            for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer first-key"}):
+                assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == 401
+        assert [record.message for record in caplog.records if "no key any more" in record.message] == [
+            f"The key file {keys} holds no key any more: nobody can use the API."
+        ]
+        keys.write_text("third-key\n")
+        assert (status(served, "first-key"), status(served, "third-key")) == (401, 200)
+
+
+@pytest.mark.usefixtures("read_each_time")
+@pytest.mark.parametrize("damage", ["gone", "folder", "no text"])
+def test_a_file_that_cannot_be_read_leaves_the_keys_as_they_were(keys, caplog, damage):
+    with serving(key_file=KeyFile(keys)) as served:
+        keys.unlink()
+        if damage == "folder":
+            keys.mkdir()
+        elif damage == "no text":
+            keys.write_bytes(b"\xff\xff\xff")
+        for _ in range(3):
+            assert (status(served, "first-key"), status(served, "third-key"), status(served, "x")) == (200, 401, 401)
+        assert len([record for record in caplog.records if "stay valid" in record.message]) == 1
+
+
+@pytest.mark.usefixtures("read_each_time")
+def test_a_bad_line_does_not_bring_removed_keys_back(keys, caplog):
+    with serving(key_file=KeyFile(keys)) as served:
+        keys.write_text("second-key\nnot a key\n")
+        assert (status(served, "first-key"), status(served, "second-key")) == (401, 200)
+    assert "Line 2 of the key file" in caplog.text
+    assert "not a key\n" not in caplog.text.replace("is not a key", "")
+    assert "second-key" not in caplog.text
+
+
+def test_a_key_file_opens_no_host_without_it(keys):
+    assert settings.Settings(host="0.0.0.0", key_file=KeyFile(keys)).needs_key
+    assert "first-key" not in repr(settings.Settings(key_file=KeyFile(keys)))
+
+
+@pytest.mark.parametrize(
+    "name", ["http://llm.example", "llm.example:80", "llm.example/x", "*", "", "a b", "*.example"]
+)
+def test_allowed_hosts_are_names(name):
+    with pytest.raises(UserError, match="--allow-host as llm.example.org"):
+        settings.Settings(allow_hosts=(name,))

@@ -98,24 +98,41 @@ def chat(**fields):
     [
         (chat(temperature="warm"), "temperature", "valid number"),
         (chat(temperature=3), "temperature", "less than or equal to 2"),
-        (chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+        (chat(max_tokens=-3), "max_tokens", "greater than or equal to -2"),
         (chat(n=99), "n", "less than or equal to 16"),
         (chat(seed=2**70), "seed", "less than"),
         (chat(stop=["a", 5]), "stop[1]", "valid string"),
-        (chat(max_token=5), None, "There is no field 'max_token'"),
-        ({**chat(), "\ud800" * 100: 1}, None, "There is no field '\\ud800"),
         (chat(model="\udfff"), "model", "half of a surrogate"),
         (chat(stop="\udfff"), "stop[0]", "half of a surrogate"),
         (chat(tools=[{"type": "function"}]), "tools", "tools is not supported here"),
         (chat(logprobs=True), "logprobs", "logprobs is not supported here"),
         (chat(response_format={"type": "json_object"}), "response_format", "response_format is not supported"),
-        (chat(frequency_penalty=1), "frequency_penalty", "not supported"),
+        (chat(tools=[{"type": "function"}], tool_choice="auto"), "tools", "tools is not supported here"),
+        (chat(top_logprobs=3), "top_logprobs", "top_logprobs is not supported here"),
+        (chat(grammar='root ::= "a"'), "grammar", "grammar is not supported here"),
+        (chat(format="json"), "format", "format is not supported here"),
+        (chat(guided_json={"type": "object"}), "guided_json", "guided_json is not supported here"),
+        (chat(chat_template="{{ 1 }}"), "chat_template", "chat_template is not supported here"),
+        (chat(frequency_penalty=2.1), "frequency_penalty", "less than or equal to 2"),
+        (chat(repetition_penalty=1e-39), "repetition_penalty", "less than 0.01"),
+        (chat(repeat_penalty=1e-39), "repetition_penalty", "less than 0.01"),
+        (chat(min_p=1.1), "min_p", "less than or equal to 1"),
+        (chat(top_k=-2), "top_k", "greater than or equal to -1"),
+        (chat(logit_bias={"5": 101}), "logit_bias.5", "less than or equal to 100"),
+        (chat(logit_bias={"5": float("nan")}), "logit_bias.5", "finite"),
+        (chat(logit_bias={"-5": 1}), "logit_bias.-5.[key]", "greater than or equal to 0"),
+        (chat(logit_bias=[[5, 1]]), "logit_bias", "valid dictionary"),
+        (
+            chat(continue_final_message=True, add_generation_prompt=True),
+            "continue_final_message",
+            "exclude each other",
+        ),
         (chat(stream_options={"include_usage": "often"}), "stream_options.include_usage", "valid boolean"),
         ({"model": MODEL}, "messages", "field required"),
         (chat(model=None), "model", "field required"),
         (chat(messages=[]), "messages", "at least 1 item"),
-        (chat(messages=[{"role": "tool", "content": "x"}]), "messages[0].role", "'system'"),
-        (chat(messages=[{"role": "user", "content": None}]), "messages[0].content", "valid string"),
+        (chat(messages=[{"role": "critic", "content": "x"}]), "messages[0].role", "'system'"),
+        (chat(messages=[{"role": "user", "content": None}]), "messages[0].content", "field required"),
         (chat(messages=[{"role": "user", "content": "\ud800"}]), "messages[0].content", "half of a surrogate"),
         (
             chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
@@ -123,9 +140,9 @@ def chat(**fields):
             "only parts of type text",
         ),
         (
-            chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]),
-            "messages[0]",
-            "tool calls are not supported",
+            chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom"}]}]),
+            "messages[0].tool_calls[0].function",
+            "field required",
         ),
     ],
 )
@@ -202,7 +219,8 @@ def test_answers_of_openai_can_be_sent_back_as_messages(served):
         (b"[1]", "application/json", "must be a JSON object"),
         (b'"text"', "application/json", "must be a JSON object"),
         (b"[" * 100_000, "application/json", "cannot be read as JSON"),
-        (b'{"model": "\xff"}', "application/json", "cannot be read as JSON"),
+        (b'{"model": "\xff"}', "application/json", "not UTF-8"),
+        ('{"model": "Müller"}'.encode("latin-1"), "application/json", "Send the JSON encoded in UTF-8"),
         (json.dumps(chat()).encode(), "text/plain", "sent with 'Content-Type: application/json'"),
         (b"model=m", "application/x-www-form-urlencoded", "sent with 'Content-Type: application/json'"),
     ],
@@ -211,6 +229,27 @@ def test_a_body_that_is_no_json_object(served, content, kind, message):
     response = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
     assert response.status_code == 400
     assert message in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "max_tokens", "repeat_penalty", "seed"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(served, field, value):
+    content = json.dumps(chat()).removesuffix("}") + f', "{field}": {value}}}'
+    response = httpx.post(
+        f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert "finite number" in error_of(response)["message"]
+    assert error_of(response)["param"] == {"repeat_penalty": "repetition_penalty"}.get(field, field)
+
+
+def test_whole_answers_are_ascii(served):
+    """Windows PowerShell 5.1 takes JSON for Latin-1, unless a charset says otherwise."""
+    response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("say Grüße 你好 🎉"))
+    assert response.content.decode("latin-1") == response.content.decode("ascii")
+    assert json.loads(response.content)["choices"][0]["message"]["content"] == "Grüße 你好 🎉"
+    response = httpx.get(f"{served.url}/v1/models/Grüße")
+    assert response.content.isascii() and "Grüße" in error_of(response)["message"]
 
 
 def test_unknown_routes_and_methods(served):

@@ -92,6 +92,45 @@ def test_lengths_and_stop_strings(use):
     assert by_ids == continued
 
 
+def test_the_assistants_turn_is_continued(use):
+    """As the reader sees it: what was begun and what comes after it are one text, however the beginning ends."""
+
+    async def ask(engine):
+        beginnings = ("The capital of France is", "The capital of France is ", "The capital of")
+        asked = [(*QUESTION, {"role": "assistant", "content": beginning}) for beginning in beginnings]
+        whole = await answer(engine, request(max_tokens=32))
+        parts = [await answer(engine, request(each, max_tokens=32, continue_final=True)) for each in asked]
+        # Not the tokens of another turn.
+        bare = await answer(engine, request(QUESTION, max_tokens=1))
+        return beginnings, whole, parts, bare
+
+    beginnings, whole, parts, bare = use(ask)
+    assert parts[0][0] == " Paris."
+    for beginning, (text, reason, usage) in zip(beginnings, parts, strict=True):
+        assert (beginning + text, reason) == (whole[0], "stop")
+        assert bare[2].prompt_tokens < usage.prompt_tokens < bare[2].prompt_tokens + 8
+        assert usage.completion_tokens < whole[2].completion_tokens
+
+
+def test_tiny_numbers_penalties_and_biases(use):
+    async def ask(engine):
+        ids = engine._tokenizer(" Paris", add_special_tokens=False)["input_ids"]
+        whole = await answer(engine, request(max_tokens=12))
+        tiny = await answer(engine, request(max_tokens=12, temperature=1e-38, seed=1))
+        biased = await answer(engine, request(max_tokens=12, logit_bias={ids[0]: -100}))
+        shorter = await answer(engine, request(STORY, max_tokens=8, frequency_penalty=2, presence_penalty=2))
+        longer = await answer(engine, request(max_tokens=16, ignore_eos=True))
+        with pytest.raises(UserError, match="logit_bias: the model has the tokens 0 to"):
+            await answer(engine, request(logit_bias={10**6: 1}))
+        return whole, tiny, biased, shorter, longer
+
+    whole, tiny, biased, shorter, longer = use(ask)
+    assert tiny == whole
+    assert "Paris" not in biased[0]
+    assert shorter[0]
+    assert longer[1] == "length" and longer[2].completion_tokens == 16
+
+
 def test_a_seed_repeats_an_answer(use):
     async def ask(engine):
         sampled = dict(temperature=1.5, top_p=0.95, max_tokens=12)

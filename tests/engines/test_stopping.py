@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from petals_win.engines.stopping import StopStrings
+from petals_win.engines.stopping import StopStrings, WithoutRepeat
 
 
 def shown(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
@@ -59,3 +59,20 @@ def test_the_cuts_between_pieces_do_not_matter():
         if ends:
             expected = text[: ends[0] - max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))]
         assert shown(pieces, stops) == (expected, bool(ends))
+
+
+@pytest.mark.parametrize(
+    ("known", "pieces", "new"),
+    [
+        (" ", [" Paris", "."], "Paris."),
+        (" ", ["Paris", " "], "Paris "),
+        ("  ", [" ", " ", " x"], " x"),
+        ("  ", [" x", " y"], "x y"),
+        ("\t ", ["", "\t", "", " a"], "a"),
+        ("", [" a"], " a"),
+        (" ", ["\n a"], "\n a"),
+    ],
+)
+def test_what_the_reader_has_already_is_left_out(known, pieces, new):
+    beginning = WithoutRepeat(known)
+    assert "".join(beginning.feed(piece) for piece in pieces) == new

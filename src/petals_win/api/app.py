@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 from fastapi import Depends, FastAPI
@@ -13,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from petals_win import __version__
-from petals_win.api import errors
+from petals_win.api import errors, reply_schemas
+from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.generations import Generations
 from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
 from petals_win.api.routes import engine_routes, open_routes
@@ -45,6 +47,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        default_response_class=AsciiJson,
         lifespan=lifespan,
     )
     generations = Generations(engine, settings.max_running, settings.max_waiting)
@@ -52,7 +55,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
 
     app.include_router(open_routes())
     # RequireKey does the checking; the dependency makes /docs offer a field for the key.
-    shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.needs_key else []
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
@@ -62,6 +65,9 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, errors.on_invalid_request)
     app.add_exception_handler(ClientDisconnect, errors.on_disconnect)
     app.add_exception_handler(Exception, errors.on_defect)
+
+    describe = app.openapi
+    app.openapi = functools.cache(lambda: reply_schemas.complete(describe()))
 
     # The last one added is the first one asked.
     app.add_middleware(LimitBody, settings=settings)

@@ -8,12 +8,14 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from petals_win.api.ascii_json import AsciiJson
 from petals_win.engines.base import ContextTooLong, ModelNotFound, SwarmUnavailable
 from petals_win.errors import UserError
 
 RETRY_AFTER_S = 10
+_LONGEST_PARAM = 100  # characters: a key of an object may be anything
 
 
 class ApiError(Exception):
@@ -39,8 +41,8 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self) -> AsciiJson:
+        return AsciiJson(self.body(), self.status, self.headers)
 
 
 def from_engine(error: UserError) -> ApiError:
@@ -56,12 +58,12 @@ def from_engine(error: UserError) -> ApiError:
             return ApiError(400, str(error))
 
 
-async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+async def on_api_error(request: Request, error: Exception) -> AsciiJson:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def on_user_error(request: Request, error: Exception) -> JSONResponse:
+async def on_user_error(request: Request, error: Exception) -> AsciiJson:
     assert isinstance(error, UserError)
     return from_engine(error).response()
 
@@ -71,7 +73,7 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+async def on_http_error(request: Request, error: Exception) -> AsciiJson:
     """What the framework itself refuses: no such route, wrong method, a body that is no text."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
@@ -80,6 +82,8 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
             message = f"There is no {what} here. /docs lists what there is."
         case 405:
             message = f"{what} is not possible: use {(error.headers or {}).get('Allow', 'another method')}."
+        case 400 if isinstance(error.__cause__, UnicodeDecodeError):
+            message = "The request body is not UTF-8 text. Send the JSON encoded in UTF-8."
         case 400:
             message = "The request body cannot be read as JSON."
         case _:
@@ -87,7 +91,7 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+async def on_invalid_request(request: Request, error: Exception) -> AsciiJson:
     """A body of the wrong shape. Names the field, never repeats the value: it may be long or private."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -98,11 +102,13 @@ async def on_invalid_request(request: Request, error: Exception) -> JSONResponse
     if not location:
         message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
         return ApiError(400, message).response()
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")[
+        :_LONGEST_PARAM
+    ]
     reason = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {reason[:1].lower()}{reason[1:]}.", param=param).response()
 
 
-async def on_defect(request: Request, error: Exception) -> JSONResponse:
+async def on_defect(request: Request, error: Exception) -> AsciiJson:
     """A defect of ours: the server logs the traceback, the client learns only that it happened."""
     return ApiError(500, "An error inside petals-win; its log has the details.").response()

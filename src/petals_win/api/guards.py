@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -16,9 +15,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from petals_win.api.errors import ApiError
-from petals_win.api.settings import Settings, is_loopback
+from petals_win.api.settings import Settings, is_address, is_loopback
 
 BODY_DEADLINE_S = 60.0
+
+# What Docker and Podman call the machine that a container runs on. A page cannot have such a name resolved to this
+# machine and pass as ours: the domain "internal" is reserved and never given to anybody, so its owner would have to be
+# whoever runs the visitor's name server; and the origin of a page of that name is not taken for our own (below), since
+# programs in containers ask under these names, and people open the page as 127.0.0.1.
+_CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 
 
 class TrustedPages:
@@ -31,6 +36,7 @@ class TrustedPages:
     def __init__(self, app: ASGIApp, settings: Settings):
         self._app = app
         self._settings = settings
+        self._named = {name.lower() for name in (settings.host, *settings.allow_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,11 +44,16 @@ class TrustedPages:
             return
         headers = Headers(scope=scope)
         host = headers.get("host", "")
+        name = _name_in(host)
         origin = headers.get("origin")
-        if not self._settings.api_keys and not self._host_is_ours(host):
-            refusal = ApiError(403, f"This API does not answer under the name {host!r}. Use http://127.0.0.1.")
+        if not self._settings.needs_key and not self._host_is_ours(name):
+            refusal = ApiError(
+                403,
+                f"This API does not answer under the name {host!r}. Use http://127.0.0.1, "
+                f"or start it with --allow-host {name or 'NAME'} to allow it.",
+            )
             await refusal.response()(scope, receive, send)
-        elif origin is not None and not self._origin_is_allowed(origin, host):
+        elif origin is not None and not self._origin_is_allowed(origin, host, name):
             refusal = ApiError(
                 403, f"Pages of {origin} may not use this API. Start it with --cors-origin {origin} to allow them."
             )
@@ -50,20 +61,18 @@ class TrustedPages:
         else:
             await self._app(scope, receive, _with_header(send, "X-Content-Type-Options", "nosniff"))
 
-    def _host_is_ours(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if is_loopback(name) or name == self._settings.host.lower():
+    def _host_is_ours(self, name: str) -> bool:
+        if is_loopback(name) or name in self._named or name in _CONTAINER_HOSTS:
             return True
         if is_loopback(self._settings.host):
             return False
         # Open to the local network by --insecure: an address or a local name cannot be a stranger's domain.
-        return _is_address(name) or "." not in name or name.endswith(".local")
+        return is_address(name) or "." not in name or name.endswith(".local")
 
-    def _origin_is_allowed(self, origin: str, host: str) -> bool:
-        return origin in self._settings.cors_origins or origin in (f"http://{host}", f"https://{host}")
+    def _origin_is_allowed(self, origin: str, host: str, name: str) -> bool:
+        if origin in self._settings.cors_origins:
+            return True
+        return name not in _CONTAINER_HOSTS and origin in (f"http://{host}", f"https://{host}")
 
 
 class RequireKey:
@@ -71,11 +80,11 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, settings: Settings, open_paths: Collection[str]):
         self._app = app
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._settings = settings
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or not self._settings.needs_key or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -93,7 +102,7 @@ class RequireKey:
 
     def _is_valid(self, given: bytes) -> bool:
         # Every key is compared, so that the time taken does not tell which one was nearly right.
-        return any([hmac.compare_digest(given, key) for key in self._keys])
+        return any([hmac.compare_digest(given, key.encode()) for key in self._settings.keys()])
 
 
 class LimitBody:
@@ -144,12 +153,12 @@ class LimitBody:
         return ApiError(413, f"The request is larger than {self._max_bytes / 2**20:g} MiB. Shorten the prompt.")
 
 
-def _is_address(name: str) -> bool:
+def _name_in(host: str) -> str:
+    """The name or address in a Host header, in lower case, without its port; empty if there is none."""
     try:
-        ipaddress.ip_address(name)
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
-        return False
-    return True
+        return ""
 
 
 def _with_header(send: Send, name: str, value: str) -> Send:

@@ -72,16 +72,19 @@ Shape = type[ChatShape] | type[TextShape]
 async def reply(
     http: Request, generations: Generations, asked: Sampling, requests: list[GenerationRequest], shape: Shape
 ) -> dict[str, Any] | Response:
-    """Answer the requests in the way that was asked for. Raises ApiError, ClientDisconnect."""
+    """Answer the requests, of which there is at least one, in the way that was asked for.
+
+    Raises ApiError, ClientDisconnect.
+    """
     answer = generations.start(requests)
     try:
         if not asked.stream:
-            return await _unless_disconnected(http, _whole(answer, asked, shape, len(requests)))
+            return await _unless_disconnected(http, _whole(answer, asked, shape, requests))
         await _unless_disconnected(http, answer.begun(FIRST_EVENT_S))
     except BaseException:
         await answer.aclose()
         raise
-    return _Stream(answer, _events(answer, asked, shape))
+    return _Stream(answer, _events(answer, asked, shape, requests[0].model))
 
 
 class _Stream(EventSourceResponse):
@@ -98,9 +101,9 @@ class _Stream(EventSourceResponse):
             await self._answer.aclose()
 
 
-async def _whole(answer: Answer, asked: Sampling, shape: Shape, count: int) -> dict[str, Any]:
-    texts = [""] * count
-    reasons: list[str | None] = [None] * count
+async def _whole(answer: Answer, asked: Sampling, shape: Shape, requests: list[GenerationRequest]) -> dict[str, Any]:
+    texts = [""] * len(requests)
+    reasons: list[str | None] = [None] * len(requests)
     usage = _Usage()
     async for index, event in answer:
         match event:
@@ -114,11 +117,11 @@ async def _whole(answer: Answer, asked: Sampling, shape: Shape, count: int) -> d
         {"index": index, **shape.whole(text), "logprobs": None, "finish_reason": reason}
         for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
     ]
-    return {**_head(asked, shape, shape.whole_object), "choices": choices, "usage": usage.body()}
+    return {**_head(shape, shape.whole_object, requests[0].model), "choices": choices, "usage": usage.body()}
 
 
-async def _events(answer: Answer, asked: Sampling, shape: Shape) -> AsyncIterator[ServerSentEvent]:
-    head = _head(asked, shape, shape.chunk_object)
+async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> AsyncIterator[ServerSentEvent]:
+    head = _head(shape, shape.chunk_object, model)
     counted: dict[str, Any] = {"usage": None} if asked.stream_options.include_usage else {}
 
     def chunk(index: int, piece: dict[str, Any], reason: str | None = None) -> ServerSentEvent:
@@ -166,12 +169,13 @@ class _Usage:
         }
 
 
-def _head(asked: Sampling, shape: Shape, kind: str) -> dict[str, Any]:
+def _head(shape: Shape, kind: str, model: str) -> dict[str, Any]:
+    """`model` is its name in /v1/models, however it was asked for: what front-ends know it by."""
     return {
         "id": shape.id_prefix + uuid.uuid4().hex,
         "object": kind,
         "created": int(time.time()),
-        "model": asked.model,
+        "model": model,
         "system_fingerprint": None,
     }
 

@@ -9,18 +9,22 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from petals_win import __version__
+from petals_win.api import reply_schemas as sent
+from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.errors import RETRY_AFTER_S
 from petals_win.api.generations import Generations
 from petals_win.api.replies import ChatShape, TextShape, reply
 from petals_win.api.schemas import ChatRequest, CompletionRequest
-from petals_win.engines.base import Engine, ModelCard, ModelNotFound
+from petals_win.engines.base import Engine, ModelCard, find_model
+
+_ANSWER_ERRORS = sent.errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
 
 
 def open_routes() -> APIRouter:
     """What anybody may ask."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", response_model=sent.Health, responses=sent.errors(403))
     async def health() -> dict[str, str]:
         """The process is alive. Says nothing about the swarm: that is /ready."""
         return {"status": "ok", "version": __version__}
@@ -32,36 +36,46 @@ def engine_routes(engine: Engine, generations: Generations) -> APIRouter:
     """What needs a key, where keys are set."""
     router = APIRouter()
 
-    @router.get("/ready")
+    @router.get(
+        "/ready",
+        response_model=sent.Readiness,
+        responses=sent.errors(401, 403, 500) | {503: {"model": sent.Readiness, "description": "It could not."}},
+    )
     async def ready() -> JSONResponse:
         """Whether the swarm could answer now (200) or not (503), which blocks no node serves, and who serves what."""
         status = engine.status()
         headers = {} if status.ready else {"Retry-After": str(RETRY_AFTER_S)}
-        return JSONResponse(asdict(status), 200 if status.ready else 503, headers)
+        return AsciiJson(asdict(status), 200 if status.ready else 503, headers)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", response_model=sent.ModelList, responses=sent.errors(401, 403, 500))
     async def models() -> dict[str, Any]:
         """The models that can be asked."""
         return {"object": "list", "data": [_card(model) for model in engine.models()]}
 
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", response_model=sent.Model, responses=sent.errors(401, 403, 404, 500))
     async def model(model_id: str) -> dict[str, Any]:
         """One model."""
-        known = engine.models()
-        for card in known:
-            if card.id == model_id:
-                return _card(card)
-        raise ModelNotFound(model_id, [card.id for card in known])
+        return _card(find_model(model_id, engine.models()))
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=sent.whole_or_streamed(sent.ChatCompletion, sent.ChatCompletionChunk) | _ANSWER_ERRORS,
+    )
     async def chat_completions(http: Request, body: ChatRequest):
         """Answer a conversation, whole or with "stream": true as server-sent events."""
-        return await reply(http, generations, body, body.requests(), ChatShape)
+        card = find_model(body.model, engine.models())
+        return await reply(http, generations, body, body.requests(card.id), ChatShape)
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post(
+        "/v1/completions",
+        response_model=None,
+        responses=sent.whole_or_streamed(sent.TextCompletion, sent.TextCompletionChunk) | _ANSWER_ERRORS,
+    )
     async def completions(http: Request, body: CompletionRequest):
         """Continue a text, whole or with "stream": true as server-sent events."""
-        return await reply(http, generations, body, body.requests(), TextShape)
+        card = find_model(body.model, engine.models())
+        return await reply(http, generations, body, body.requests(card.id), TextShape)
 
     return router
 

@@ -1,7 +1,8 @@
-"""Listening and serving until told to stop. Knows sockets and uvicorn; nothing of the routes."""
+"""Listening and serving until told to stop. Knows sockets, uvicorn and how long a connection may be idle; no routes."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -11,13 +12,19 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from petals_win.api.guards import BODY_DEADLINE_S
 from petals_win.api.settings import Settings
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 5
+# Longer than clients and proxies keep a connection that they mean to use again (.NET and nginx 60 s, Go 90 s, Caddy 120 s):
+# whoever closes first must be the client, or its next request may meet a connection that has just been closed.
+KEEP_ALIVE_S = 125
+HEAD_DEADLINE_S = 15.0
 
 
 class PortInUse(UserError):
@@ -53,12 +60,14 @@ class ApiServer:
         """
         config = uvicorn.Config(
             app,
+            http=_Connection,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
         )
         self._uvicorn = _Uvicorn(config, app, on_ready)
@@ -75,6 +84,51 @@ class ApiServer:
         """Stop listening, if `serve()` was never called."""
         for listener in self._sockets:
             listener.close()
+
+
+class _Connection(H11Protocol):
+    """uvicorn's HTTP connection, with a deadline for the head of a request, which uvicorn has not.
+
+    Otherwise whoever opens connections and never completes a request could hold them until there are no more.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._clear_deadline()  # the head is complete: from here on the deadlines are the app's
+        elif self._deadline is None:
+            self._set_deadline()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # The beginning of the next request may have come with the one before, or a request was refused before its end.
+        if self.cycle.response_complete and (self.conn.trailing_data[0] or self.cycle.more_body):
+            self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def _set_deadline(self) -> None:
+        self._clear_deadline()
+        refused = self.cycle is not None and self.cycle.more_body  # its body may still be on its way
+        seconds = BODY_DEADLINE_S if refused else HEAD_DEADLINE_S
+        self._deadline = self.loop.call_later(seconds, self._give_up)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        # Not close(), which waits until everything has been sent.
+        self.transport.abort()
 
 
 class _Uvicorn(uvicorn.Server):

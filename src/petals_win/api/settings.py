@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from petals_win.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+_KEYS_FRESH_S = 1.0
+
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True)
@@ -17,9 +24,10 @@ class Settings:
     """Checked when made: raises UserError for a combination that would open the API to strangers.
 
     host, port: where to listen; port 0 takes a free one.
-    api_keys: whoever sends one of them may ask; empty: everybody who reaches the address may.
+    api_keys, key_file: whoever sends one of these keys may ask; with neither, everybody who reaches the address may.
     insecure: the user accepts that a host other than loopback answers without a key.
     cors_origins: pages of these origins, and no others, may ask from a browser.
+    allow_hosts: names or addresses under which the API answers without a key, besides those of this PC.
     max_body_bytes: larger requests are refused (413). max_running, max_waiting: requests answered at a time,
     and in line behind them; more are refused (429).
     """
@@ -27,14 +35,16 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    key_file: KeyFile | None = None
     insecure: bool = False
     cors_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
     max_running: int = 4
     max_waiting: int = 32
 
     def __post_init__(self) -> None:
-        if not (is_loopback(self.host) or self.api_keys or self.insecure):
+        if not (is_loopback(self.host) or self.needs_key or self.insecure):
             raise UserError(
                 f"On {self.host} everybody in your network could use this API. Give --api-key-file FILE "
                 "(one key a line), or --insecure if that is what you want, or leave --host out."
@@ -47,6 +57,59 @@ class Settings:
                     f"{origin!r} is not an origin that a browser would send. "
                     "Write --cors-origin as https://example.org or http://localhost:3000: in lower case, without a path."
                 )
+        for name in self.allow_hosts:
+            if not (_HOST_NAME.fullmatch(name) or is_address(name)):
+                raise UserError(
+                    f"{name!r} is not the name of a host. "
+                    "Write --allow-host as llm.example.org or 192.168.1.5: without http://, port and path."
+                )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a key is asked for; also while the key file holds none."""
+        return bool(self.api_keys) or self.key_file is not None
+
+    def keys(self) -> tuple[str, ...]:
+        """The keys that are valid now."""
+        return self.api_keys + (self.key_file.keys() if self.key_file else ())
+
+
+class KeyFile:
+    """The keys in a file, as they are now: it is read again when it is used, at most once a second.
+
+    A key whose line was removed is no longer valid, and if no line is left, none is. While the file cannot be read,
+    perhaps because an editor is writing it, the keys that were read last stay valid.
+    """
+
+    def __init__(self, path: Path):
+        """Raises UserError for a file that `read_api_keys` does not take."""
+        self._path = path
+        self._keys = read_api_keys(path)
+        self._read_at = time.monotonic()
+        self._warned = ""
+
+    def keys(self) -> tuple[str, ...]:
+        if time.monotonic() - self._read_at >= _KEYS_FRESH_S:
+            problem = self._read_again()
+            if problem and problem != self._warned:
+                logger.warning(problem)
+            self._warned = problem
+        return self._keys
+
+    def _read_again(self) -> str:
+        """Read the file; returns what is wrong with it, or an empty text."""
+        # A file that is not as it should be is read again at the next use: it may have been half written.
+        try:
+            keys, bad_lines = _parse_keys(self._path)
+        except UserError as error:
+            return f"{error} The keys that were read before stay valid."
+        self._keys = keys
+        if bad_lines:
+            return f"{_bad_line(self._path, bad_lines[0])} The other lines count."
+        if not keys:
+            return f"The key file {self._path} holds no key any more: nobody can use the API."
+        self._read_at = time.monotonic()
+        return ""
 
 
 def is_loopback(host: str) -> bool:
@@ -59,11 +122,34 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_address(host: str) -> bool:
+    """Whether it is an IP address and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def read_api_keys(path: Path) -> tuple[str, ...]:
     """Read keys from a text file, one a line; empty lines and lines that begin with # do not count.
 
     Raises UserError if the file cannot be read, holds no key, or a key that no HTTP header could carry.
     """
+    keys, bad_lines = _parse_keys(path)
+    if bad_lines:
+        raise UserError(_bad_line(path, bad_lines[0]))
+    if not keys:
+        raise UserError(f"The key file {path} holds no key. Write one key a line.")
+    return keys
+
+
+def _bad_line(path: Path, number: int) -> str:
+    return f"Line {number} of the key file {path} is not a key: only ASCII letters, digits and signs, no blanks."
+
+
+def _parse_keys(path: Path) -> tuple[tuple[str, ...], list[int]]:
+    """The keys in a file, and the numbers of the lines that should be keys and are none. Raises UserError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -74,16 +160,13 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
         lines = content.decode(encoding).splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"The key file {path} is not a text file. Write one key a line.") from error
-    keys = []
+    keys, bad_lines = [], []
     for number, line in enumerate(lines, start=1):
         key = line.strip()
         if not key or key.startswith("#"):
             continue
-        if not re.fullmatch(r"[!-~]+", key):
-            raise UserError(
-                f"Line {number} of the key file {path} is not a key: only ASCII letters, digits and signs, no blanks."
-            )
-        keys.append(key)
-    if not keys:
-        raise UserError(f"The key file {path} holds no key. Write one key a line.")
-    return tuple(keys)
+        if re.fullmatch(r"[!-~]+", key):
+            keys.append(key)
+        else:
+            bad_lines.append(number)
+    return tuple(keys), bad_lines

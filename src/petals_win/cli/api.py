@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from petals_win.cli import listening
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -32,16 +33,12 @@ def api(
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but 127.0.0.1 needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with one API key a line; callers send one as a Bearer token.")
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let others on the network in without a key.")] = False,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Web origin whose pages may call this API, e.g. https://baremetalrt.ai."),
-    ] = None,
+    host: listening.Host = "127.0.0.1",
+    port: listening.Port = 8000,
+    api_key_file: listening.ApiKeyFile = None,
+    insecure: listening.Insecure = False,
+    cors_origin: listening.CorsOrigin = None,
+    allow_host: listening.AllowHost = None,
     threads: Threads = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
@@ -52,17 +49,10 @@ def api(
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
     from petals_win.api.server import ApiServer
-    from petals_win.api.settings import Settings, read_api_keys
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
 
-    settings = Settings(
-        host=host,
-        port=port,
-        api_keys=read_api_keys(api_key_file) if api_key_file else (),
-        insecure=insecure,
-        cors_origins=tuple(cors_origin or ()),
-    )
+    settings = listening.settings_of(host, port, api_key_file, insecure, cors_origin, allow_host)
     if not peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
     exit_with_parent()

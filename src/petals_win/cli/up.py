@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from petals_win.cli import logs
+from petals_win.cli import listening, logs
 from petals_win.cli.api import Threads
 from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
@@ -25,7 +25,12 @@ def up(
     model: Annotated[
         str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")
     ] = "SmolLM2-135M-Instruct",
-    port: Annotated[int, typer.Option(help="Port of the API and the chat page.", min=0, max=65535)] = 8000,
+    host: listening.Host = "127.0.0.1",
+    port: listening.Port = 8000,
+    api_key_file: listening.ApiKeyFile = None,
+    insecure: listening.Insecure = False,
+    cors_origin: listening.CorsOrigin = None,
+    allow_host: listening.AllowHost = None,
     threads: Threads = None,
     check: Annotated[
         bool,
@@ -37,16 +42,15 @@ def up(
     Example: petals-win up
     """
     from petals_win.api.server import ApiServer
-    from petals_win.api.settings import Settings
     from petals_win.cli.api import answer_until
     from petals_win.host.console import Progress
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
     from petals_win.swarm.local import LocalSwarm
 
+    settings = listening.settings_of(host, 0 if check else port, api_key_file, insecure, cors_origin, allow_host)
     log_to_file("up")
     stop = stop_event()
-    settings = Settings(port=0 if check else port)
     apply_thread_settings(threads)
     result = _Check()
     # The server listens before anything slow begins: a port in use shows at once.
@@ -82,7 +86,7 @@ def up(
                         )
 
             def ask() -> None:
-                result.ask(server.url, source.name)
+                result.ask(server.url, source.name, settings.keys())
                 stop.set()
 
             def ready() -> None:
@@ -107,11 +111,12 @@ class _Check:
     tokens_per_s = 0.0
     error: Exception | None = None
 
-    def ask(self, url: str, model: str) -> None:
+    def ask(self, url: str, model: str, keys: tuple[str, ...]) -> None:
         body = {"model": model, "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 64}
-        request = urllib.request.Request(
-            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if keys:
+            headers["Authorization"] = f"Bearer {keys[0]}"
+        request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
         begin = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=_CHECK_SECONDS) as response:

@@ -6,9 +6,9 @@ Does not know HTTP, tokenizers, swarms or tensors.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from petals_win.errors import UserError
 
@@ -46,22 +46,40 @@ class SwarmStatus:
 class GenerationRequest:
     """One prompt and how to continue it. Exactly one of `messages` and `prompt` is given.
 
-    messages: role and content per message; the engine applies the model's chat template.
+    messages: for each turn role (system, user, assistant or tool) and content (text), and where the turn has them
+    name, reasoning_content, tool_call_id and tool_calls (a list of {"id", "type": "function", "function": {"name",
+    "arguments"}}, the arguments an object unless they were no JSON). The engine applies the model's chat template.
+    template: further variables of the chat template, such as {"enable_thinking": False}.
+    continue_final: go on with the text of the last message instead of beginning a turn.
+    generation_prompt: begin the assistant's turn after the messages; of no effect with continue_final.
     prompt: plain text, or token ids, continued as it stands.
     max_tokens: longest answer in tokens; None, or more than fits: up to the end of the model's context.
-    temperature, top_p, top_k, repetition_penalty: None is the model's own default; temperature 0 is greedy.
+    min_tokens: the answer's turn does not end before so many tokens. ignore_eos: it does not end by itself at all.
+    temperature, top_p, top_k, min_p, repetition_penalty: None is the model's own default; temperature 0 is greedy,
+    top_p 1, top_k 0, min_p 0 and repetition_penalty 1 do nothing.
+    frequency_penalty, presence_penalty: taken off a token's logit for each time, or if ever, that it was generated.
+    logit_bias: token id to what is added to its logit before anything else.
     stop: the answer ends before the first of these strings (`petals_win.engines.stopping.StopStrings` does it).
     seed: the same request with the same seed gives the same answer; None draws anew.
     """
 
     model: str
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    continue_final: bool = False
+    generation_prompt: bool = True
     prompt: str | tuple[int, ...] | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -127,7 +145,9 @@ class ModelNotFound(UserError):
     """The request names a model that this engine does not have."""
 
     def __init__(self, model: str, available: Sequence[str]):
-        super().__init__(f"There is no model {model!r} here. Ask for one of: {', '.join(available) or '(none)'}.")
+        super().__init__(
+            f"There is no model {model[:100]!r} here. Ask for one of: {', '.join(available) or '(none)'}."
+        )
         self.model = model
 
 
@@ -153,6 +173,26 @@ class SwarmUnavailable(UserError):
             "Start 'petals-win serve' for them on another PC, or try again when the missing PC is back."
         )
         self.missing_blocks = tuple(missing_blocks)
+
+
+def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
+    """The model that is meant: its name in any case, with or without its owner ("owner/name"), if that is only one.
+
+    Raises ModelNotFound.
+    """
+    for card in cards:
+        if card.id == asked:
+            return card
+    owner, _, name = asked.lower().rpartition("/")
+    found = []
+    for card in cards:
+        its_owner, _, its_name = card.id.lower().rpartition("/")
+        # A model from a file has no owner: any that is asked for fits.
+        if name == its_name and (not owner or not its_owner or owner == its_owner):
+            found.append(card)
+    if len(found) != 1:
+        raise ModelNotFound(asked, [card.id for card in cards])
+    return found[0]
 
 
 def block_ranges(blocks: Sequence[int]) -> str:

@@ -16,20 +16,10 @@ from typing import Any
 import torch
 from hivemind import DHT
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
-from jinja2 import TemplateError
 from petals.client.routing.sequence_manager import MissingBlocksError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 from tokenizers.decoders import DecodeStream
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from petals_win.engines.base import (
@@ -46,8 +36,9 @@ from petals_win.engines.base import (
     Usage,
     block_ranges,
 )
-from petals_win.engines.stopping import StopStrings
-from petals_win.errors import UserError
+from petals_win.engines.sampling import check_token_ids, generate_arguments
+from petals_win.engines.stopping import StopStrings, WithoutRepeat
+from petals_win.engines.text import PromptEncoder
 from petals_win.span.source import ModelSource, open_model
 from petals_win.swarm.state import SwarmState, read_state
 
@@ -64,6 +55,8 @@ class PetalsEngine:
     def __init__(self, source: ModelSource, model: Any, dht: DHT):
         self._source, self._model, self._dht = source, model, dht
         self._tokenizer = source.tokenizer()
+        self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+        self._prompts = PromptEncoder(source.name, self._tokenizer, self._vocabulary)
         self._card = ModelCard(source.name, int(time.time()), source.context_length)
         self._threads = ThreadPoolExecutor(_CONCURRENT, thread_name_prefix="generate")
         self._running: set[threading.Event] = set()
@@ -120,7 +113,9 @@ class PetalsEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if request.model != self._card.id:
             raise ModelNotFound(request.model, [self._card.id])
-        prompt = self._encode(request)
+        read = self._prompts.encode(request)
+        prompt = read.tokens
+        check_token_ids(request.logit_bias, self._vocabulary)
         room = self._card.context_length - len(prompt)
         if room < 1:
             raise ContextTooLong(len(prompt), self._card.context_length)
@@ -139,12 +134,14 @@ class PetalsEngine:
             loop.call_soon_threadsafe(tokens.put_nowait, token)
 
         work = loop.run_in_executor(self._threads, self._run, prompt, limit, request, put, cancelled)
-        text, stops = DecodeStream(skip_special_tokens=True), StopStrings(request.stop)
+        # Some tokenizers leave out the blank before the first word of a text, which this one may not be.
+        text, stops = DecodeStream(ids=read.before, skip_special_tokens=True), StopStrings(request.stop)
+        new = WithoutRepeat(read.blanks)
         generated, last = 0, None
         try:
             while not stops.stopped and (token := await tokens.get()) is not None:
                 generated, last = generated + 1, token
-                piece = stops.feed(text.step(self._tokenizer.backend_tokenizer, token) or "")
+                piece = stops.feed(new.feed(text.step(self._tokenizer.backend_tokenizer, token) or ""))
                 if piece:
                     yield Token(piece)
             if not stops.stopped:
@@ -157,31 +154,6 @@ class PetalsEngine:
             cancelled.set()
             self._running.discard(cancelled)
             await asyncio.wait([work])
-
-    def _encode(self, request: GenerationRequest) -> list[int]:
-        """Token ids of the prompt. Raises UserError if there are none, or none that the model knows."""
-        if request.messages is not None:
-            tokens = self._apply_template([dict(message) for message in request.messages])
-        elif isinstance(request.prompt, str):
-            tokens = self._tokenizer(request.prompt)["input_ids"]
-        else:
-            tokens = list(request.prompt or ())
-        if not tokens:
-            raise UserError("The prompt is empty. Send at least one token of text.")
-        size = self._model.config.get_text_config(decoder=True).vocab_size
-        if unknown := [token for token in tokens if not 0 <= token < size]:
-            raise UserError(f"{self._card.id} has the tokens 0 to {size - 1}, but the prompt has {unknown[0]}.")
-        return tokens
-
-    def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"{self._card.id} was not made for chats: it has no chat template. Send a prompt to /v1/completions instead."
-            )
-        try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except TemplateError as e:
-            raise UserError(f"The chat template of {self._card.id} does not take these messages: {e.message}.") from e
 
     def _end_tokens(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id
@@ -201,10 +173,14 @@ class PetalsEngine:
                 self._model.generate(
                     torch.tensor([prompt]),
                     session=session,
-                    max_new_tokens=limit,
                     streamer=_Streamer(put),
                     stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
-                    **_sampling(request, self._model.generation_config),
+                    **generate_arguments(
+                        request,
+                        self._model.generation_config,
+                        prompt_tokens=len(prompt),
+                        max_tokens=limit,
+                    ),
                 )
         except MissingBlocksError as e:
             raise SwarmUnavailable(e.block_indices) from e
@@ -226,35 +202,6 @@ class PetalsEngine:
         self._threads.shutdown()
         self._model.blocks.sequence_manager.shutdown()
         self._dht.shutdown()
-
-
-def _sampling(request: GenerationRequest, default: GenerationConfig) -> dict[str, Any]:
-    """Arguments of generate() for what the request asks; what it leaves open is the model's own default.
-
-    Sampling is done by our last logits processor, which leaves one token to choose, so generate() itself is greedy.
-    """
-
-    def chosen(name: str) -> Any:
-        value = getattr(request, name)
-        return getattr(default, name) if value is None and default.do_sample else value
-
-    arguments: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    if request.repetition_penalty is not None:
-        arguments["repetition_penalty"] = request.repetition_penalty
-    temperature, top_k, top_p = chosen("temperature"), chosen("top_k"), chosen("top_p")
-    asked = default.do_sample or any(v is not None for v in (request.temperature, request.top_k, request.top_p))
-    if not asked or temperature == 0:
-        return arguments
-    warpers = LogitsProcessorList()
-    if temperature is not None and temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    warpers.append(_SeededChoice(request.seed))
-    arguments["logits_processor"] = warpers
-    return arguments
 
 
 class _Streamer(BaseStreamer):
@@ -280,21 +227,3 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool)
-
-
-class _SeededChoice(LogitsProcessor):
-    """Draws the next token with a generator of its own and leaves only that one to choose.
-
-    torch's global generator is shared by all requests of the process, so a seed there would not repeat an answer.
-    """
-
-    def __init__(self, seed: int | None):
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        choice = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)
-        return torch.full_like(scores, float("-inf")).scatter(1, choice, 0.0)

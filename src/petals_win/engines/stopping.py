@@ -1,8 +1,24 @@
-"""Stop strings in text that arrives in pieces. Knows text only: no tokens, no engine."""
+"""Where an answer begins and ends, in text that arrives in pieces. Knows text only: no tokens, no engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+class WithoutRepeat:
+    """Leaves out the beginning of an answer as far as it repeats `known`, which the reader has already."""
+
+    def __init__(self, known: str):
+        self._known = known
+
+    def feed(self, text: str) -> str:
+        """Take the next piece and return what of it is new."""
+        same = 0
+        while same < min(len(text), len(self._known)) and text[same] == self._known[same]:
+            same += 1
+        # After the first character that differs, nothing is a repetition any more.
+        self._known = self._known[same:] if same == len(text) else ""
+        return text[same:]
 
 
 class StopStrings:
