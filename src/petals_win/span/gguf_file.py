@@ -20,16 +20,21 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.quants import quant_shape_to_byte_shape
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from petals_win.errors import UserError
 from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
+from petals_win.span.architecture import check_supported, empty_model
+from petals_win.span.gguf_metadata import ROPE_DIVISORS, read_config
+from petals_win.span.gguf_tokenizer import GgufTokenizer
 from petals_win.span.transformers_internals import GgufNames, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
+_FORMAT = 2  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
 
 
@@ -55,13 +60,7 @@ class GgufCheckpoint:
         self._entries = {name: _Entry(**entry) for name, entry in table["tensors"].items()}
 
     def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
-        try:
-            names = GgufNames(model, self._architecture)
-        except NotImplementedError as e:
-            raise UserError(
-                f"The tensors of {self._path.name} cannot be read: its architecture is {self._architecture}. "
-                "Use the model's safetensors files instead."
-            ) from e
+        names = _names(self._path, model, self._architecture)
         parts: dict[str, list[str]] = {}
         for name in self._entries:
             target = names.target(name)
@@ -83,12 +82,7 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the file in float32."""
-        entry = self._entries[name]
-        kind = GGMLQuantizationType(entry.type)
-        with self._path.open("rb") as file:
-            file.seek(entry.offset)
-            data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
-        return dequantize(data.reshape(quant_shape_to_byte_shape(entry.shape, kind)), kind)
+        return _read_tensor(self._path, self._entries[name])
 
 
 class _Dequantized:
@@ -109,7 +103,7 @@ def _description(path: Path) -> Path:
     that no later start has to spend.
     """
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|{_FORMAT}"
     parent = cache_folder() / "gguf"
     parent.mkdir(exist_ok=True)
     folder = parent / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -130,7 +124,6 @@ def _describe(path: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
-        count = reader.fields.get("split.count")
         entries = {
             tensor.name: _Entry(
                 int(tensor.tensor_type),
@@ -145,18 +138,64 @@ def _describe(path: Path, folder: Path) -> None:
             f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
             "Download it again."
         ) from e
-    if count is not None and count.contents() > 1:
+    metadata = {
+        key: field.contents() for key, field in reader.fields.items() if key.startswith((f"{architecture}.", *_READ))
+    }
+    if (count := metadata.get("split.count", 1)) > 1:
         raise UserError(
-            f"{path.name} is one of {count.contents()} parts of a model. Join them into one file with llama.cpp's gguf-split --merge, "
+            f"{path.name} is one of {count} parts of a model. Join them into one file with llama.cpp's gguf-split --merge, "
             "or use the model's safetensors files."
         )
+    divisors = None
+    if ROPE_DIVISORS in entries:
+        divisors = _read_tensor(path, entries[ROPE_DIVISORS]).astype(np.float64)
     try:
-        AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError) as e:
+        config = read_config(metadata, {name: entry.shape for name, entry in entries.items()}, divisors)
+    except UserError as e:
+        raise UserError(f"{path.name} cannot be read. {e}") from e
+    except (ValueError, TypeError, KeyError) as e:
         raise UserError(
-            f"Models of the architecture {architecture} cannot be read from a GGUF file ({e}). "
+            f"{path.name} describes its model in a way that transformers does not accept: {str(e).strip().splitlines()[-1]} "
             "Use the model's safetensors files instead."
         ) from e
+    check_supported(config)
+    _refuse_unused(path, config, architecture, entries)
+    tokenizer = GgufTokenizer(path.name, metadata, config.vocab_size)
+    config.save_pretrained(folder)
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = tokenizer.ends() or None
+    generation.save_pretrained(folder)
+    tokenizer.tokenizer.save_pretrained(folder)
     table = {"architecture": architecture, "tensors": {name: asdict(entry) for name, entry in entries.items()}}
     (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _refuse_unused(path: Path, config: PreTrainedConfig, architecture: str, entries: Iterable[str]) -> None:
+    """A tensor that the model has no place for would be left out of the computation without a word."""
+    names = _names(path, empty_model(config, torch.float32), architecture)
+    unused = sorted(name for name in entries if name != ROPE_DIVISORS and names.target(name) is None)
+    if unused:
+        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise UserError(
+            f"{path.name} has the tensor {unused[0]}{others}, for which transformers' {config.model_type} has no place. "
+            "Use the model's safetensors files instead."
+        )
+
+
+def _names(path: Path, model: PreTrainedModel, architecture: str) -> GgufNames:
+    try:
+        return GgufNames(model, architecture)
+    except NotImplementedError as e:
+        raise UserError(
+            f"The tensors of {path.name} cannot be read: its architecture is {architecture}. "
+            "Use the model's safetensors files instead."
+        ) from e
+
+
+def _read_tensor(path: Path, entry: _Entry) -> np.ndarray:
+    """One tensor of the file in float32."""
+    kind = GGMLQuantizationType(entry.type)
+    with path.open("rb") as file:
+        file.seek(entry.offset)
+        data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
+    return dequantize(data.reshape(quant_shape_to_byte_shape(entry.shape, kind)), kind)

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -23,7 +24,9 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
@@ -108,7 +111,7 @@ class GgufNames:
         config = text_config(model.config)
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
         names: Any = _ParameterNames(model, depth=2)
-        self._targets: dict[str, str] = get_gguf_hf_weights_map(names, self._processor)
+        self._targets: dict[str, str] = get_gguf_hf_weights_map(names, self._processor, architecture)
 
     def target(self, gguf_name: str) -> str | None:
         """The model's name of what this tensor is, or is a part of; None if the model has no use for it."""
@@ -146,3 +149,20 @@ class _ParameterNames:
         return [
             (name, _ParameterNames(child, self._depth - 1)) for name, child in children if hasattr(child, "config")
         ]
+
+
+def inverse_frequencies(config: PreTrainedConfig) -> np.ndarray:
+    """Of the rotary embedding with which a model of this configuration computes, half as many as rotated dimensions."""
+    rope = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    return frequencies.numpy()
+
+
+def sentencepiece_backend(architecture: str, vocabulary: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF file whose `tokenizer.ggml.model` is llama, as transformers builds it from these entries."""
+    return convert_gguf_tokenizer(architecture, {"tokenizer_type": "llama", **vocabulary})[0]
+
+
+def pre_tokenizer_split(name: str) -> str | None:
+    """The regular expression by which words are told apart under this `tokenizer.ggml.pre`, if transformers knows one."""
+    return GGUF_PRE_TOKENIZER_SPLITS.get(name)

@@ -1,0 +1,457 @@
+"""What a GGUF file's metadata says about the computation, in the words of transformers' configurations.
+
+Knows, for each architecture, which key means what and what llama.cpp takes for granted there. Whatever it does not know by
+name it refuses, since a number that is left out gives wrong answers without a word. Does not know files or tokenizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
+
+from petals_win.errors import UserError
+from petals_win.span.transformers_internals import inverse_frequencies
+
+ROPE_DIVISORS = "rope_freqs.weight"
+
+_LARGEST = 2**24  # of any size: ten million tokens are the longest context there is, and a damaged file says anything
+_NOT_YET = "which petals-win cannot follow yet. Use the model's safetensors files instead."
+
+# By a key behind the architecture's name. Their values go into the configuration as they are.
+_COMMON = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+}
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+
+# Read by functions below, or known to change nothing.
+_ROPE = {
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+_HEADS = {"attention.key_length", "attention.value_length"}
+_WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern"}
+_HARMLESS = {"vocab_size", "tensor_data_layout"}
+
+# Values with which a key says no more than its absence.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One architecture of llama.cpp. `adjust` puts in what no key says, and may refuse."""
+
+    model_type: str
+    keys: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    head_dim: bool = True  # whether heads may have another size than hidden_size / num_attention_heads
+    partial_rotary: bool = False
+    theta: float | None = (
+        10_000.0  # the base of the rotary embedding if no key says it; None: there is no such embedding
+    )
+    window: int | None = None  # every how many blocks one sees everything (1: none does); None: no block has a window
+    adjust: Callable[[dict[str, Any], _Reader], None] | None = None
+    read: frozenset[str] = frozenset()  # further keys that `adjust` reads, or that change nothing here
+
+
+class _Reader:
+    """The metadata of one file below its architecture, and the shapes of its tensors, outermost dimension first."""
+
+    def __init__(
+        self, metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], divisors: np.ndarray | None
+    ) -> None:
+        self.architecture: str = metadata["general.architecture"]
+        prefix = f"{self.architecture}."
+        self.values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        self.shapes = shapes
+        self.divisors = divisors
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A number or text; of a list whose entries are all equal, the entry. Raises UserError for a list of several."""
+        value = self.values.get(key, default)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise self.refusal(key, "differs from block to block")
+            value = value[0]
+        if isinstance(value, bool) or isinstance(value, str) or value is None:
+            return value
+        if isinstance(value, float):
+            return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+        if not 0 <= value <= _LARGEST:
+            raise UserError(f"{self.architecture}.{key} is {value}: the file is damaged. Download it again.")
+        return value
+
+    def need(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise UserError(
+                f"The file lacks {self.architecture}.{key}, without which the model cannot be computed. "
+                "Download another version of it, or use the model's safetensors files."
+            )
+        return value
+
+    def refusal(self, key: str, says: str | None = None) -> UserError:
+        value = self.values.get(key)
+        return UserError(f"{self.architecture}.{key} {says or f'is {value!r}'}, {_NOT_YET}")
+
+    def has_tensor(self, ending: str) -> bool:
+        return any(name.endswith(ending) for name in self.shapes)
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises UserError for an architecture that is not read from GGUF files."""
+    if architecture not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UserError(
+            f"Models of the architecture {architecture} cannot be read from a GGUF file. Use the model's safetensors files "
+            f"instead. What can be read: {known}."
+        )
+
+
+def read_config(
+    metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], divisors: np.ndarray | None = None
+) -> PreTrainedConfig:
+    """The configuration with which transformers computes what the file describes.
+
+    `metadata` has the file's keys (no arrays of text are needed), `shapes` its tensors as torch counts, `divisors` the values
+    of rope_freqs.weight if there is one. Raises UserError, with the key, for what cannot be computed here.
+    """
+    check_architecture(metadata["general.architecture"])
+    reader = _Reader(metadata, shapes, divisors)
+    family = _FAMILIES[reader.architecture]
+    settings: dict[str, Any] = dict(family.fixed)
+    for key, name in {**_COMMON, **family.keys}.items():
+        if (value := reader.get(key)) is not None:
+            settings[name] = value
+    _check_shape(settings, reader)
+    head_dim = _head_dim(settings, family, reader)
+    _windows(settings, family, reader)
+    settings["model_type"] = family.model_type
+    settings["vocab_size"] = reader.shapes["token_embd.weight"][0]
+    settings["tie_word_embeddings"] = "output.weight" not in reader.shapes
+    for name in ("bos", "eos", "padding"):
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        known = token is not None and 0 <= token < settings["vocab_size"]
+        settings[f"{name.removesuffix('ding')}_token_id"] = token if known else None
+    if family.theta is not None:
+        settings["rope_parameters"] = _rope(settings, head_dim, family.theta, family.partial_rotary, reader)
+    if family.adjust is not None:
+        family.adjust(settings, reader)
+    _refuse_the_rest(family, reader, head_dim)
+    config = AutoConfig.for_model(**settings)
+    _check_divisors(config, reader)
+    return config
+
+
+def _check_shape(settings: dict[str, Any], reader: _Reader) -> None:
+    """The number of blocks and the width are what the tensors say, so that no damaged number builds a model of any size."""
+    for key in ("block_count", "embedding_length", "attention.head_count"):
+        if not reader.need(key):
+            raise reader.refusal(key)
+    embedding = reader.shapes.get("token_embd.weight", [])
+    if len(embedding) != 2 or embedding[1] != reader.need("embedding_length"):
+        raise UserError("The file has no table of embeddings as wide as it says: it is damaged. Download it again.")
+    blocks = {name.split(".")[1] for name in reader.shapes if name.startswith("blk.")}
+    if blocks != {str(index) for index in range(min(reader.need("block_count"), len(blocks) + 1))}:
+        raise UserError(
+            f"The file says that it has {reader.need('block_count')} blocks, but has the tensors of {len(blocks)}. "
+            "Download it again, or use the model's safetensors files."
+        )
+    settings.setdefault("num_key_value_heads", reader.need("attention.head_count"))
+
+
+def _head_dim(settings: dict[str, Any], family: _Family, reader: _Reader) -> int:
+    usual = reader.need("embedding_length") // reader.need("attention.head_count")
+    head_dim = reader.get("attention.key_length", usual)
+    if not head_dim or reader.get("attention.value_length", head_dim) != head_dim:
+        raise reader.refusal("attention.value_length")
+    if family.head_dim:
+        settings["head_dim"] = head_dim
+    elif head_dim != usual:
+        raise reader.refusal("attention.key_length")
+    return head_dim
+
+
+def _windows(settings: dict[str, Any], family: _Family, reader: _Reader) -> None:
+    if family.window is None:
+        return
+    window = reader.get("attention.sliding_window", settings.get("sliding_window")) or None
+    settings["sliding_window"] = window
+    if family.window == 1:
+        if reader.values.get("attention.sliding_window_pattern", 1) not in (1, True):
+            raise reader.refusal("attention.sliding_window_pattern")
+        return
+    if window is None:
+        raise UserError(
+            f"The file lacks {reader.architecture}.attention.sliding_window, without which the model cannot be computed. "
+            "Download another version of it, or use the model's safetensors files."
+        )
+    count = settings["num_hidden_layers"]
+    pattern = reader.values.get("attention.sliding_window_pattern", family.window)
+    if isinstance(pattern, list) and len(pattern) == count:
+        slides = [bool(entry) for entry in pattern]
+    elif isinstance(pattern, int) and pattern > 0:
+        slides = [(index + 1) % pattern != 0 for index in range(count)]
+    else:
+        raise reader.refusal("attention.sliding_window_pattern")
+    settings["layer_types"] = ["sliding_attention" if entry else "full_attention" for entry in slides]
+
+
+def _rope(settings: dict[str, Any], head_dim: int, theta: float, partial: bool, reader: _Reader) -> dict[str, Any]:
+    """The rotary embedding. What llama.cpp takes for granted: no type means linear, no factor means none."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base", theta)}
+    rotary = reader.get("rope.dimension_count", head_dim) or head_dim
+    if rotary != head_dim and not partial:
+        raise reader.refusal("rope.dimension_count", f"is {rotary} where a head has {head_dim}")
+    if partial:
+        rope["partial_rotary_factor"] = rotary / head_dim
+    if any(name.startswith("rope_factors_") for name in reader.shapes):
+        raise UserError(f"The file scales its rotary embedding with two sets of factors (longrope), {_NOT_YET}")
+    kind = reader.get("rope.scaling.type", "linear")
+    factor = reader.get("rope.scaling.factor") or reader.get("rope.scale_linear") or 1.0
+    magnitude = reader.get("rope.scaling.attn_factor", 1.0) * reader.get("rope.scaling.yarn_attn_factor", 1.0)
+    if kind == "yarn" and factor != 1:
+        rope |= {"rope_type": "yarn", "factor": float(factor)}
+        rope["original_max_position_embeddings"] = reader.get(
+            "rope.scaling.original_context_length", reader.need("context_length")
+        )
+        for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+            if (value := reader.get(f"rope.scaling.{key}")) is not None:
+                rope[name] = value
+        if magnitude != 1:
+            rope["attention_factor"] = magnitude * (0.1 * math.log(factor) + 1)
+        if reader.get("rope.scaling.yarn_ext_factor", 1.0) not in (1, -1):
+            raise reader.refusal("rope.scaling.yarn_ext_factor")
+    elif kind not in ("none", "linear", "yarn"):
+        raise reader.refusal("rope.scaling.type")
+    else:
+        if kind == "linear" and factor != 1:
+            rope |= {"rope_type": "linear", "factor": float(factor)}
+        if magnitude != 1:
+            raise reader.refusal("rope.scaling.attn_factor")
+    if reader.divisors is not None and bool(np.any(reader.divisors != 1)):
+        if rope["rope_type"] != "default":
+            raise reader.refusal("rope.scaling.type", f"is {kind!r} beside {ROPE_DIVISORS}")
+        rope |= _as_llama3(reader.divisors, rope["rope_theta"], rotary)
+    return rope
+
+
+def _as_llama3(divisors: np.ndarray, theta: float, rotary: int) -> dict[str, Any]:
+    """The parameters of Llama 3's scaling that give these divisors of the frequencies.
+
+    Long waves are divided by the factor, short ones by 1; between them the share is linear in the context over the length
+    of the wave. That line is all the file tells, so the original context is taken to be Llama 3's.
+    """
+    factor = float(divisors.max())
+    context = 8192
+    low, high = 1.0, 4.0
+    between = (divisors > 1) & (divisors < factor)
+    if divisors.shape == (rotary // 2,) and factor > 1 and between.sum() > 1:
+        waves = 2 * math.pi * theta ** (np.arange(0, rotary, 2, dtype=np.float64) / rotary)
+        share = (1 / divisors[between].astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+        slope, offset = np.polyfit(context / waves[between], share, 1)
+        low, high = (round(float(value), 4) for value in (-offset / slope, (1 - offset) / slope))
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _check_divisors(config: PreTrainedConfig, reader: _Reader) -> None:
+    """Whether the configuration's frequencies are the file's, to the accuracy of float32."""
+    if reader.divisors is None:
+        return
+    rope = config.rope_parameters
+    found = inverse_frequencies(config)
+    rotary = 2 * len(found)
+    wanted = 1 / (rope["rope_theta"] ** (np.arange(0, rotary, 2) / rotary))
+    if reader.divisors.shape != found.shape or not np.allclose(found, wanted / reader.divisors, rtol=1e-5, atol=0):
+        raise UserError(f"The file scales its rotary embedding by {ROPE_DIVISORS} in a way of its own, {_NOT_YET}")
+
+
+def _refuse_the_rest(family: _Family, reader: _Reader, head_dim: int) -> None:
+    known = {*_COMMON, *family.keys, *family.read, *_HEADS, *_HARMLESS}
+    if family.window is not None:
+        known |= _WINDOW
+    if family.theta is not None:
+        known |= _ROPE
+    for key, value in reader.values.items():
+        if key in known:
+            continue
+        if key == "attention.scale" and math.isclose(value * math.sqrt(head_dim), 1, rel_tol=1e-5):
+            continue
+        if key not in _NEUTRAL or reader.get(key) not in _NEUTRAL[key]:
+            raise reader.refusal(key, f"is {str(value)[:60]}")
+
+
+def _llama(settings: dict[str, Any], reader: _Reader) -> None:
+    settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
+    settings["mlp_bias"] = reader.has_tensor(".ffn_up.bias")
+    if settings["sliding_window"] is None:
+        del settings["sliding_window"]
+    else:
+        settings["model_type"] = "mistral"  # the same but for the window
+
+
+def _attention_bias(settings: dict[str, Any], reader: _Reader) -> None:
+    settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
+
+
+def _shared_expert(settings: dict[str, Any], reader: _Reader) -> None:
+    """Older files do not name the sizes of the experts, but have them."""
+    for name, tensor, dimension in (
+        ("moe_intermediate_size", "blk.0.ffn_up_exps.weight", 1),
+        ("shared_expert_intermediate_size", "blk.0.ffn_up_shexp.weight", 0),
+    ):
+        if tensor in reader.shapes:
+            settings.setdefault(name, reader.shapes[tensor][dimension])
+
+
+def _query_scale(settings: dict[str, Any], largest: int) -> None:
+    """No key says by what Gemma's queries are divided; llama.cpp knows the largest model of a generation by its blocks."""
+    in_whole = settings["hidden_size"] // settings["num_attention_heads"]
+    settings["query_pre_attn_scalar"] = in_whole if settings["num_hidden_layers"] == largest else settings["head_dim"]
+
+
+def _gemma2(settings: dict[str, Any], reader: _Reader) -> None:
+    _query_scale(settings, largest=46)
+
+
+def _gemma3(settings: dict[str, Any], reader: _Reader) -> None:
+    """Blocks with a window have a base of their own, which is never scaled."""
+    _query_scale(settings, largest=62)
+    local = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base_swa", 10_000.0)}
+    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
+    if reader.divisors is not None:
+        raise UserError(f"The file scales its rotary embedding by {ROPE_DIVISORS} in a way of its own, {_NOT_YET}")
+
+
+def _stablelm(settings: dict[str, Any], reader: _Reader) -> None:
+    settings["use_qkv_bias"] = reader.has_tensor(".attn_q.bias")
+    settings["use_parallel_residual"] = not reader.has_tensor(".ffn_norm.weight")
+
+
+def _falcon(settings: dict[str, Any], reader: _Reader) -> None:
+    if settings.pop("num_key_value_heads") != 1:
+        raise reader.refusal("attention.head_count_kv")  # its queries, keys and values are stored in another order
+
+
+def _ungrouped(settings: dict[str, Any], reader: _Reader) -> None:
+    if settings.pop("num_key_value_heads") != settings["num_attention_heads"]:
+        raise reader.refusal("attention.head_count_kv")
+
+
+_FAMILIES: dict[str, _Family] = {
+    "llama": _Family("llama", _RMS, window=1, adjust=_llama),
+    "qwen2": _Family("qwen2", _RMS),
+    "qwen3": _Family("qwen3", _RMS, adjust=_attention_bias),
+    "qwen2moe": _Family(
+        "qwen2_moe",
+        {**_RMS, **_EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        {"norm_topk_prob": False},
+        adjust=_shared_expert,
+    ),
+    "qwen3moe": _Family("qwen3_moe", {**_RMS, **_EXPERTS}, {"norm_topk_prob": True}, adjust=_shared_expert),
+    "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, window=1),
+    "gemma2": _Family(
+        "gemma2",
+        {
+            **_RMS,
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        window=2,
+        adjust=_gemma2,
+    ),
+    "gemma3": _Family(
+        "gemma3_text",
+        {**_RMS, "final_logit_softcapping": "final_logit_softcapping"},
+        theta=1_000_000.0,
+        window=6,
+        adjust=_gemma3,
+        read=frozenset({"rope.freq_base_swa"}),
+    ),
+    "starcoder2": _Family("starcoder2", {"attention.layer_norm_epsilon": "norm_epsilon"}, head_dim=False, window=1),
+    "stablelm": _Family(
+        "stablelm",
+        {"attention.layer_norm_epsilon": "layer_norm_eps"},
+        head_dim=False,
+        partial_rotary=True,
+        adjust=_stablelm,
+        read=frozenset({"use_parallel_residual"}),  # the tensors say it, too
+    ),
+    "nemotron": _Family(
+        "nemotron", {"attention.layer_norm_epsilon": "norm_eps"}, partial_rotary=True, adjust=_attention_bias
+    ),
+    "falcon": _Family(
+        "falcon",
+        {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "ffn_hidden_size"},
+        {"multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "alibi": False, "bias": False},
+        head_dim=False,
+        adjust=_falcon,
+    ),
+    "gpt2": _Family(
+        "gpt2",
+        {
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "context_length": "n_positions",
+            "feed_forward_length": "n_inner",
+        },
+        head_dim=False,
+        theta=None,
+        adjust=_ungrouped,
+    ),
+    "bloom": _Family(
+        "bloom",
+        {"attention.layer_norm_epsilon": "layer_norm_epsilon", "context_length": "seq_length"},
+        head_dim=False,
+        theta=None,
+        adjust=_ungrouped,
+    ),
+}

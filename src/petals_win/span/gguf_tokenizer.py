@@ -1,0 +1,199 @@
+"""The tokenizer that a GGUF file describes, with the tokens that end an answer, as llama.cpp counts and ends.
+
+Knows the keys below `tokenizer.` and how llama.cpp tells words apart. Does not know tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from petals_win.errors import UserError
+from petals_win.span.transformers_internals import pre_tokenizer_split, sentencepiece_backend
+
+logger = logging.getLogger(__name__)
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_GEMMA = ("gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
+
+# Vocabularies whose words are looked up whole before anything is merged, and that begin a text if no key says whether.
+_WHOLE_WORDS = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"
+}  # fmt: skip
+
+# How words are told apart, by tokenizer.ggml.pre: one rule after the other, each within what the one before left.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CASED = r"[[\p{Lu}\p{Ll}\p{Lt}]&&[^\u0560-\u0588\u10d0-\u10ff]]"
+_ASIAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DIGIT_BY_DIGIT = [r"\p{N}", _GPT2]
+_RULES: dict[str, list[str]] = {
+    "default": [r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9]{3}"],
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "gigachat", "mellum"), [_GPT2]
+    ),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), _DIGIT_BY_DIGIT
+    ),
+    "falcon": [r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9]{3}"],
+    "deepseek-llm": [
+        r"[\r\n]",
+        rf"\s?{_CASED}+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _ASIAN,
+        r"\p{N}+",
+    ],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _ASIAN, r"\p{N}"],
+    "deepseek-v3": [
+        r"\p{N}{1,3}",
+        r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+}
+_SAME_RULE = {"stablelm2": "qwen2", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
+
+# What ends a turn in well-known templates; files made before there were keys for it name such a token nowhere.
+_ENDS_OF_TURNS = {
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "<EOT>",
+}
+
+
+class GgufTokenizer:
+    """The tokenizer of one file."""
+
+    def __init__(self, name: str, metadata: Mapping[str, Any], vocabulary_size: int) -> None:
+        """`metadata` has the file's keys; `vocabulary_size` is how many tokens have an embedding; `name` is for messages.
+
+        Raises UserError for a vocabulary that does not fit the model, or words told apart in an unknown way.
+        """
+        self._name = name
+        self._metadata = metadata
+        self._tokens: list[str] = self._get("tokens", [])
+        self._types: list[int] = self._get("token_type", [])
+        if not self._tokens:
+            raise UserError(f"{name} has no vocabulary. Use the model's safetensors files instead.")
+        if len(self._tokens) > vocabulary_size:
+            raise UserError(
+                f"{name} has {len(self._tokens)} tokens, but embeddings of {vocabulary_size}: it is damaged or was changed. "
+                "Download another version of it."
+            )
+        model = self._get("model")
+        if model == "gpt2":
+            backend = self._byte_level()
+        elif model == "llama":
+            backend = self._sentencepiece(metadata["general.architecture"])
+        else:
+            raise UserError(
+                f"{name} has a tokenizer of the kind {model} (tokenizer.ggml.model), which petals-win cannot follow yet. "
+                "Use the model's safetensors files instead."
+            )
+        template = metadata.get("tokenizer.chat_template")
+        roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            add_bos_token=bool(self._get("add_bos_token", model == "llama" or self._get("pre") in _WHOLE_WORDS)),
+            add_eos_token=bool(self._get("add_eos_token", False)),
+            clean_up_tokenization_spaces=False,
+            **{role: self._special(key) for role, key in roles.items()},
+            **({"chat_template": template} if isinstance(template, str) else {}),
+        )
+
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: those that keys name, what the chat template puts behind one, and those known by name."""
+        found = [self._get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
+        found.append(self._behind_an_answer())
+        control = [index for index, kind in enumerate(self._types) if kind in (_CONTROL, _USER_DEFINED)]
+        found += [index for index in control if self._tokens[index] in _ENDS_OF_TURNS]
+        return list(dict.fromkeys(token for token in found if token is not None and 0 <= token < len(self._tokens)))
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def _special(self, key: str) -> str | None:
+        """The text of a token that a key names. llama.cpp, too, goes on without one that is beyond the vocabulary."""
+        token = self._get(f"{key}_token_id")
+        if token is None or 0 <= token < len(self._tokens):
+            return None if token is None else self._tokens[token]
+        logger.warning(
+            "%s: tokenizer.ggml.%s_token_id is %d, beyond the %d tokens of the vocabulary; it is ignored",
+            self._name,
+            key,
+            token,
+            len(self._tokens),
+        )
+        return None
+
+    def _byte_level(self) -> Tokenizer:
+        """Byte-level BPE. Control and user-defined tokens are spelled as they are, all others in the alphabet of bytes."""
+        rule = self._get("pre", "default")
+        rule = _SAME_RULE.get(rule, rule)
+        known = pre_tokenizer_split(rule)
+        splits = [known] if known is not None else _RULES.get(rule)
+        if splits is None:
+            raise UserError(
+                f"{self._name} tells words apart by the rule {rule} (tokenizer.ggml.pre), which petals-win cannot follow yet. "
+                "Use the model's safetensors files instead."
+            )
+        vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        merges = [tuple(merge.split(" ", 1)) for merge in self._get("merges", [])]
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS)
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
+            + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+            tokens = [token for token, found in zip(self._tokens, self._types, strict=False) if found == kind]
+            add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in tokens])
+        return backend
+
+    def _sentencepiece(self, architecture: str) -> Tokenizer:
+        keys = ("tokens", "scores", "token_type", "merges")
+        vocabulary = {key: value for key in keys if (value := self._get(key)) is not None}
+        if "scores" not in vocabulary and "merges" not in vocabulary:
+            raise UserError(
+                f"{self._name} has a vocabulary without scores. Use the model's safetensors files instead."
+            )
+        backend = sentencepiece_backend(architecture, vocabulary)
+        if architecture in _GEMMA:
+            return backend
+        spaces = normalizers.Replace(" ", "▁")
+        decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.pre_tokenizer = None
+        if self._get("add_space_prefix", True):  # before the text, and again behind each control token
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+            backend.decoder = decoders.Sequence([*decoder, decoders.Strip(" ", left=1, right=0)])
+        else:
+            backend.normalizer = normalizers.Sequence([spaces])
+            backend.decoder = decoders.Sequence(decoder)
+        return backend
+
+    def _behind_an_answer(self) -> int | None:
+        if not self.tokenizer.chat_template:
+            return None
+        answer = "Paris"
+        turns = [
+            {"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": answer},
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, TypeError, ValueError, KeyError) as e:  # it may want other turns, or be no template
+            logger.debug("The chat template of %s says nothing of the end of a turn: %s", self._name, e)
+            return None
+        _, answered, rest = str(text).rpartition(answer)
+        behind = self.tokenizer.encode(rest.lstrip(), add_special_tokens=False) if answered else []
+        special = self._types[behind[0]] in (_CONTROL, _USER_DEFINED) if behind and self._types else False
+        return behind[0] if special else None

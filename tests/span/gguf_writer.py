@@ -1,0 +1,221 @@
+"""Writes models of transformers into GGUF files as llama.cpp's converters do: their names, orders of rows and keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from transformers import PreTrainedModel
+
+# transformers' type of model → llama.cpp's architecture
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "phi3": "phi3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "starcoder2": "starcoder2",
+    "stablelm": "stablelm",
+    "nemotron": "nemotron",
+    "falcon": "falcon",
+    "gpt2": "gpt2",
+    "bloom": "bloom",
+}
+_NORMS_PLUS_ONE = ("gemma2", "gemma3_text", "nemotron")
+_HEAD_NAMES = ("lm_head.weight",)
+
+# A vocabulary of control tokens, the alphabet of bytes and a few words, as many as a family's model has embeddings.
+END_OF_TEXT, BEGIN, END_OF_TURN, CALL = range(4)
+
+
+def byte_alphabet() -> list[str]:
+    """How byte-level vocabularies spell the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [spelled[byte] for byte in range(256)]
+
+
+def vocabulary(size: int, control: list[str] | None = None) -> dict[str, Any]:
+    """The keys of a byte-level tokenizer of `size` tokens, with the merges of "Paris"."""
+    control = control or ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]
+    words = ["Pa", "ri", "ris", "Paris"]
+    tokens = [*control, *byte_alphabet(), *words]
+    tokens += [f"<unused{index}>" for index in range(size - len(tokens))]
+    types = [3] * len(control) + [1] * (256 + len(words)) + [5] * (size - len(control) - 256 - len(words))
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["P a", "r i", "ri s", "Pa ris"],
+        "tokenizer.ggml.bos_token_id": BEGIN,
+        "tokenizer.ggml.eos_token_id": END_OF_TEXT,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    without: tuple[str, ...] = (),
+) -> Path:
+    """Write `model` with its hyperparameters. `keys` are added or replace what a converter writes (those that begin with a dot
+    are below the architecture's name), `tensors` are added, and the keys in `without` are left out."""
+    kind = model.config.model_type
+    architecture = ARCHITECTURES[kind]
+    stored = {**hyperparameters(model.config), **vocabulary(model.config.vocab_size)}
+    stored |= {f"{architecture}{key}" if key.startswith(".") else key: value for key, value in (keys or {}).items()}
+    writer = GGUFWriter(path, architecture)
+    for key, value in stored.items():
+        if key not in without and key.removeprefix(architecture) not in without:
+            _add(writer, key, value)
+    for name, tensor in {**_tensors(model, architecture), **(tensors or {})}.items():
+        writer.add_tensor(name, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def hyperparameters(config: Any) -> dict[str, Any]:
+    """What the converter of this kind of model writes besides the tokenizer."""
+    kind = config.model_type
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaling = rope = rope.get("full_attention", rope)
+    eps = next(
+        (
+            getattr(config, name)
+            for name in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+            if hasattr(config, name)
+        ),
+        None,
+    )
+    found = {
+        "context_length": next(
+            (
+                getattr(config, name)
+                for name in ("max_position_embeddings", "n_positions", "seq_length")
+                if hasattr(config, name)
+            ),
+            2048,
+        ),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": _feed_forward(config),
+        "attention.head_count": heads,
+        "attention.head_count_kv": 1 if kind == "falcon" else getattr(config, "num_key_value_heads", None),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "attention.layer_norm_epsilon": eps,
+        "rope.freq_base": rope.get("rope_theta"),
+        "vocab_size": config.vocab_size,
+    }
+    if getattr(config, "head_dim", None) and kind not in ("falcon", "stablelm"):
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if kind in ("llama", "mistral", "phi3", "stablelm", "nemotron"):
+        found["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1))
+    if kind == "stablelm":
+        found["use_parallel_residual"] = config.use_parallel_residual
+    if kind in ("phi3", "gemma2", "gemma3_text"):
+        found["attention.sliding_window"] = config.sliding_window or 0
+    if kind == "gemma2":
+        found["attn_logit_softcapping"] = config.attn_logit_softcapping
+        found["final_logit_softcapping"] = config.final_logit_softcapping
+    if kind in ("qwen2_moe", "qwen3_moe"):
+        found |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind == "qwen2_moe":
+        found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        found |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
+        if "original_max_position_embeddings" in scaling:
+            found["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+    return {f"{ARCHITECTURES[kind]}.{key}": value for key, value in found.items() if value is not None}
+
+
+def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high: float, context: int) -> np.ndarray:
+    """rope_freqs.weight: by what each frequency is divided."""
+    found = []
+    for exponent in np.arange(0, head_dim, 2) / head_dim:
+        turns = context / (2 * np.pi * theta**exponent)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        found.append(1 / ((1 - share) / factor + share))
+    return np.array(found, dtype=np.float32)
+
+
+def _feed_forward(config: Any) -> int:
+    for name in ("intermediate_size", "n_inner", "ffn_hidden_size"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return 4 * config.hidden_size
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if key == "general.architecture":
+        return
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]:
+    config = model.config
+    kind = config.model_type
+    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(number, config.num_hidden_layers)
+    stored: dict[str, np.ndarray] = {}
+    for name, tensor in model.state_dict().items():
+        if name in _HEAD_NAMES and config.tie_word_embeddings:
+            continue
+        if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj", name):
+            gate, up = tensor.chunk(2, dim=1)
+            stored[f"blk.{found[1]}.ffn_gate_exps.weight"] = gate.numpy()
+            stored[f"blk.{found[1]}.ffn_up_exps.weight"] = up.numpy()
+            continue
+        if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.down_proj", name):
+            stored[f"blk.{found[1]}.ffn_down_exps.weight"] = tensor.numpy()
+            continue
+        target = names.get_name(name, try_suffixes=(".weight", ".bias")) or names.get_name(
+            name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
+        )
+        assert target is not None, f"{architecture} has no name for {name}"
+        stored[target] = _converted(kind, config, name, target, tensor).numpy()
+    return stored
+
+
+def _converted(kind: str, config: Any, name: str, target: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as the converter of this kind of model stores it."""
+    if kind in ("llama", "mistral") and (".attn_q." in target or ".attn_k." in target):
+        heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+    if kind in _NORMS_PLUS_ONE and target.endswith("norm.weight"):
+        return tensor + 1
+    if kind == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
+        return tensor.T
+    if kind == "bloom" and ".attn_qkv." in target:
+        by_head = tensor.reshape(config.n_head, 3, config.hidden_size // config.n_head, *tensor.shape[1:])
+        return by_head.transpose(0, 1).reshape(tensor.shape)
+    if target.endswith("ffn_gate_inp_shexp.weight"):
+        return tensor.squeeze(0)
+    return tensor
