@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     made: dict[object, Path] = {}
 
     def make(family: str, *, shard_size: int | None = None, dtype: torch.dtype = torch.float32, **changes) -> Path:
-        key = (family, shard_size, dtype, tuple(sorted(changes.items())))
+        key = (family, shard_size, dtype, repr(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(family) / family
             random_model(family, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard_size or "1GB")

@@ -34,6 +34,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "qwen3": ("qwen3", {**_GROUPED, "head_dim": 32}),
     "qwen3_moe": ("qwen3_moe", {**_GROUPED, **_MOE, "head_dim": 16}),
+    "qwen2_moe": ("qwen2_moe", {**_GROUPED, **_MOE, "shared_expert_intermediate_size": 96}),
+    "nemotron": ("nemotron", _GROUPED),
     "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
     "gemma2": ("gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8}),
     "gemma3_text": ("gemma3_text", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),

@@ -106,7 +106,7 @@ class _Reader:
         prefix = f"{self.architecture}."
         self.values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
         self.shapes = shapes
-        self.divisors = divisors
+        self.divisors = None if divisors is None or bool(np.all(divisors == 1)) else divisors
 
     def get(self, key: str, default: Any = None) -> Any:
         """A number or text; of a list whose entries are all equal, the entry. Raises UserError for a list of several."""
@@ -271,7 +271,7 @@ def _rope(settings: dict[str, Any], head_dim: int, theta: float, partial: bool, 
             rope |= {"rope_type": "linear", "factor": float(factor)}
         if magnitude != 1:
             raise reader.refusal("rope.scaling.attn_factor")
-    if reader.divisors is not None and bool(np.any(reader.divisors != 1)):
+    if reader.divisors is not None:
         if rope["rope_type"] != "default":
             raise reader.refusal("rope.scaling.type", f"is {kind!r} beside {ROPE_DIVISORS}")
         rope |= _as_llama3(reader.divisors, rope["rope_theta"], rotary)

@@ -89,15 +89,17 @@ class GgufTokenizer:
                 "Download another version of it."
             )
         model = self._get("model")
-        if model == "gpt2":
-            backend = self._byte_level()
-        elif model == "llama":
-            backend = self._sentencepiece(metadata["general.architecture"])
-        else:
+        if model not in ("gpt2", "llama"):
             raise UserError(
                 f"{name} has a tokenizer of the kind {model} (tokenizer.ggml.model), which petals-win cannot follow yet. "
                 "Use the model's safetensors files instead."
             )
+        try:
+            backend = self._byte_level() if model == "gpt2" else self._sentencepiece(metadata["general.architecture"])
+        except UserError:
+            raise
+        except Exception as e:  # the tokenizers package raises nothing more special
+            raise UserError(f"{name} has a tokenizer that is damaged: {e}. Download another version of it.") from e
         template = metadata.get("tokenizer.chat_template")
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         self.tokenizer = PreTrainedTokenizerFast(

@@ -1,0 +1,283 @@
+"""A GGUF file computes as the model it was made of, or says what of it cannot be computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from petals_win.errors import UserError
+from petals_win.span import gguf_file
+from petals_win.span.gguf_metadata import read_config
+from petals_win.span.source import ModelSource, open_model
+from petals_win.span.span import Span
+from span.families import VOCABULARY
+from span.gguf_writer import hyperparameters, llama3_divisors, write_gguf
+
+IDS = (torch.arange(48)[None] * 7) % VOCABULARY
+
+# What Gemma's files do not tell, since no model that there is has it otherwise.
+GEMMA = {"query_pre_attn_scalar": 16}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(home: Path) -> None:
+    """Descriptions of files go into a folder of this test."""
+
+
+@pytest.fixture
+def converted(checkpoint, tmp_path):
+    """Makes a model and a GGUF file of it; gives both opened."""
+
+    def make(family: str, *, keys=None, tensors=None, without=(), **changes) -> tuple[ModelSource, ModelSource]:
+        original = open_model(str(checkpoint(family, **changes)))
+        path = write_gguf(original.whole_model(), tmp_path / f"{family}.gguf", keys, tensors, without)
+        return original, open_model(str(path))
+
+    return make
+
+
+def assert_same(original: ModelSource, file: ModelSource) -> None:
+    """Logits, and what blocks in the middle make of random hidden states."""
+    with torch.no_grad():
+        wanted, found = (source.whole_model()(input_ids=IDS).logits for source in (original, file))
+    assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+    hidden = torch.randn(1, 40, original.hidden_size)
+    wanted, found = (Span.load(source, 1, 3).forward(hidden, 1, 3) for source in (original, file))
+    assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    "family, changes, keys",
+    [
+        ("llama", {}, {}),
+        ("llama", {"head_dim": 32}, {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+        ("llama", {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {}),
+        ("mistral", {}, {".attention.sliding_window": 8}),
+        ("qwen2", {}, {}),
+        ("qwen2_moe", {}, {}),
+        ("qwen3", {}, {}),
+        ("qwen3_moe", {"norm_topk_prob": True}, {}),
+        ("phi3", {}, {}),
+        ("phi3", {"sliding_window": None}, {}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}),
+        ("gemma2", GEMMA, {}),
+        ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}),
+        ("gemma3_text", GEMMA, {".attention.sliding_window_pattern": 2}),
+        ("gemma3_text", {**GEMMA, "sliding_window_pattern": 6, "num_hidden_layers": 6}, {}),
+        ("starcoder2", {"sliding_window": None}, {}),
+        ("stablelm", {}, {}),
+        ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}, {}),
+        ("nemotron", {}, {}),
+        ("falcon", {}, {}),
+        ("gpt2", {}, {}),
+        ("bloom", {}, {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_file_computes_as_its_original(converted, family, changes, keys):
+    assert_same(*converted(family, keys=keys, **changes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_used(converted, tied):
+    original, file = converted("llama", tie_word_embeddings=tied)
+    assert file.config.tie_word_embeddings is tied
+    assert_same(original, file)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+            "beta_slow": 2.0,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5},
+    ],
+    ids=["linear", "yarn", "yarn-betas", "yarn-attention"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_scaled_rotary_embeddings(converted, family, rope):
+    keys = {f".rope.scaling.yarn_{key}": rope[key] for key in ("beta_fast", "beta_slow") if key in rope}
+    if "attention_factor" in rope:
+        keys[".rope.scaling.attn_factor"] = rope["attention_factor"] / (0.1 * np.log(4.0) + 1)
+    original, file = converted(family, keys=keys, rope_parameters={"rope_theta": 1e4, **rope})
+    assert file.config.rope_parameters["rope_type"] == rope["rope_type"]
+    assert_same(original, file)
+
+
+@pytest.mark.parametrize(
+    "keys, without",
+    [
+        ({".rope.scale_linear": 4.0}, (".rope.scaling.type", ".rope.scaling.factor")),
+        ({}, (".rope.scaling.type",)),  # linear is what a factor alone means
+    ],
+)
+def test_linear_scaling_of_older_files(converted, keys, without):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert_same(*converted("llama", keys=keys, without=without, rope_parameters=rope))
+
+
+def test_no_scaling_whatever_the_factor(converted):
+    assert_same(*converted("llama", keys={".rope.scaling.type": "none", ".rope.scaling.factor": 4.0}))
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, {**LLAMA3, "factor": 32.0}], ids=["8", "32"])
+def test_llama_3_s_scaling_lies_in_a_tensor(converted, scaling):
+    divisors = llama3_divisors(32, 5e5, *scaling.values())
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
+    changes = {"head_dim": 32, "rope_parameters": rope, "max_position_embeddings": 131_072}
+    original, file = converted("llama", tensors={"rope_freqs.weight": divisors}, **changes)
+    assert {key: file.config.rope_parameters[key] for key in scaling} == pytest.approx(scaling, rel=1e-3)
+    assert_same(original, file)
+
+
+@pytest.mark.parametrize("scaling", [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 2.0, 8.0, 4096)])
+def test_llama_3_s_scaling_in_full_size(scaling):
+    """The line through the divisors gives back the parameters, those of another context in terms of Llama 3's."""
+    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 4096}
+    metadata |= {"llama.attention.head_count": 32, "llama.rope.freq_base": 5e5}
+    divisors = llama3_divisors(128, 5e5, *scaling).astype(np.float64)
+    config = read_config(metadata, {"token_embd.weight": [8, 4096], "blk.0.attn_q.weight": [1, 1]}, divisors)
+    factor, low, high, context = scaling
+    wanted = {"factor": factor, "low_freq_factor": low * 8192 / context, "high_freq_factor": high * 8192 / context}
+    assert {key: config.rope_parameters[key] for key in wanted} == pytest.approx(wanted, rel=1e-3)
+
+
+def test_divisors_of_one_scale_nothing(converted):
+    assert_same(*converted("llama", tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)}))
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500.0])
+def test_blocks_with_a_window_have_a_base_of_their_own(converted, base):
+    """As Gemma 3 of 4 billion parameters and more, whose other blocks alone are scaled."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": base},
+    }
+    keys = {".attention.sliding_window_pattern": 2}
+    if base != 10_000:
+        keys[".rope.freq_base_swa"] = base
+    original, file = converted("gemma3_text", keys=keys, rope_parameters=rope, **GEMMA)
+    assert file.config.rope_parameters == original.config.rope_parameters
+    assert_same(original, file)
+
+
+def test_a_pattern_for_each_block(converted):
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    keys = {".attention.sliding_window_pattern": [False, True, True, False]}
+    original, file = converted("gemma3_text", keys=keys, layer_types=types, **GEMMA)
+    assert file.config.layer_types == types
+    assert_same(original, file)
+
+
+@pytest.mark.parametrize("kind, blocks, whole", [("gemma2", 46, 128), ("gemma3", 62, 128), ("gemma3", 34, 256)])
+def test_the_largest_gemma_divides_by_the_whole_width(kind, blocks, whole):
+    metadata = {"general.architecture": kind, f"{kind}.block_count": blocks, f"{kind}.embedding_length": 4096}
+    metadata |= {f"{kind}.attention.{key}": value for key, value in (("head_count", 32), ("key_length", 256))}
+    metadata |= {f"{kind}.attention.{key}": value for key, value in (("value_length", 256), ("sliding_window", 64))}
+    shapes = {"token_embd.weight": [8, 4096], **{f"blk.{index}.attn_q.weight": [1, 1] for index in range(blocks)}}
+    assert read_config(metadata, shapes).query_pre_attn_scalar == whole
+
+
+CUSTOM = {"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)}
+LONG = {f"rope_factors_{kind}.weight": np.ones(8, dtype=np.float32) for kind in ("long", "short")}
+
+
+@pytest.mark.parametrize(
+    "family, keys, tensors, says",
+    [
+        ("llama", {".rope.scaling.type": "longrope"}, {}, "llama.rope.scaling.type is 'longrope'"),
+        ("llama", {".rope.scaling.attn_factor": 1.2}, {}, "llama.rope.scaling.attn_factor is 1.2"),
+        ("llama", {".rope.scaling.yarn_log_multiplier": 0.1}, {}, "llama.rope.scaling.yarn_log_multiplier is 0.1"),
+        ("llama", {".rope.dimension_count": 8}, {}, "llama.rope.dimension_count is 8 where a head has 16"),
+        ("llama", {".rope.freq_base_swa": 1e4}, {}, "llama.rope.freq_base_swa is 10000"),
+        ("llama", {}, CUSTOM, "rope_freqs.weight in a way of its own"),
+        ("llama", {".rope.scaling.factor": 2.0}, CUSTOM, "llama.rope.scaling.type is 'linear' beside rope_freqs"),
+        ("phi3", {}, LONG, r"two sets of factors \(longrope\)"),
+        ("llama", {".attention.value_length": 8}, {}, "llama.attention.value_length is 8"),
+        ("llama", {".attention.head_count_kv": [2, 2, 1, 2]}, {}, "head_count_kv differs from block to block"),
+        ("llama", {".attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv is 8.0"),
+        ("llama", {".attention.scale": 0.5}, {}, "llama.attention.scale is 0.5"),
+        ("llama", {".logit_scale": 0.25}, {}, "llama.logit_scale is 0.25"),
+        ("llama", {".residual_scale": 0.25}, {}, "llama.residual_scale is 0.25"),
+        ("llama", {".embedding_scale": 12.0}, {}, "llama.embedding_scale is 12.0"),
+        ("llama", {".final_logit_softcapping": 30.0}, {}, "llama.final_logit_softcapping is 30.0"),
+        ("llama", {".expert_count": 8}, {}, "llama.expert_count is 8"),
+        ("llama", {".some_new_key": True}, {}, "llama.some_new_key is True"),
+        ("gemma3_text", {".attn_logit_softcapping": 50.0}, {}, "gemma3.attn_logit_softcapping is 50.0"),
+        ("qwen2", {".attention.sliding_window": 8}, {}, "qwen2.attention.sliding_window is 8"),
+        ("qwen3_moe", {".expert_weights_scale": 2.5}, {}, "qwen3moe.expert_weights_scale is 2.5"),
+        ("falcon", {".attention.head_count_kv": 2}, {}, "falcon.attention.head_count_kv is 2"),
+        (
+            "llama",
+            {},
+            {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)},
+            "tensor blk.0.attn_q_norm.weight, for",
+        ),
+        ("llama", {".block_count": 5}, {}, "says that it has 5 blocks, but has the tensors of 4"),
+        ("llama", {".block_count": 3}, {}, "says that it has 3 blocks, but has the tensors of 4"),
+        ("llama", {".context_length": 2**31}, {}, "llama.context_length is 2147483648: the file is damaged"),
+        ("llama", {".attention.head_count": 0}, {}, "llama.attention.head_count is 0"),
+        ("llama", {".embedding_length": 32}, {}, "no table of embeddings as wide as it says"),
+        ("llama", {"split.count": 3}, {}, "is one of 3 parts"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(converted, home, family, keys, tensors, says):
+    with pytest.raises(UserError, match=says) as refused:
+        converted(family, keys=keys, tensors=tensors)
+    assert f"{family}.gguf" in str(refused.value)
+    assert not [folder for folder in home.rglob("gguf/*") if folder.suffix == "" and folder.is_dir()], "no description"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {".attention.causal": True, ".expert_count": 0, ".logit_scale": 1.0, ".residual_scale": 0.0},
+        {".attention.scale": 0.25, ".rope.scaling.attn_factor": 1.0, ".rope.scaling.original_context_length": 64},
+        {".attention.head_count_kv": [2, 2, 2, 2], ".attention.sliding_window": 0, "someone.else": 3},
+    ],
+)
+def test_keys_that_change_nothing(converted, keys):
+    assert_same(*converted("llama", keys=keys))
+
+
+def test_a_missing_window_is_refused(converted):
+    with pytest.raises(UserError, match="lacks gemma3.attention.sliding_window"):
+        converted("gemma3_text", without=(".attention.sliding_window",))
+
+
+def test_an_unknown_architecture_is_refused(converted, monkeypatch):
+    monkeypatch.setitem(write_gguf.__globals__["ARCHITECTURES"], "llama", "deci")
+    with pytest.raises(
+        UserError, match="architecture deci cannot be read from a GGUF file.*What can be read: bloom, "
+    ):
+        converted("llama")
+
+
+def test_a_description_of_another_format_is_not_used(converted, monkeypatch):
+    _, first = converted("llama")
+    config = Path(first.checkpoint.folder) / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    path = Path(first.checkpoint._path)
+    assert open_model(str(path)).config.rms_norm_eps == 0.5, "made once"
+    monkeypatch.setattr(gguf_file, "_FORMAT", gguf_file._FORMAT + 1)
+    assert open_model(str(path)).config.rms_norm_eps == 1e-6
+
+
+def test_the_configuration_is_the_original_s(converted):
+    original, file = converted("llama")
+    wanted, found = (source.config.to_dict() for source in (original, file))
+    of_the_text = {"bos_token_id", "eos_token_id", "pad_token_id", "architectures", "dtype", "_name_or_path"}
+    assert {key for key in wanted | found if wanted.get(key) != found.get(key)} <= of_the_text
+    assert set(hyperparameters(original.config)) >= {"llama.context_length", "llama.rope.freq_base"}
