@@ -36,6 +36,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("qwen3_moe", {**_GROUPED, **_MOE, "head_dim": 16}),
     "qwen2_moe": ("qwen2_moe", {**_GROUPED, **_MOE, "shared_expert_intermediate_size": 96}),
     "nemotron": ("nemotron", _GROUPED),
+    "minimax_m2": ("minimax_m2", {**_GROUPED, **_MOE, "intermediate_size": 32, "head_dim": 16}),
+    "cohere": ("cohere", _GROUPED),
     "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
     "gemma2": ("gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8}),
     "gemma3_text": ("gemma3_text", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),

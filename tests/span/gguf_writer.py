@@ -19,6 +19,14 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "minimax-m2",
+    "granite": "granite",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "olmo2": "olmo2",
+    "gemma": "gemma",
     "phi3": "phi3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -29,7 +37,7 @@ ARCHITECTURES = {
     "gpt2": "gpt2",
     "bloom": "bloom",
 }
-_NORMS_PLUS_ONE = ("gemma2", "gemma3_text", "nemotron")
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
 _HEAD_NAMES = ("lm_head.weight",)
 
 # A vocabulary of control tokens, the alphabet of bytes and a few words, as many as a family's model has embeddings.
@@ -117,7 +125,7 @@ def hyperparameters(config: Any) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "feed_forward_length": _feed_forward(config),
         "attention.head_count": heads,
-        "attention.head_count_kv": 1 if kind == "falcon" else getattr(config, "num_key_value_heads", None),
+        "attention.head_count_kv": _groups(config),
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "attention.layer_norm_epsilon": eps,
         "rope.freq_base": rope.get("rope_theta"),
@@ -125,11 +133,11 @@ def hyperparameters(config: Any) -> dict[str, Any]:
     }
     if getattr(config, "head_dim", None) and kind not in ("falcon", "stablelm"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if kind in ("llama", "mistral", "phi3", "stablelm", "nemotron"):
+    if kind in ("llama", "mistral", "mixtral", "phi3", "stablelm", "nemotron", "granite", "cohere2", "minimax_m2"):
         found["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1))
     if kind == "stablelm":
         found["use_parallel_residual"] = config.use_parallel_residual
-    if kind in ("phi3", "gemma2", "gemma3_text"):
+    if kind in ("phi3", "gemma2", "gemma3_text", "cohere2", "gpt_oss"):
         found["attention.sliding_window"] = config.sliding_window or 0
     if kind == "gemma2":
         found["attn_logit_softcapping"] = config.attn_logit_softcapping
@@ -137,6 +145,17 @@ def hyperparameters(config: Any) -> dict[str, Any]:
     if kind in ("qwen2_moe", "qwen3_moe"):
         found |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
         found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind in ("mixtral", "gpt_oss", "minimax_m2"):
+        found |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+    if kind in ("gpt_oss", "minimax_m2"):
+        found["expert_feed_forward_length"] = config.intermediate_size
+    if kind == "minimax_m2":
+        found["expert_gating_func"] = 2
+    if kind == "granite":
+        found |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
+        found |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
+    if kind in ("cohere", "cohere2"):
+        found |= {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
     if kind == "qwen2_moe":
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if scaling.get("rope_type") in ("linear", "yarn"):
@@ -154,6 +173,12 @@ def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high
         share = np.clip((turns - low) / (high - low), 0, 1)
         found.append(1 / ((1 - share) / factor + share))
     return np.array(found, dtype=np.float32)
+
+
+def _groups(config: Any) -> int | None:
+    if config.model_type == "falcon":
+        return config.num_kv_heads if config.new_decoder_architecture else 1
+    return getattr(config, "num_key_value_heads", None)
 
 
 def _feed_forward(config: Any) -> int:
@@ -187,6 +212,9 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
     for name, tensor in model.state_dict().items():
         if name in _HEAD_NAMES and config.tie_word_embeddings:
             continue
+        if kind == "gpt_oss" and (found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name)):
+            stored |= _experts_of_gpt_oss(found[1], found[2], tensor)
+            continue
         if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj", name):
             gate, up = tensor.chunk(2, dim=1)
             stored[f"blk.{found[1]}.ffn_gate_exps.weight"] = gate.numpy()
@@ -194,6 +222,12 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
             continue
         if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.down_proj", name):
             stored[f"blk.{found[1]}.ffn_down_exps.weight"] = tensor.numpy()
+            continue
+        if name.endswith("e_score_correction_bias"):
+            stored[f"blk.{name.split('.')[2]}.exp_probs_b.bias"] = tensor.numpy()
+            continue
+        if name == "lm_head.weight":
+            stored["output.weight"] = tensor.numpy()
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias")) or names.get_name(
             name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
@@ -203,9 +237,17 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
     return stored
 
 
+def _experts_of_gpt_oss(block: str, name: str, tensor: torch.Tensor) -> dict[str, np.ndarray]:
+    ending = "bias" if name.endswith("_bias") else "weight"
+    if ending == "weight":
+        tensor = tensor.transpose(1, 2)
+    parts = {"down": tensor} if name.startswith("down") else {"gate": tensor[:, ::2], "up": tensor[:, 1::2]}
+    return {f"blk.{block}.ffn_{part}_exps.{ending}": stored.numpy() for part, stored in parts.items()}
+
+
 def _converted(kind: str, config: Any, name: str, target: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as the converter of this kind of model stores it."""
-    if kind in ("llama", "mistral") and (".attn_q." in target or ".attn_k." in target):
+    if kind in ("llama", "mistral", "mixtral", "granite") and (".attn_q." in target or ".attn_k." in target):
         heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         return halves.transpose(1, 2).reshape(tensor.shape)
@@ -213,6 +255,11 @@ def _converted(kind: str, config: Any, name: str, target: str, tensor: torch.Ten
         return tensor + 1
     if kind == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
         return tensor.T
+    if kind == "falcon" and ".attn_qkv." in target and config.new_decoder_architecture:
+        groups, heads = config.num_kv_heads, config.num_attention_heads
+        by_group = tensor.reshape(groups, heads // groups + 2, -1, tensor.shape[1])
+        parts = (by_group[:, :-2], by_group[:, -2:-1], by_group[:, -1:])
+        return torch.cat([part.reshape(-1, tensor.shape[1]) for part in parts])
     if kind == "bloom" and ".attn_qkv." in target:
         by_head = tensor.reshape(config.n_head, 3, config.hidden_size // config.n_head, *tensor.shape[1:])
         return by_head.transpose(0, 1).reshape(tensor.shape)

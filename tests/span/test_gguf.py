@@ -74,6 +74,16 @@ def assert_same(original: ModelSource, file: ModelSource) -> None:
         ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}, {}),
         ("nemotron", {}, {}),
         ("falcon", {}, {}),
+        ("falcon-new", {}, {}),
+        ("falcon-new", {"num_ln_in_parallel_attn": 1}, {}),
+        ("mixtral", {}, {}),
+        ("gpt_oss", {}, {}),
+        ("minimax_m2", {"rotary_dim": 8}, {}),
+        ("granite", {"attention_multiplier": 0.1, "logits_scaling": 4.0}, {}),
+        ("cohere", {}, {}),
+        ("cohere2", {}, {}),
+        ("olmo2", {}, {}),
+        ("gemma", {}, {}),
         ("gpt2", {}, {}),
         ("bloom", {}, {}),
     ],
@@ -84,8 +94,9 @@ def test_a_file_computes_as_its_original(converted, family, changes, keys):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_of_its_own_is_used(converted, tied):
-    original, file = converted("llama", tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_a_head_of_its_own_is_used(converted, family, tied):
+    original, file = converted(family, tie_word_embeddings=tied)
     assert file.config.tie_word_embeddings is tied
     assert_same(original, file)
 
@@ -213,12 +224,13 @@ LONG = {f"rope_factors_{kind}.weight": np.ones(8, dtype=np.float32) for kind in 
         ("llama", {".residual_scale": 0.25}, {}, "llama.residual_scale is 0.25"),
         ("llama", {".embedding_scale": 12.0}, {}, "llama.embedding_scale is 12.0"),
         ("llama", {".final_logit_softcapping": 30.0}, {}, "llama.final_logit_softcapping is 30.0"),
-        ("llama", {".expert_count": 8}, {}, "llama.expert_count is 8"),
+        ("qwen2", {".expert_count": 8}, {}, "qwen2.expert_count is 8"),
+        ("minimax_m2", {".expert_gating_func": 1}, {}, "minimax-m2.expert_gating_func is 1"),
         ("llama", {".some_new_key": True}, {}, "llama.some_new_key is True"),
         ("gemma3_text", {".attn_logit_softcapping": 50.0}, {}, "gemma3.attn_logit_softcapping is 50.0"),
         ("qwen2", {".attention.sliding_window": 8}, {}, "qwen2.attention.sliding_window is 8"),
         ("qwen3_moe", {".expert_weights_scale": 2.5}, {}, "qwen3moe.expert_weights_scale is 2.5"),
-        ("falcon", {".attention.head_count_kv": 2}, {}, "falcon.attention.head_count_kv is 2"),
+        ("bloom", {".attention.head_count_kv": 2}, {}, "bloom.attention.head_count_kv is 2"),
         (
             "llama",
             {},

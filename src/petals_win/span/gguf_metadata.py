@@ -37,6 +37,11 @@ _EXPERTS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+_LOCAL_EXPERTS = {
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "intermediate_size",
+}
 
 # Read by functions below, or known to change nothing.
 _ROPE = {
@@ -72,6 +77,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
     "expert_weights_scale": (0, 1),
+    "expert_gating_func": (0, 1),  # 1 is softmax, as everywhere here but where a family says otherwise
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
     "leading_dense_block_count": (0,),
@@ -330,16 +336,48 @@ def _refuse_the_rest(family: _Family, reader: _Reader, head_dim: int) -> None:
 
 
 def _llama(settings: dict[str, Any], reader: _Reader) -> None:
-    settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
-    settings["mlp_bias"] = reader.has_tensor(".ffn_up.bias")
+    """Llama, Mistral and Mixtral."""
+    if reader.get("expert_count"):
+        settings |= {"model_type": "mixtral", "num_local_experts": reader.need("expert_count")}
+        settings["num_experts_per_tok"] = reader.need("expert_used_count")
+        return
+    settings |= _biases(reader)
     if settings["sliding_window"] is None:
         del settings["sliding_window"]
     else:
         settings["model_type"] = "mistral"  # the same but for the window
 
 
+def _biases(reader: _Reader) -> dict[str, bool]:
+    return {"attention_bias": reader.has_tensor(".attn_q.bias"), "mlp_bias": reader.has_tensor(".ffn_up.bias")}
+
+
 def _attention_bias(settings: dict[str, Any], reader: _Reader) -> None:
     settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
+
+
+def _granite(settings: dict[str, Any], reader: _Reader) -> None:
+    settings |= _biases(reader)
+    if settings.get("logits_scaling") == 0:
+        raise reader.refusal("logit_scale")
+
+
+def _cohere(settings: dict[str, Any], reader: _Reader) -> None:
+    settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
+    settings["use_qk_norm"] = reader.has_tensor(".attn_q_norm.weight")
+
+
+def _gpt_oss(settings: dict[str, Any], reader: _Reader) -> None:
+    if settings["rope_parameters"]["rope_type"] == "yarn":
+        settings["rope_parameters"]["truncate"] = False  # as its makers compute
+
+
+def _expert_gating(wanted: int) -> Callable[[dict[str, Any], _Reader], None]:
+    def check(settings: dict[str, Any], reader: _Reader) -> None:
+        if reader.get("expert_gating_func", wanted) not in (0, wanted):
+            raise reader.refusal("expert_gating_func")
+
+    return check
 
 
 def _shared_expert(settings: dict[str, Any], reader: _Reader) -> None:
@@ -377,8 +415,11 @@ def _stablelm(settings: dict[str, Any], reader: _Reader) -> None:
 
 
 def _falcon(settings: dict[str, Any], reader: _Reader) -> None:
-    if settings.pop("num_key_value_heads") != 1:
-        raise reader.refusal("attention.head_count_kv")  # its queries, keys and values are stored in another order
+    """The small ones share one key and value among all heads; the large ones have groups of heads."""
+    groups = settings["num_kv_heads"] = settings.pop("num_key_value_heads")
+    settings |= {"multi_query": groups == 1, "new_decoder_architecture": groups != 1}
+    if groups != 1:
+        settings["num_ln_in_parallel_attn"] = 2 if reader.has_tensor(".attn_norm_2.weight") else 1
 
 
 def _ungrouped(settings: dict[str, Any], reader: _Reader) -> None:
@@ -387,7 +428,7 @@ def _ungrouped(settings: dict[str, Any], reader: _Reader) -> None:
 
 
 _FAMILIES: dict[str, _Family] = {
-    "llama": _Family("llama", _RMS, window=1, adjust=_llama),
+    "llama": _Family("llama", _RMS, window=1, adjust=_llama, read=frozenset({"expert_count", "expert_used_count"})),
     "qwen2": _Family("qwen2", _RMS),
     "qwen3": _Family("qwen3", _RMS, adjust=_attention_bias),
     "qwen2moe": _Family(
@@ -398,6 +439,7 @@ _FAMILIES: dict[str, _Family] = {
     ),
     "qwen3moe": _Family("qwen3_moe", {**_RMS, **_EXPERTS}, {"norm_topk_prob": True}, adjust=_shared_expert),
     "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, window=1),
+    "gemma": _Family("gemma", _RMS),
     "gemma2": _Family(
         "gemma2",
         {
@@ -417,6 +459,39 @@ _FAMILIES: dict[str, _Family] = {
         adjust=_gemma3,
         read=frozenset({"rope.freq_base_swa"}),
     ),
+    "gpt-oss": _Family("gpt_oss", {**_RMS, **_LOCAL_EXPERTS}, theta=150_000.0, window=2, adjust=_gpt_oss),
+    "minimax-m2": _Family(
+        "minimax_m2",
+        {**_RMS, **_LOCAL_EXPERTS},
+        partial_rotary=True,
+        adjust=_expert_gating(2),
+        read=frozenset({"expert_gating_func"}),
+    ),
+    "granite": _Family(
+        "granite",
+        {
+            **_RMS,
+            "logit_scale": "logits_scaling",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+        },
+        adjust=_granite,
+    ),
+    "command-r": _Family(
+        "cohere",
+        {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"},
+        head_dim=False,
+        adjust=_cohere,
+    ),
+    "cohere2": _Family(
+        "cohere2",
+        {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"},
+        head_dim=False,
+        window=4,
+        adjust=_attention_bias,
+    ),
+    "olmo2": _Family("olmo2", _RMS, head_dim=False, adjust=_attention_bias),
     "starcoder2": _Family("starcoder2", {"attention.layer_norm_epsilon": "norm_epsilon"}, head_dim=False, window=1),
     "stablelm": _Family(
         "stablelm",
@@ -432,7 +507,7 @@ _FAMILIES: dict[str, _Family] = {
     "falcon": _Family(
         "falcon",
         {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "ffn_hidden_size"},
-        {"multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "alibi": False, "bias": False},
+        {"parallel_attn": True, "alibi": False, "bias": False},
         head_dim=False,
         adjust=_falcon,
     ),

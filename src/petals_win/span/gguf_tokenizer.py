@@ -19,7 +19,7 @@ from petals_win.span.transformers_internals import pre_tokenizer_split, sentence
 logger = logging.getLogger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_GEMMA = ("gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
+_GEMMA = ("gemma", "gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
 
 # Vocabularies whose words are looked up whole before anything is merged, and that begin a text if no key says whether.
 _WHOLE_WORDS = {

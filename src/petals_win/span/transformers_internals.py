@@ -31,6 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from petals_win.span.architecture import text_config
+from petals_win.span.gguf_tensors import further_names, restored
 
 
 class LazyTensor(Protocol):
@@ -109,9 +110,12 @@ class GgufNames:
     def __init__(self, model: PreTrainedModel, architecture: str) -> None:
         """`architecture` is the file's `general.architecture`. Raises NotImplementedError if it has no mapping."""
         config = text_config(model.config)
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        self._model_type = config.model_type
+        self._config = config.to_dict()
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._config)
         names: Any = _ParameterNames(model, depth=2)
-        self._targets: dict[str, str] = get_gguf_hf_weights_map(names, self._processor, architecture)
+        mapped: dict[str, str] = get_gguf_hf_weights_map(names, self._processor, architecture)
+        self._targets = {**further_names(self._model_type, model.state_dict()), **mapped}
 
     def target(self, gguf_name: str) -> str | None:
         """The model's name of what this tensor is, or is a part of; None if the model has no use for it."""
@@ -119,6 +123,9 @@ class GgufNames:
 
     def convert(self, parts: Mapping[str, np.ndarray], target: str) -> torch.Tensor:
         """The model's tensor `target` from the dequantized tensors it is made of, by their names in the file."""
+        weights = restored(self._model_type, self._config, target, parts)
+        if weights is not None:
+            return torch.from_numpy(np.ascontiguousarray(weights))
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for name, weights in parts.items():
             result = self._processor.process(

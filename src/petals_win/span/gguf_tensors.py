@@ -1,0 +1,67 @@
+"""Tensors of GGUF files that are stored otherwise than in transformers, and that transformers' own reader leaves as they are.
+
+Knows, for each type of model, which stored tensors make up which of the model's, and how. Does not know files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+_EXPERTS = re.compile(r"(?P<block>.*\.(?P<index>\d+)\.mlp)\.experts\.(?P<part>gate_up|down)_proj(?P<bias>_bias)?")
+_FUSED_EXPERTS = ("gpt_oss", "mixtral")
+
+
+def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
+    """By the name in the file, the model's name of each tensor that the gguf package's mapping of names lacks."""
+    found = {}
+    for name in parameters:
+        if name == "lm_head.weight":
+            found["output.weight"] = (
+                name  # llama.cpp's lists leave out the heads of models that have none of their own
+            )
+        elif model_type in _FUSED_EXPERTS and (experts := _EXPERTS.fullmatch(name)):
+            ending = "bias" if experts["bias"] else "weight"
+            for part in ("gate", "up") if experts["part"] == "gate_up" else ("down",):
+                found[f"blk.{experts['index']}.ffn_{part}_exps.{ending}"] = name
+    return found
+
+
+def restored(
+    model_type: str, config: Mapping[str, Any], target: str, parts: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+    """The model's tensor `target` from those stored; None if nothing special is to be done with it."""
+    if model_type in _FUSED_EXPERTS and (experts := _EXPERTS.fullmatch(target)):
+        order = {name.split(".")[2].removeprefix("ffn_").removesuffix("_exps"): part for name, part in parts.items()}
+        halves = [order[part] for part in (("gate", "up") if experts["part"] == "gate_up" else ("down",))]
+        if model_type == "mixtral":
+            return np.concatenate(halves, axis=1)
+        # gpt-oss: rows of gate and up take turns, and inputs come before outputs
+        woven = np.stack(halves, axis=2).reshape(len(halves[0]), -1, *halves[0].shape[2:])
+        return woven if experts["bias"] else woven.swapaxes(1, 2)
+    if model_type == "gemma" and target.endswith("norm.weight"):
+        return _only(parts) - 1
+    if model_type == "granite" and re.search(r"\.[qk]_proj\.(weight|bias)$", target):
+        kind = "num_attention_heads" if ".q_proj." in target else "num_key_value_heads"
+        rows = _only(parts)
+        pairs = rows.reshape(config[kind], -1, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+    if model_type == "falcon" and target.endswith("query_key_value.weight"):
+        return _by_group(_only(parts), config["num_attention_heads"], config["num_kv_heads"])
+    return None
+
+
+def _by_group(rows: np.ndarray, heads: int, groups: int) -> np.ndarray:
+    """All queries, all keys, all values → the queries of a group, its key, its value, the next group."""
+    by_head = rows.reshape(heads + 2 * groups, -1, *rows.shape[1:])
+    queries, keys, values = np.split(by_head, [heads, heads + groups])
+    queries = queries.reshape(groups, heads // groups, *queries.shape[1:])
+    return np.concatenate([queries, keys[:, None], values[:, None]], axis=1).reshape(rows.shape)
+
+
+def _only(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    (part,) = parts.values()
+    return part
