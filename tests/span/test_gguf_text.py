@@ -41,7 +41,6 @@ def with_text(checkpoint, tmp_path):
 def ends(source: ModelSource) -> list[int]:
     generation = source.generation_config()
     assert generation is not None
-    assert source.whole_model().generation_config.eos_token_id == generation.eos_token_id
     return generation.eos_token_id
 
 
@@ -67,6 +66,12 @@ UNNAMED = ["<|endoftext|>", "<s>", "[turn over]", "[call over]"]
 )
 def test_what_ends_an_answer(with_text, keys, wanted):
     assert ends(with_text({**vocabulary(VOCABULARY, UNNAMED), **keys})) == wanted
+
+
+def test_the_model_generates_with_these_ends(with_text):
+    source = with_text({"tokenizer.ggml.eot_token_id": CALL})
+    wanted = [END_OF_TEXT, CALL, END_OF_TURN]
+    assert ends(source) == source.whole_model().generation_config.eos_token_id == wanted
 
 
 def test_an_end_of_turn_that_only_its_name_tells(with_text):
@@ -472,7 +477,7 @@ def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(with_text, keys, sa
 
 
 def test_no_vocabulary_at_all(with_text):
-    with pytest.raises(UserError, match="tiny.gguf has no vocabulary"):
+    with pytest.raises(UserError, match="tiny.gguf has no complete vocabulary"):
         with_text({}, without=("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"))
 
 

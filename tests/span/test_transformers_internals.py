@@ -14,10 +14,11 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils, modeling_utils
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from petals_win.span.architecture import empty_model, find_blocks
 from petals_win.span.source import open_model
-from petals_win.span.transformers_internals import GgufNames, Loader
+from petals_win.span.transformers_internals import GgufNames, Loader, inverse_frequencies, pre_tokenizer_split
 from span.families import random_model
 
 
@@ -32,7 +33,8 @@ def test_the_version_is_one_that_was_tested():
         (conversion_mapping.get_model_conversion_mapping, ["model"]),
         (core_model_loading.rename_source_key, ["source_key", "weight_renamings", "weight_converters"]),
         (core_model_loading.convert_and_load_state_dict_in_model, ["model", "state_dict", "load_config"]),
-        (modeling_gguf_pytorch_utils.get_gguf_hf_weights_map, ["hf_model", "processor"]),
+        (modeling_gguf_pytorch_utils.get_gguf_hf_weights_map, ["hf_model", "processor", "model_type"]),
+        (gguf_tokenizer_mapping.convert_gguf_tokenizer, ["architecture", "tokenizer_dict"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -104,6 +106,17 @@ def test_names_of_gguf_tensors():
     up = np.arange(128 * 64, dtype=np.float32).reshape(128, 64)
     target = "model.layers.3.mlp.up_proj.weight"
     assert torch.equal(names.convert({"blk.3.ffn_up.weight": up}, target), torch.from_numpy(up))
+
+
+def test_frequencies_of_a_rotary_embedding():
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    config = random_model("llama", rope_parameters=rope).config
+    assert inverse_frequencies(config) == pytest.approx(1e4 ** (-np.arange(0, 16, 2) / 16) / 4, rel=1e-6)
+
+
+def test_rules_by_which_words_are_told_apart():
+    assert all(pre_tokenizer_split(rule) for rule in ("llama-bpe", "qwen2", "tekken", "gpt-4o"))
+    assert pre_tokenizer_split("no such rule") is None
 
 
 def test_gguf_queries_are_permuted_back():

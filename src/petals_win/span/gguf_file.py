@@ -20,6 +20,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.quants import quant_shape_to_byte_shape
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from petals_win.errors import UserError
@@ -141,7 +142,7 @@ def _describe(path: Path, folder: Path) -> None:
     metadata = {
         key: field.contents() for key, field in reader.fields.items() if key.startswith((f"{architecture}.", *_READ))
     }
-    if (count := metadata.get("split.count", 1)) > 1:
+    if (count := metadata.get("split.count", 1)) not in (0, 1):
         raise UserError(
             f"{path.name} is one of {count} parts of a model. Join them into one file with llama.cpp's gguf-split --merge, "
             "or use the model's safetensors files."
@@ -153,7 +154,7 @@ def _describe(path: Path, folder: Path) -> None:
         config = read_config(metadata, {name: entry.shape for name, entry in entries.items()}, divisors)
     except UserError as e:
         raise UserError(f"{path.name} cannot be read. {e}") from e
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as e:
         raise UserError(
             f"{path.name} describes its model in a way that transformers does not accept: {str(e).strip().splitlines()[-1]} "
             "Use the model's safetensors files instead."

@@ -20,6 +20,7 @@ from petals_win.span.transformers_internals import inverse_frequencies
 ROPE_DIVISORS = "rope_freqs.weight"
 
 _LARGEST = 2**24  # of any size: ten million tokens are the longest context there is, and a damaged file says anything
+_HUGE = 1e12  # of any number that is no size: bases of rotary embeddings come near it
 _NOT_YET = "which petals-win cannot follow yet. Use the model's safetensors files instead."
 
 # By a key behind the architecture's name. Their values go into the configuration as they are.
@@ -60,6 +61,7 @@ _ROPE = {
 }
 _HEADS = {"attention.key_length", "attention.value_length"}
 _WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern"}
+_TEXTS = {"rope.scaling.type", "tensor_data_layout"}  # all others are numbers
 _HARMLESS = {"vocab_size", "tensor_data_layout"}
 
 # Values with which a key says no more than its absence.
@@ -121,13 +123,15 @@ class _Reader:
             if len(set(value)) != 1:
                 raise self.refusal(key, "differs from block to block")
             value = value[0]
-        if isinstance(value, bool) or isinstance(value, str) or value is None:
+        if isinstance(value, bool) or value is None or (isinstance(value, str) and key in _TEXTS):
             return value
-        if isinstance(value, float):
-            return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
-        if not 0 <= value <= _LARGEST:
-            raise UserError(f"{self.architecture}.{key} is {value}: the file is damaged. Download it again.")
-        return value
+        if (
+            isinstance(value, str)
+            or key in _TEXTS
+            or not 0 <= value <= (_LARGEST if isinstance(value, int) else _HUGE)
+        ):
+            raise UserError(f"{self.architecture}.{key} is {value!r}: the file is damaged. Download it again.")
+        return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.999999747378752e-06
 
     def need(self, key: str) -> Any:
         value = self.get(key)
@@ -211,7 +215,9 @@ def _check_shape(settings: dict[str, Any], reader: _Reader) -> None:
 def _head_dim(settings: dict[str, Any], family: _Family, reader: _Reader) -> int:
     usual = reader.need("embedding_length") // reader.need("attention.head_count")
     head_dim = reader.get("attention.key_length", usual)
-    if not head_dim or reader.get("attention.value_length", head_dim) != head_dim:
+    if not head_dim:
+        raise reader.refusal("attention.key_length")
+    if reader.get("attention.value_length", head_dim) != head_dim:
         raise reader.refusal("attention.value_length")
     if family.head_dim:
         settings["head_dim"] = head_dim
@@ -268,7 +274,7 @@ def _rope(settings: dict[str, Any], head_dim: int, theta: float, partial: bool, 
                 rope[name] = value
         if magnitude != 1:
             rope["attention_factor"] = magnitude * (0.1 * math.log(factor) + 1)
-        if reader.get("rope.scaling.yarn_ext_factor", 1.0) not in (1, -1):
+        if reader.values.get("rope.scaling.yarn_ext_factor", 1) not in (1, -1):
             raise reader.refusal("rope.scaling.yarn_ext_factor")
     elif kind not in ("none", "linear", "yarn"):
         raise reader.refusal("rope.scaling.type")
@@ -362,6 +368,11 @@ def _granite(settings: dict[str, Any], reader: _Reader) -> None:
         raise reader.refusal("logit_scale")
 
 
+def _phi3(settings: dict[str, Any], reader: _Reader) -> None:
+    if settings["rope_parameters"]["rope_type"] != "default":
+        raise reader.refusal("rope.scaling.type")  # transformers would take it for longrope
+
+
 def _cohere(settings: dict[str, Any], reader: _Reader) -> None:
     settings["attention_bias"] = reader.has_tensor(".attn_q.bias")
     settings["use_qk_norm"] = reader.has_tensor(".attn_q_norm.weight")
@@ -438,7 +449,7 @@ _FAMILIES: dict[str, _Family] = {
         adjust=_shared_expert,
     ),
     "qwen3moe": _Family("qwen3_moe", {**_RMS, **_EXPERTS}, {"norm_topk_prob": True}, adjust=_shared_expert),
-    "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, window=1),
+    "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, window=1, adjust=_phi3),
     "gemma": _Family("gemma", _RMS),
     "gemma2": _Family(
         "gemma2",

@@ -18,7 +18,7 @@ from petals_win.span.transformers_internals import pre_tokenizer_split, sentence
 
 logger = logging.getLogger(__name__)
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _GEMMA = ("gemma", "gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
 
 # Vocabularies whose words are looked up whole before anything is merged, and that begin a text if no key says whether.
@@ -79,10 +79,10 @@ class GgufTokenizer:
         """
         self._name = name
         self._metadata = metadata
-        self._tokens: list[str] = self._get("tokens", [])
-        self._types: list[int] = self._get("token_type", [])
-        if not self._tokens:
-            raise UserError(f"{name} has no vocabulary. Use the model's safetensors files instead.")
+        self._tokens: list[str] = self._list("tokens", str)
+        self._types: list[int] = self._list("token_type", int) or [_NORMAL] * len(self._tokens)
+        if not self._tokens or len(self._types) != len(self._tokens):
+            raise UserError(f"{name} has no complete vocabulary. Use the model's safetensors files instead.")
         if len(self._tokens) > vocabulary_size:
             raise UserError(
                 f"{name} has {len(self._tokens)} tokens, but embeddings of {vocabulary_size}: it is damaged or was changed. "
@@ -104,31 +104,36 @@ class GgufTokenizer:
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            add_bos_token=bool(self._get("add_bos_token", model == "llama" or self._get("pre") in _WHOLE_WORDS)),
+            add_bos_token=bool(self._get("add_bos_token", model == "llama" or str(self._get("pre")) in _WHOLE_WORDS)),
             add_eos_token=bool(self._get("add_eos_token", False)),
             clean_up_tokenization_spaces=False,
-            **{role: self._special(key) for role, key in roles.items()},
+            **{role: self._text(key) for role, key in roles.items()},
             **({"chat_template": template} if isinstance(template, str) else {}),
         )
 
     def ends(self) -> list[int]:
         """The tokens that end an answer: those that keys name, what the chat template puts behind one, and those known by name."""
-        found = [self._get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
+        found = [self._token(key) for key in ("eos", "eot", "eom")]
         found.append(self._behind_an_answer())
         control = [index for index, kind in enumerate(self._types) if kind in (_CONTROL, _USER_DEFINED)]
         found += [index for index in control if self._tokens[index] in _ENDS_OF_TURNS]
-        return list(dict.fromkeys(token for token in found if token is not None and 0 <= token < len(self._tokens)))
+        return list(dict.fromkeys(token for token in found if token is not None))
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
 
-    def _special(self, key: str) -> str | None:
-        """The text of a token that a key names. llama.cpp, too, goes on without one that is beyond the vocabulary."""
+    def _list(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
+        """Empty if the file has no such list, and for a list of something else."""
+        found = self._get(key)
+        return found if isinstance(found, list) and all(isinstance(entry, kind) for entry in found) else []
+
+    def _token(self, key: str) -> int | None:
+        """The token that a key names. llama.cpp, too, goes on without one that is beyond the vocabulary."""
         token = self._get(f"{key}_token_id")
-        if token is None or 0 <= token < len(self._tokens):
-            return None if token is None else self._tokens[token]
+        if token is None or (isinstance(token, int) and 0 <= token < len(self._tokens)):
+            return token
         logger.warning(
-            "%s: tokenizer.ggml.%s_token_id is %d, beyond the %d tokens of the vocabulary; it is ignored",
+            "%s: tokenizer.ggml.%s_token_id is %s, beyond the %d tokens of the vocabulary; it is ignored",
             self._name,
             key,
             token,
@@ -136,9 +141,13 @@ class GgufTokenizer:
         )
         return None
 
+    def _text(self, key: str) -> str | None:
+        token = self._token(key)
+        return None if token is None else self._tokens[token]
+
     def _byte_level(self) -> Tokenizer:
         """Byte-level BPE. Control and user-defined tokens are spelled as they are, all others in the alphabet of bytes."""
-        rule = self._get("pre", "default")
+        rule = str(self._get("pre", "default"))
         rule = _SAME_RULE.get(rule, rule)
         known = pre_tokenizer_split(rule)
         splits = [known] if known is not None else _RULES.get(rule)
@@ -148,7 +157,7 @@ class GgufTokenizer:
                 "Use the model's safetensors files instead."
             )
         vocabulary = {token: index for index, token in enumerate(self._tokens)}
-        merges = [tuple(merge.split(" ", 1)) for merge in self._get("merges", [])]
+        merges = [tuple(merge.split(" ", 1)) for merge in self._list("merges", str)]
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS)
         backend = Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -157,14 +166,17 @@ class GgufTokenizer:
         )
         backend.decoder = decoders.ByteLevel()
         for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
-            tokens = [token for token, found in zip(self._tokens, self._types, strict=False) if found == kind]
+            tokens = [token for token, found in zip(self._tokens, self._types, strict=True) if found == kind]
             add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in tokens])
         return backend
 
     def _sentencepiece(self, architecture: str) -> Tokenizer:
-        keys = ("tokens", "scores", "token_type", "merges")
-        vocabulary = {key: value for key in keys if (value := self._get(key)) is not None}
-        if "scores" not in vocabulary and "merges" not in vocabulary:
+        vocabulary = {"tokens": self._tokens, "token_type": self._types}
+        if merges := self._list("merges", str):
+            vocabulary["merges"] = merges
+        elif len(scores := self._list("scores", (int, float))) == len(self._tokens):
+            vocabulary["scores"] = scores
+        else:
             raise UserError(
                 f"{self._name} has a vocabulary without scores. Use the model's safetensors files instead."
             )
@@ -197,5 +209,4 @@ class GgufTokenizer:
             return None
         _, answered, rest = str(text).rpartition(answer)
         behind = self.tokenizer.encode(rest.lstrip(), add_special_tokens=False) if answered else []
-        special = self._types[behind[0]] in (_CONTROL, _USER_DEFINED) if behind and self._types else False
-        return behind[0] if special else None
+        return behind[0] if behind and self._types[behind[0]] in (_CONTROL, _USER_DEFINED) else None

@@ -1,7 +1,7 @@
-"""The parts of transformers that are not a stable API: the loading of single tensors and the mapping of GGUF names.
+"""The parts of transformers that are not a stable API: the loading of single tensors and what it knows about GGUF files.
 
-Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way. Does not know
-what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
+Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way, and which map
+the names and build the tokenizers of GGUF files. Does not know what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
 breaks here, and tests/span/test_transformers_internals.py says so first.
 """
 
