@@ -96,9 +96,7 @@ class _Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     head_dim: bool = True  # whether heads may have another size than hidden_size / num_attention_heads
     partial_rotary: bool = False
-    theta: float | None = (
-        10_000.0  # the base of the rotary embedding if no key says it; None: there is no such embedding
-    )
+    theta: float | None = 10_000.0  # base of the rotary embedding if no key says it; None: there is no such embedding
     window: int | None = None  # every how many blocks one sees everything (1: none does); None: no block has a window
     adjust: Callable[[dict[str, Any], _Reader], None] | None = None
     read: frozenset[str] = frozenset()  # further keys that `adjust` reads, or that change nothing here
@@ -125,11 +123,8 @@ class _Reader:
             value = value[0]
         if isinstance(value, bool) or value is None or (isinstance(value, str) and key in _TEXTS):
             return value
-        if (
-            isinstance(value, str)
-            or key in _TEXTS
-            or not 0 <= value <= (_LARGEST if isinstance(value, int) else _HUGE)
-        ):
+        limit = _LARGEST if isinstance(value, int) else _HUGE
+        if isinstance(value, str) or key in _TEXTS or not 0 <= value <= limit:
             raise UserError(f"{self.architecture}.{key} is {value!r}: the file is damaged. Download it again.")
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.999999747378752e-06
 
@@ -183,7 +178,7 @@ def read_config(
     settings["tie_word_embeddings"] = "output.weight" not in reader.shapes
     for name in ("bos", "eos", "padding"):
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        known = token is not None and 0 <= token < settings["vocab_size"]
+        known = isinstance(token, int) and 0 <= token < settings["vocab_size"]
         settings[f"{name.removesuffix('ding')}_token_id"] = token if known else None
     if family.theta is not None:
         settings["rope_parameters"] = _rope(settings, head_dim, family.theta, family.partial_rotary, reader)
