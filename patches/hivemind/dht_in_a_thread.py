@@ -15,6 +15,7 @@ remove_import("hivemind.dht.dht", "os")
 remove_import("hivemind.dht.dht", "signal")
 remove_import("hivemind.dht.dht", "switch_to_uvloop")
 add_import("hivemind.dht.dht", "from petals_win.host.loop import LoopThread")
+add_import("hivemind.dht.dht", "from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost")
 
 
 @replace("hivemind.dht.dht:DHT", digest="00239c09f6dc5190")
@@ -62,6 +63,7 @@ class DHT(LoopThread):
         self._record_validator = CompositeValidator(record_validators)
         self._daemon_listen_maddr = p2p.daemon_listen_maddr if p2p is not None else None
         self._ready = MPFuture()
+        self.lost = MPFuture()  # gets the reason when the node's own daemon ends, though nobody has shut it down
         self._node = None
         self._client_mode = None
         self._replicas = {}  # event loop -> P2P instance that shares this node's daemon
@@ -82,6 +84,8 @@ class DHT(LoopThread):
         except BaseException as e:
             self._ready.set_exception(e)
         else:
+            if p2p is None:
+                self._node.p2p.lost.add_done_callback(lambda ended: self.lost.set_result(ended.result()))
             self._ready.set_result(None)
 
     def wait_until_ready(self, timeout: Optional[float] = None) -> None:
@@ -108,7 +112,10 @@ class DHT(LoopThread):
             if loop.is_running():
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(replica.shutdown(), loop))
         if self._node is not None:
-            await self._node.shutdown()
+            try:
+                await self._node.shutdown()
+            except P2PDaemonLost:  # it has no handlers left to remove
+                await self._node.p2p.shutdown()
 
     def _await(self, coro: Awaitable[ReturnType], return_future: bool) -> Union[ReturnType, MPFuture[ReturnType]]:
         if return_future:

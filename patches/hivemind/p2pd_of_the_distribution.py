@@ -2,7 +2,7 @@
 
 Why: hivemind looks for a file `p2pd` without .exe inside its own package, talks to it over /unix/tmp/hivemind-… sockets that
     anybody can squat and Windows Python cannot open ("AttributeError: module 'asyncio' has no attribute
-    'open_unix_connection'"), leaves it running when Python is killed, and reports "Daemon failed to start" without its output.
+    'open_unix_connection'"), leaves it running when Python is killed, reports "Daemon failed to start" without its output, and does not notice its end.
 Status: windows-only
 Upstream-issue: none
 Drop-when: hivemind takes the binary and the control address as arguments.
@@ -10,13 +10,15 @@ Drop-when: hivemind takes the binary and the control address as arguments.
 
 from petals_win.upstream.declare import add, add_import, remove, replace, swap_call
 
+add_import("hivemind.p2p.p2p_daemon", "from collections import deque")
 add_import("hivemind.p2p.p2p_daemon", "from contextlib import nullcontext")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.binary import find_p2pd")
 add_import("hivemind.p2p.p2p_daemon", "from petals_win.daemon.control import control_address, remove_control_socket")
 add_import(
     "hivemind.p2p.p2p_daemon",
-    "from petals_win.daemon.process import explain_start_failure, start_p2pd, start_timeout_s",
+    "from petals_win.daemon.process import explain_end, explain_start_failure, start_p2pd, start_timeout_s",
 )
+add_import("hivemind.p2p.p2p_daemon", "from petals_win.host.futures import AwaitableFuture")
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "path", "_installed_p2pd", digest="9a00d0dfe188216a")
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=1)
 swap_call("hivemind.p2p.p2p_daemon:P2P.create", "Multiaddr", "_local_maddr", digest="9a00d0dfe188216a", nth=2)
@@ -59,6 +61,7 @@ def _wait_for_start(ready: asyncio.Future, timeout: float) -> Awaitable[None]:
 @add("hivemind.p2p.p2p_daemon:P2P")
 def _noted_process_args(self, *args, **kwargs) -> List[str]:
     self._bootstrap_peers = kwargs.get("bootstrapPeers")
+    self.lost = AwaitableFuture()  # gets the reason when the daemon ends, unless this instance has ended it
     return self._make_process_args(*args, **kwargs)
 
 
@@ -72,9 +75,11 @@ def _start_failure(self, happened: str) -> Exception:
 @replace("hivemind.p2p.p2p_daemon:P2P._read_outputs", digest="6d84a4d88935729d")
 async def _read_outputs(self, ready: asyncio.Future) -> None:
     self._first_lines = []
+    last_lines = deque(maxlen=5)
     async for raw in self._child.stdout:
         line = raw.decode(errors="replace").rstrip()
         if self._alive:  # what it says while it is being ended is of no interest
+            last_lines.append(line)
             self._log_p2pd_message(line)
         if ready.done():
             continue
@@ -83,9 +88,15 @@ async def _read_outputs(self, ready: asyncio.Future) -> None:
             self._daemon_listen_maddr = Multiaddr(line.split(": ", 1)[1])
         elif line.startswith("Peer ID:"):
             ready.set_result(None)
+    child = self._child
+    if child is None:  # ended by shutdown()
+        return
+    status = await child.wait()  # so that nothing is left of it when the end is known
     if not ready.done():
-        await self._child.wait()  # so that nothing is left of it when the error is known
         ready.set_exception(self._start_failure("it ended at once"))
+    elif self._alive:
+        self._alive = False
+        self.lost.set_result(explain_end(status, last_lines))
 
 
 @replace("hivemind.p2p.p2p_daemon:P2P.__del__", digest="fe69c7f3169367ae")

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening
+from petals_win.daemon.process import DaemonError
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
+
+_LAST_WORDS_S = 1.0
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
     from petals_win.api.server import ApiServer
@@ -72,7 +75,10 @@ def api(
 def answer_until(
     stop: threading.Event, engine: PetalsEngine, server: ApiServer, settings: Settings, on_ready: Callable[[], None]
 ) -> None:
-    """Serve the API in front of `engine` until `stop` is set. Closes the engine."""
+    """Serve the API in front of `engine` until `stop` is set. Closes the engine.
+
+    Raises DaemonError when the engine's daemon has ended: nothing can be answered any more.
+    """
     from petals_win.api.app import create_app
 
     async def serve() -> None:
@@ -83,8 +89,15 @@ def answer_until(
         stop.wait()
         server.stop()
 
+    def end() -> None:
+        # A moment for whoever waits for an answer, or asks whether there may be one, to be told why.
+        threading.Timer(_LAST_WORDS_S, stop.set).start()
+
     threading.Thread(target=wait_for_stop, name="stop the API", daemon=True).start()
+    engine.on_lost(end)
     asyncio.run(serve())
+    if engine.lost is not None:
+        raise DaemonError(engine.lost)
 
 
 def read_token(file: Path | None) -> str | None:

@@ -51,6 +51,7 @@ def serve(
     Example: petals-win serve --model meta-llama/Llama-2-70b-hf --blocks 0:40
     """
     from petals_win.host.awake import stay_awake
+    from petals_win.host.ending import end_soon
     from petals_win.host.logs import log_to_file
     from petals_win.host.memory import own_bytes
     from petals_win.host.threads import apply_thread_settings
@@ -80,6 +81,7 @@ def serve(
         token=read_token(token_file),
     )
     with stay_awake(), Node(settings) as node:
+        node.on_lost(lambda reason: end_soon(f"petals-win: {reason}"))
         if as_json:
             _emit("joined", peers=node.addresses, memory_bytes=own_bytes())
             node.run(on_serving=lambda blocks: _emit("serving", blocks=blocks))

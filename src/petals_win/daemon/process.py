@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from petals_win.daemon.control import daemon_secret
 from petals_win.errors import UserError
@@ -107,6 +107,21 @@ async def start_p2pd(
         return await start_child(*argv, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
     except OSError as e:
         raise explain_start_failure([str(e)], f"{argv[0]} cannot be run") from e
+
+
+def explain_end(status: int, last_lines: Iterable[str]) -> str:
+    """What to tell the user when p2pd, which had been ready, has ended by itself or by others.
+
+    :param status: exit status; on POSIX minus the number of the signal that ended it
+    :param last_lines: of what it printed
+    """
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    fatal = next((line for line in last_lines if line.startswith(("panic:", "fatal error:"))), None)
+    said = f" It said: {fatal.strip()}." if fatal else ""
+    return (
+        f"The peer-to-peer daemon p2pd has ended {how}, and without it nothing goes on.{said} Start petals-win again; "
+        "if that happens again, look whether an antivirus program or a lack of memory ended it."
+    )
 
 
 def explain_start_failure(output_lines: Sequence[str], happened: str) -> DaemonError:

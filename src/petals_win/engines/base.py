@@ -195,6 +195,14 @@ def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
     return found[0]
 
 
+class SwarmOutOfReach(SwarmUnavailable):
+    """This process has lost its way into the swarm, or cannot find out who serves what; `reason` is a sentence."""
+
+    def __init__(self, reason: str):
+        UserError.__init__(self, reason)
+        self.missing_blocks = ()
+
+
 def block_ranges(blocks: Sequence[int]) -> str:
     """Block numbers as half-open ranges, written as `--blocks` takes them: [0, 1, 2, 7] is "0:3, 7:8"."""
     ranges: list[list[int]] = []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from hivemind import DHT
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.client.routing.sequence_manager import MissingBlocksError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 from tokenizers.decoders import DecodeStream
@@ -30,6 +31,7 @@ from petals_win.engines.base import (
     ModelCard,
     ModelNotFound,
     PeerStatus,
+    SwarmOutOfReach,
     SwarmStatus,
     SwarmUnavailable,
     Token,
@@ -40,6 +42,7 @@ from petals_win.engines.sampling import check_token_ids, generate_arguments
 from petals_win.engines.stopping import StopStrings, WithoutRepeat
 from petals_win.engines.text import PromptEncoder
 from petals_win.span.source import ModelSource, open_model
+from petals_win.swarm.looking import LookUpFailed
 from petals_win.swarm.state import SwarmState, read_state
 
 logger = logging.getLogger(__name__)
@@ -83,8 +86,19 @@ class PetalsEngine:
     def models(self) -> list[ModelCard]:
         return [self._card]
 
+    @property
+    def lost(self) -> str | None:
+        """Why this engine will never answer again: its daemon has ended. None while it runs."""
+        return self._dht.lost.result() if self._dht.lost.done() else None
+
+    def on_lost(self, tell: Callable[[], None]) -> None:
+        """Call `tell`, on another thread, as soon as `lost` is known."""
+        self._dht.lost.add_done_callback(lambda _: tell())
+
     def status(self) -> SwarmStatus:
         state = self._state
+        if self.lost is not None:
+            return SwarmStatus(False, self.lost, tuple(range(state.num_blocks)))
         missing = state.missing_blocks
         peers = tuple(PeerStatus(peer.peer_id, peer.start, peer.end, peer.name) for peer in state.peers if peer.online)
         if missing:
@@ -113,6 +127,8 @@ class PetalsEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         if request.model != self._card.id:
             raise ModelNotFound(request.model, [self._card.id])
+        if self.lost is not None:
+            raise SwarmOutOfReach(self.lost)
         read = self._prompts.encode(request)
         prompt = read.tokens
         check_token_ids(request.logit_bias, self._vocabulary)
@@ -184,6 +200,10 @@ class PetalsEngine:
                 )
         except MissingBlocksError as e:
             raise SwarmUnavailable(e.block_indices) from e
+        except LookUpFailed as e:
+            raise SwarmOutOfReach(self.lost or str(e)) from e
+        except P2PDaemonLost as e:
+            raise SwarmOutOfReach(self.lost or str(e)) from e
         except (TimeoutError, ConnectionError, P2PDaemonError, P2PHandlerError, StopAsyncIteration) as e:
             raise SwarmUnavailable(()) from e
         finally:

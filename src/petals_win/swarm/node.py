@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
+from petals_win.daemon.process import DaemonError
 from petals_win.errors import UserError
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
@@ -118,9 +120,23 @@ class Node:
         return f"petals-win serve --model {model} --peers {self.addresses[0]}"
 
     def run(self, on_serving: Callable[[str], None] | None = None) -> None:
-        """Serve until a signal comes; `on_serving` is called with the range of blocks whenever they are loaded."""
+        """Serve until the stop event is set; `on_serving` is called with the range of blocks whenever they are loaded.
+
+        Raises DaemonError at the end if the node's daemon has ended meanwhile.
+        """
         self._server.stop, self._server.on_serving = self._stop, on_serving
-        self._server.run()
+        lost = self._server.dht.lost
+        try:
+            self._server.run()
+        except P2PDaemonLost:
+            if not lost.done():
+                raise
+        if lost.done():
+            raise DaemonError(lost.result())
+
+    def on_lost(self, tell: Callable[[str], None]) -> None:
+        """Call `tell` with a sentence, on another thread, if the node's daemon ends; the node is of no use from then on."""
+        self._server.dht.lost.add_done_callback(lambda lost: tell(lost.result()))
 
     def __exit__(self, *_exception: object) -> None:
         self._server.shutdown()

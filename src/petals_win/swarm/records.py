@@ -1,0 +1,205 @@
+"""What may be believed of the records that peers put into the DHT, and a count of those that may not.
+
+Knows the shape of hivemind's entries and of Petals' announcements, as plain values. Imports neither, since both import this.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+P = TypeVar("P")
+S = TypeVar("S")
+
+MOST_BYTES = 64 << 10  # of one entry; an announcement takes about one KiB
+MOST_ENTRIES = 1000  # below one key
+_MOST_SECONDS = 86400.0  # that an entry may still live; announcements live for a minute or two
+_MOST_BLOCKS = 10_000
+_SLOWEST, _FASTEST = 1e-6, 1e9  # tokens per second of one block
+_LONGEST_TEXT = 512
+_BASE58 = frozenset("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
+_OFFLINE, _ONLINE = 0, 2
+
+
+class BadRecord(ValueError):
+    """A record that makes no sense; the message says why. It is skipped, and never reaches a user as an error."""
+
+
+class Skipped:
+    """Counts the records that were skipped, each time that one is, and logs the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def add(self, where: str, why: object, count: int = 1) -> None:
+        """One more record, found `where`, was skipped because of `why`."""
+        with self._lock:
+            first, self.count = self.count == 0, self.count + count
+        level = logging.WARNING if first else logging.DEBUG
+        rest = " Such records are skipped; more of them will not be mentioned." if first else ""
+        logger.log(level, "A peer announced something that makes no sense (%.100s: %.200s).%s", where, why, rest)
+
+
+skipped = Skipped()
+
+
+def check_entry(subkey: object, value: object, expires: object, now: float) -> None:
+    """Raise BadRecord if this cannot be an entry of a dictionary in the DHT.
+
+    :param value: serialized
+    :param expires: in DHT time (seconds), as `now`
+    """
+    if not isinstance(subkey, str) or len(subkey) > _LONGEST_TEXT:
+        raise BadRecord(f"its name is no text but {type(subkey).__name__}")
+    if not isinstance(value, bytes) or len(value) > MOST_BYTES:
+        raise BadRecord("its value is too large, or none")
+    check_expiry(expires, now)
+
+
+def check_expiry(expires: object, now: float) -> None:
+    """Raise BadRecord unless `expires` is a time, at most a day from `now`."""
+    if isinstance(expires, bool) or not isinstance(expires, int | float) or not expires <= now + _MOST_SECONDS:
+        raise BadRecord("it does not say when it ends, or ends too late")
+
+
+def sane_entries(items: object, now: float) -> Iterator[tuple[str, bytes, float]]:
+    """The entries of a dictionary as another peer sent it, without those that cannot be any."""
+    if not isinstance(items, list | tuple):
+        skipped.add("a dictionary", "it is none")
+        return
+    for item in items[:MOST_ENTRIES]:
+        try:
+            subkey, value, expires = item
+            check_entry(subkey, value, expires, now)
+        except (TypeError, ValueError) as e:
+            skipped.add("an entry of a dictionary", e)
+        else:
+            yield subkey, value, expires
+    if len(items) > MOST_ENTRIES:
+        skipped.add("a dictionary", f"it has {len(items)} entries", len(items) - MOST_ENTRIES)
+
+
+def decode_entries(
+    entries: Iterable[tuple[Any, tuple[Any, Any]]], decode: Callable[[Any, Any, Any], S]
+) -> dict[Any, tuple[S, Any]]:
+    """Every (value, expiration) by its subkey whose value can be decoded.
+
+    :param decode: called with subkey, serialized value and expiration; whatever it raises is about that entry alone
+    """
+    decoded = {}
+    for subkey, (value, expires) in entries:
+        try:
+            decoded[subkey] = decode(subkey, value, expires), expires
+        except Exception as e:
+            skipped.add(f"the entry {subkey!r}", f"its value cannot be read: {e!r}")
+    return decoded
+
+
+def read_servers(uid: str, found: Any, make: Callable[[str, tuple], tuple[P, S]]) -> dict[P, S]:
+    """The servers that announce a block, without the announcements that make no sense.
+
+    :param uid: the block's key, e.g. "prefix.7"
+    :param found: what the DHT has for it: None, or an object whose `value` is a dictionary
+    :param make: of a peer id in base58 and a checked announcement; may raise TypeError or ValueError for one it refuses
+    """
+    if found is None:
+        return {}
+    entries = found.value
+    if not isinstance(entries, dict):
+        skipped.add(uid, f"it is no dictionary but {type(entries).__name__}")
+        return {}
+    servers = {}
+    for number, (peer, entry) in enumerate(entries.items()):
+        if number == MOST_ENTRIES:
+            skipped.add(uid, f"it has {len(entries)} entries", len(entries) - number)
+            break
+        try:
+            check_peer_id(peer)
+            info = getattr(entry, "value", None)
+            check_announcement(info, int(uid.rpartition(".")[2]))
+            key, server = make(peer, tuple(info))  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError) as e:
+            skipped.add(f"{uid}, {peer!r}", e)
+        else:
+            servers[key] = server
+    return servers
+
+
+def check_peer_id(text: object) -> None:
+    """Raise BadRecord unless this is a peer id in base58: a SHA-256 multihash, or a public key within an identity one."""
+    if not isinstance(text, str) or not 40 <= len(text) <= 64 or not _BASE58.issuperset(text):
+        raise BadRecord("it does not come from a peer")
+    # 34 bytes that begin with 12 20 are Qm…; an Ed25519 key, 38 bytes that begin with 00 24 08 01 12 20, is 12D3Koo…; a
+    # Secp256k1 key, 39 bytes that begin with 00 25 08 02 12 21, is 16Uiu2HA….
+    for start, length in (("Qm", 46), ("12D3Koo", 52), ("16Uiu2HA", 53)):
+        if text.startswith(start) and len(text) == length:
+            return
+    raise BadRecord("it does not come from a peer")
+
+
+def check_announcement(info: object, block: int) -> None:
+    """Raise BadRecord unless this is what a server of `block` would announce: (state, throughput, the rest by name)."""
+    if not isinstance(info, list | tuple) or not 2 <= len(info) <= 3:
+        raise BadRecord("it is no announcement")
+    state, throughput = info[:2]
+    _whole("state", state, _OFFLINE, _ONLINE)
+    _number("throughput", throughput, 0.0, _FASTEST)
+    more = info[2] if len(info) == 3 else {}
+    if not isinstance(more, dict) or not all(isinstance(name, str) for name in more):
+        raise BadRecord("its details have no names")
+    _check_range(more.get("start_block"), more.get("end_block"), block)
+    for name in ("network_rps", "forward_rps", "inference_rps"):
+        if more.get(name) is not None:
+            _number(name, more[name], _SLOWEST, _FASTEST)
+    for name in ("public_name", "version", "torch_dtype", "quant_type"):
+        if more.get(name) is not None:
+            _text(name, more[name])
+    adapters = more.get("adapters", ())
+    if not isinstance(adapters, list | tuple) or len(adapters) > MOST_ENTRIES:
+        raise BadRecord("adapters is no list of names")
+    for adapter in adapters:
+        _text("adapters", adapter)
+    if more.get("using_relay") not in (None, True, False):
+        raise BadRecord("using_relay is neither true nor false")
+    if more.get("cache_tokens_left") is not None:
+        _whole("cache_tokens_left", more["cache_tokens_left"], 0, 2**63)
+    if more.get("next_pings") is not None:
+        _check_pings(more["next_pings"])
+
+
+def _check_range(start: object, end: object, block: int) -> None:
+    if start is None and end is None:
+        return
+    _whole("start_block", start, 0, _MOST_BLOCKS)
+    _whole("end_block", end, 1, _MOST_BLOCKS)
+    if not start <= block < end:  # pyright: ignore[reportOperatorIssue]
+        raise BadRecord(f"its blocks {start}:{end} do not hold the block {block}")
+
+
+def _check_pings(pings: object) -> None:
+    if not isinstance(pings, dict) or len(pings) > MOST_ENTRIES:
+        raise BadRecord("next_pings is no table of times")
+    for peer, seconds in pings.items():
+        _text("next_pings", peer)
+        _number("next_pings", seconds, 0.0, math.inf)  # infinite: that peer did not answer
+
+
+def _number(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise BadRecord(f"{name} is no number from {least:g} to {most:g}")
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise BadRecord(f"{name} is no whole number from {least} to {most}")
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
+        raise BadRecord(f"{name} is no text of at most {_LONGEST_TEXT} characters")

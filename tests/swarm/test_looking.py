@@ -1,0 +1,106 @@
+"""A look-up that fails or takes for ever ends the question that waits for it."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+from hivemind import DHT
+from petals.client.config import ClientConfig
+from petals.client.routing import sequence_manager
+from petals.client.routing.sequence_manager import RemoteSequenceManager
+
+from petals_win.swarm.announcing import repeat
+from petals_win.swarm.looking import LookUpFailed
+
+
+@pytest.fixture(scope="module")
+def dht():
+    dht = DHT(start=True)
+    yield dht
+    dht.shutdown()
+
+
+@pytest.fixture
+def manager(dht):
+    made = RemoteSequenceManager(ClientConfig(dht_prefix="x", request_timeout=1), ["x.0", "x.1"], dht=dht)
+    yield made
+    made.shutdown()
+
+
+def fail(*_arguments, **_settings):
+    raise AttributeError("'int' object has no attribute 'b58decode'")
+
+
+def test_what_a_look_up_raises_ends_the_question(manager, monkeypatch):
+    monkeypatch.setattr(sequence_manager, "get_remote_module_infos", fail)
+    for ask in (
+        lambda: manager.make_sequence(mode="min_latency"),
+        lambda: manager.rpc_info,
+        lambda: manager.update(wait=True),
+    ):
+        began = time.monotonic()
+        with pytest.raises(LookUpFailed, match="b58decode") as caught:
+            ask()
+        assert isinstance(caught.value.__cause__, AttributeError)
+        assert time.monotonic() - began < 5
+    monkeypatch.undo()
+    with pytest.raises(sequence_manager.MissingBlocksError):  # the next look-up is a new chance
+        manager.make_sequence(mode="min_latency")
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    end = threading.Event()
+    monkeypatch.setattr(sequence_manager, "get_remote_module_infos", lambda *_, **__: end.wait(60) and [])
+    yield
+    end.set()
+
+
+def test_a_look_up_without_end_has_a_deadline(manager, endless):
+    began = time.monotonic()
+    with pytest.raises(LookUpFailed, match="within 1 s"):
+        manager.make_sequence(mode="min_latency")
+    assert time.monotonic() - began < 5
+
+
+def test_ctrl_c_ends_the_waiting(dht, endless):
+    manager = RemoteSequenceManager(ClientConfig(dht_prefix="x"), ["x.0"], dht=dht)
+    press = _thread.interrupt_main if sys.platform == "win32" else partial(os.kill, os.getpid(), signal.SIGINT)
+    timer = threading.Timer(0.5, press)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        manager.make_sequence(mode="min_latency")
+    assert time.monotonic() - began < 5
+    manager._thread.shutdown(0)
+
+
+def test_after_the_end_nobody_waits(dht):
+    manager = RemoteSequenceManager(ClientConfig(dht_prefix="x"), ["x.0"], dht=dht)
+    manager.update(wait=True)
+    manager.shutdown()
+    with pytest.raises(LookUpFailed, match="shut down"):
+        manager.update(wait=True)
+
+
+def test_a_thread_that_announces_survives_any_failure():
+    calls, trigger, leaving = [], threading.Event(), threading.Event()
+
+    def once():
+        calls.append(leaving.is_set())
+        if len(calls) == 3:
+            leaving.set()
+            trigger.set()
+        raise OSError("no way out")
+
+    thread = threading.Thread(target=repeat, args=(once, "announce", 0.01, trigger, leaving.is_set))
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive() and calls == [False, False, False, True]
