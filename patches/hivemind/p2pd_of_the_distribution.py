@@ -62,7 +62,8 @@ def _wait_for_start(ready: asyncio.Future, timeout: float) -> Awaitable[None]:
 def _noted_process_args(self, *args, **kwargs) -> List[str]:
     self._bootstrap_peers = kwargs.get("bootstrapPeers")
     self.lost = AwaitableFuture()  # gets the reason when the daemon ends, unless this instance has ended it
-    return self._make_process_args(*args, **kwargs)
+    # Who opens a port on the router serves strangers anyway; nobody else relays for them.
+    return self._make_process_args(*args, relayService=kwargs["natPortMap"], **kwargs)
 
 
 @add("hivemind.p2p.p2p_daemon:P2P")

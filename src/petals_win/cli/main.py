@@ -12,6 +12,7 @@ from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, pl
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
+from petals_win.host.disk import explain_full_disk
 
 app = typer.Typer(
     name="petals-win",
@@ -60,6 +61,12 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as e:
+        full = explain_full_disk(e)
+        if full is None or logs.debugging:
+            raise
+        typer.secho(f"petals-win: {full}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

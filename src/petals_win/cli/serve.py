@@ -13,6 +13,11 @@ from petals_win.cli.api import Threads, read_token
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent, read_line
 
+_INTERNET = (
+    "With --internet this PC asks the router to open a port: whoever on the internet knows the address can join the swarm and "
+    "use it. It may also pass on the traffic of members that cannot reach each other directly.\n"
+)
+
 
 def serve(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
@@ -44,6 +49,10 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
+    internet: Annotated[
+        bool,
+        typer.Option("--internet", help="Let PCs join over the internet: open the port on the router, and relay."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")] = False,
 ) -> None:
     """Serve some of a model's blocks to a swarm.
@@ -79,6 +88,7 @@ def serve(
         adapters=tuple(adapters or ()),
         name=name,
         token=read_token(token_file),
+        internet=internet,
     )
     with stay_awake(), Node(settings) as node:
         node.on_lost(lambda reason: end_soon(f"petals-win: {reason}"))
@@ -86,6 +96,8 @@ def serve(
             _emit("joined", peers=node.addresses, memory_bytes=own_bytes())
             node.run(on_serving=lambda blocks: _emit("serving", blocks=blocks))
         else:
+            if internet:
+                typer.echo(_INTERNET)
             typer.echo(f"This PC is in the swarm. On the next PC type:\n\n    {node.join_command}\n")
             node.run()
 

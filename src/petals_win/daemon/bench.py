@@ -172,9 +172,9 @@ async def _running(program: Path) -> AsyncIterator[_Pair]:
         writer.close()
 
     with _chosen(program):
-        callee = await P2P.create()
+        callee = await P2P.create(nat_port_map=False)
         try:
-            caller = await P2P.create(initial_peers=await callee.get_visible_maddrs())
+            caller = await P2P.create(await callee.get_visible_maddrs(), nat_port_map=False)
         except BaseException:
             await callee.shutdown()
             raise

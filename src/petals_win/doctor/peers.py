@@ -14,16 +14,13 @@ from typing import Any
 
 from petals_win.doctor.findings import Asked, Finding, finding_of
 from petals_win.errors import UserError
+from petals_win.host.clock import CLOCK_FIX
 from petals_win.host.loop import new_event_loop
 
 _CONNECT_S = 5
 _PING_S = 20
 # Records of the DHT carry the time at which they end: with clocks further apart nodes drop what others announce.
 _MOST_S, _MUCH_S = 3.0, 1.0
-_CLOCK_FIX = (
-    "Set the clocks of both PCs by the internet. Windows: Settings > Time & language > Date & time > Sync now. "
-    "Linux: sudo timedatectl set-ntp true. macOS: System Settings > General > Date & Time."
-)
 
 
 def check_peers(asked: Asked) -> Iterator[Finding]:
@@ -51,9 +48,9 @@ def judge_clock(ahead_s: float, doubt_s: float) -> Finding:
     way = "ahead of" if ahead_s > 0 else "behind"
     text = f"Its clock is {apart:.1f} s {way} this PC's; a swarm needs them within {_MOST_S:.0f} s"
     if apart - doubt_s > _MOST_S:
-        return Finding("error", text, _CLOCK_FIX)
+        return Finding("error", text, CLOCK_FIX)
     if apart + doubt_s > _MUCH_S:
-        return Finding("warning", f"{text} (measured to {doubt_s:.1f} s)", _CLOCK_FIX)
+        return Finding("warning", f"{text} (measured to {doubt_s:.1f} s)", CLOCK_FIX)
     return Finding("ok", f"Its clock agrees with this PC's within {apart + doubt_s:.1f} s")
 
 
@@ -103,7 +100,7 @@ async def _ping(peer: str) -> tuple[float, float]:
     from hivemind.proto import dht_pb2
 
     messages: Any = dht_pb2  # made at run time, where no type checker looks
-    p2p = await P2P.create(initial_peers=[peer], dht_mode="client", startup_timeout=_PING_S)
+    p2p = await P2P.create(initial_peers=[peer], dht_mode="client", nat_port_map=False, startup_timeout=_PING_S)
     try:
         peer_id = PeerID.from_base58(peer.rpartition("/p2p/")[2])
         # Without an id of ours, so that the peer does not take us for a member of the swarm.

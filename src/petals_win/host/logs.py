@@ -6,6 +6,7 @@ a file that another process has open cannot be rotated.
 
 import logging
 import logging.handlers
+import sys
 from pathlib import Path
 
 import filelock
@@ -35,12 +36,28 @@ def log_to_file(kind: str) -> Path | None:
         except filelock.Timeout:
             continue
         _lock = lock
-        handler = logging.handlers.RotatingFileHandler(
-            path, maxBytes=_BYTES, backupCount=_BACKUPS, encoding="utf-8", errors="replace"
-        )
+        handler = _File(path, maxBytes=_BYTES, backupCount=_BACKUPS, encoding="utf-8", errors="replace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         logger.info("Log file: %s", path)
         return path
     logger.warning("No log file: %d processes write %s logs already", _AT_ONCE, kind)
     return None
+
+
+class _File(logging.handlers.RotatingFileHandler):
+    """A log file that is given up, with one line, when it cannot be written: on a full disk, say."""
+
+    _given_up = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._given_up:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._given_up:
+            self._given_up = True
+            logger.warning("The log file %s cannot be written any more: %s", self.baseFilename, error.strerror)

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
+from petals.server.reachability import check_direct_reachability
 from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
 from petals_win.daemon.process import DaemonError
 from petals_win.errors import UserError
+from petals_win.host.addresses import is_loopback, listen_maddr, most_useful
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
 from petals_win.span.needs import check_fits, needs_of
 from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 from petals_win.span.source import ModelSource, open_model
+from petals_win.swarm.joining import CANNOT_BE_REACHED
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class NodeSettings:
     adapters: tuple[str, ...] = ()
     name: str | None = None
     token: str | None = field(default=None, repr=False)
+    internet: bool = False  # open a port on the router, use relays and be one
 
 
 class _Server(Server):
@@ -81,8 +85,14 @@ class Node:
             check_fits(source.name, start, end, needs_of(source.config, dtype, quant), device)
         if settings.port:
             check_port_free(settings.host, settings.port)
-        listen = [f"/ip4/{settings.host}/tcp/{settings.port}"]
-        on_this_pc = settings.host == "127.0.0.1"
+        listen = [listen_maddr(settings.host, settings.port)]
+        on_this_pc = is_loopback(listen[0])
+        if settings.internet and on_this_pc:
+            raise UserError(
+                f"--internet and --host {settings.host}, which keeps the node on this PC, exclude each other."
+            )
+        if settings.peers and not on_this_pc and not settings.internet:
+            check_reachable(settings.peers, listen)
         self._server = _Server(
             initial_peers=list(settings.peers),
             dht_prefix=source.dht_prefix,
@@ -100,24 +110,25 @@ class Node:
             inference_max_length=source.context_length,
             host_maddrs=listen,
             startup_timeout=60,
-            # A peer behind a NAT is found out by asking the others to dial it; on one PC or as the first there is no need.
-            reachable_via_relay=False if on_this_pc or not settings.peers else None,
+            # A peer behind a NAT is found out by asking the others to dial it; the first one has nobody to ask.
+            reachable_via_relay=None if settings.internet and settings.peers else False,
             use_relay=not on_this_pc,
-            use_auto_relay=not on_this_pc,
+            use_auto_relay=settings.internet,
+            nat_port_map=settings.internet,
         )
         return self
 
     @property
     def addresses(self) -> list[str]:
         """Multiaddrs at which other PCs can join, the most useful first."""
-        maddrs = [str(maddr) for maddr in self._server.dht.get_visible_maddrs()]
-        return sorted(maddrs, key=lambda maddr: "/127.0.0.1/" in maddr or "/::1/" in maddr)
+        return most_useful([str(maddr) for maddr in self._server.dht.get_visible_maddrs(latest=True)])
 
     @property
     def join_command(self) -> str:
         """What to type on the next PC."""
         model = f'"{self._settings.model}"' if " " in self._settings.model else self._settings.model
-        return f"petals-win serve --model {model} --peers {self.addresses[0]}"
+        line = f"petals-win serve --model {model} --peers {self.addresses[0]}"
+        return f"{line} --internet" if self._settings.internet else line
 
     def run(self, on_serving: Callable[[str], None] | None = None) -> None:
         """Serve until the stop event is set; `on_serving` is called with the range of blocks whenever they are loaded.
@@ -140,6 +151,13 @@ class Node:
 
     def __exit__(self, *_exception: object) -> None:
         self._server.shutdown()
+
+
+def check_reachable(peers: Sequence[str], listen: Sequence[str]) -> None:
+    """Raise UserError if the peers cannot connect to where this node is going to listen; they dial it to find out."""
+    where = {"initial_peers": list(peers), "host_maddrs": list(listen), "startup_timeout": 60}
+    if check_direct_reachability(use_relay=False, **where) is False:
+        raise UserError(CANNOT_BE_REACHED)
 
 
 def choose_device(name: str | None) -> torch.device:

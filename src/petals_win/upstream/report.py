@@ -27,15 +27,25 @@ def table(patches: Iterable[Patch]) -> str:
 
 
 def table_is_current(register: Path, patches: Iterable[Patch]) -> bool:
-    """Whether windows_patches.md shows the patches as they are. Raises UserError if it has no place for the table."""
-    text = register.read_text(encoding="utf-8")
+    """Whether windows_patches.md shows the patches as they are. Raises UserError if it is missing or has no place for the table."""
+    text = _read(register)
     return _with_table(register, text, patches) == text
 
 
 def write_table(register: Path, patches: Iterable[Patch]) -> None:
     """Put the table to its place in windows_patches.md. Raises UserError if there is none."""
-    text = _with_table(register, register.read_text(encoding="utf-8"), patches)
+    text = _with_table(register, _read(register), patches)
     register.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _read(register: Path) -> str:
+    try:
+        return register.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{register} is missing: this is a source archive, or part of a checkout. Patches are kept in a whole checkout "
+            "of petals-win alone, made by git."
+        ) from e
 
 
 def _with_table(register: Path, text: str, patches: Iterable[Patch]) -> str:
