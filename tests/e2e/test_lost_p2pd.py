@@ -10,6 +10,7 @@ import time
 import httpx
 import psutil
 import pytest
+import torch
 from conftest import connect, disconnect, free_port
 
 from petals_win.span.source import DEFAULT_MODEL
@@ -46,8 +47,6 @@ def test_a_node_ends_with_it_while_it_loads(checkpoint):
 def test_a_client_gets_an_exception(swarm):
     remote = connect(swarm, DEFAULT_MODEL, max_retries=None)
     try:
-        import torch
-
         ids = torch.tensor([[1, 2, 3]])
         remote.generate(ids, max_new_tokens=1, do_sample=False)
         lost = remote.blocks.sequence_manager.dht.lost

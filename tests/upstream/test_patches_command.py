@@ -178,3 +178,13 @@ def test_an_installed_package_has_no_patches(monkeypatch, tmp_path):
     monkeypatch.setattr(building, "__file__", str(tmp_path / "a" / "b" / "c" / "build.py"))
     with pytest.raises(UserError, match="in a checkout of petals-win; this is an installed package"):
         CliRunner().invoke(app, ["list"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [["check"], ["table", "--write"]])
+def test_a_source_archive_lacks_the_register(run, project, command):
+    run("digest", "--fill", str(project.checkout.patches / "alpha" / "one.py"))
+    run("digest", "--fill", str(project.checkout.patches / "beta" / "two.py"))
+    run("build")
+    project.checkout.register.unlink()
+    with pytest.raises(UserError, match="windows_patches.md is missing"):
+        run(*command)

@@ -15,7 +15,8 @@ from petals_win.host.children import exit_with_parent, read_line
 
 _INTERNET = (
     "With --internet this PC asks the router to open a port: whoever on the internet knows the address can join the swarm and "
-    "use it. It may also pass on the traffic of members that cannot reach each other directly.\n"
+    "use it. It may also pass on the traffic of members that cannot reach each other directly. "
+    "On a PC elsewhere, put the router's public address in the place of this PC's into the line below.\n"
 )
 
 

@@ -119,11 +119,6 @@ def adapters() -> dict[str, str]:
     return names
 
 
-def public_addresses(maddrs: Sequence[str]) -> list[str]:
-    """Those that are addresses of the internet."""
-    return [maddr for maddr in maddrs if (address := _address_of(maddr)) is not None and address.is_global]
-
-
 def _address_of(maddr: str) -> _Address | None:
     found = re.match(r"/ip[46]/([^/]+)/", maddr)
     return _parse(found[1]) if found else None
