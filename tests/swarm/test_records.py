@@ -310,3 +310,12 @@ def test_a_server_that_moved_holds_only_where_it_is():
     infos[0].servers[peer], infos[4].servers[peer], infos[5].servers[peer] = info(0, 1), info(4, 6), info(4, 6)
     span = compute_spans(infos, min_state=ServerState.ONLINE)[peer]
     assert (span.start, span.end) == (0, 1)
+
+
+def test_a_key_of_whole_nodes_holds_any_range_that_is_one():
+    entries = {
+        PEER: ValueWithExpiration(announcement(), 1.0),
+        OTHER: ValueWithExpiration(announcement(end_block=0), 1.0),
+    }
+    found = read_servers("llama-0123456789abcdef", ValueWithExpiration(entries, 1.0), _known_server)
+    assert list(found) == [PeerID.from_base58(PEER)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from petals_win.errors import UserError
@@ -35,6 +36,7 @@ class LookUpThread(threading.Thread):
         super().__init__(name="look servers up", daemon=True)
         self._find, self._period = find, period
         self._round: AwaitableFuture[None] = AwaitableFuture()  # of the look-up in work, or else the next one
+        self._begun = False
         self._lock = threading.Lock()
         self.ready = threading.Event()
         self.trigger = threading.Event()
@@ -42,6 +44,8 @@ class LookUpThread(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped and (look_up := self._find()) is not None:
+            with self._lock:
+                self._begun = True
             self.trigger.clear()
             failure = None
             try:
@@ -56,19 +60,24 @@ class LookUpThread(threading.Thread):
         self._end_round(LookUpFailed(RuntimeError("this client has been shut down")))
 
     def look_up(self, timeout: float) -> None:
-        """Wait for the look-up in work, or for a new one. Raises LookUpFailed if it fails or takes longer than `timeout`."""
-        with self._lock:
-            waited_for = self._round
-            if self.ident is None:
-                self.start()
-        self.trigger.set()
-        if self._stopped or not self.is_alive():
-            raise LookUpFailed(RuntimeError("this client has been shut down"))
+        """Wait for the look-up in work if it succeeds, else for a new one. Raises LookUpFailed if that fails or takes too long."""
         timeout = min(timeout, MOST_SECONDS)
-        try:
-            waited_for.result(timeout)
-        except TimeoutError as e:
-            raise LookUpFailed(TimeoutError(f"nobody answered within {timeout:.0f} s")) from e
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                waited_for, begun = self._round, self._begun
+                if self.ident is None:
+                    self.start()
+            self.trigger.set()
+            if self._stopped or not self.is_alive():
+                raise LookUpFailed(RuntimeError("this client has been shut down"))
+            try:
+                return waited_for.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError as e:
+                raise LookUpFailed(TimeoutError(f"nobody answered within {timeout:.0f} s")) from e
+            except LookUpFailed:
+                if not begun:  # one that had begun before may have failed for a reason that is gone
+                    raise
 
     def shutdown(self, timeout: float | None = None) -> None:
         """End the thread; from the thread itself, or with `timeout` seconds over, without waiting for it."""
@@ -79,7 +88,7 @@ class LookUpThread(threading.Thread):
 
     def _end_round(self, failure: Exception | None) -> None:
         with self._lock:
-            ended, self._round = self._round, AwaitableFuture()
+            ended, self._round, self._begun = self._round, AwaitableFuture(), False
         if failure is None:
             ended.set_result(None)
         else:

@@ -102,9 +102,9 @@ def decode_entries(
 
 
 def read_servers(uid: str, found: Any, make: Callable[[str, tuple], tuple[P, S]]) -> dict[P, S]:
-    """The servers that announce a block, without the announcements that make no sense.
+    """The servers that announce themselves below a key, without the announcements that make no sense.
 
-    :param uid: the block's key, e.g. "prefix.7"
+    :param uid: the key, e.g. "prefix.7" for one block; a key without a number is that of whole nodes
     :param found: what the DHT has for it: None, or an object whose `value` is a dictionary
     :param make: of a peer id in base58 and a checked announcement; may raise TypeError or ValueError for one it refuses
     """
@@ -115,6 +115,8 @@ def read_servers(uid: str, found: Any, make: Callable[[str, tuple], tuple[P, S]]
         skipped.add(uid, f"it is no dictionary but {type(entries).__name__}")
         return {}
     servers = {}
+    _, dot, last = uid.rpartition(".")
+    block = int(last) if dot and last.isdecimal() else None
     for number, (peer, entry) in enumerate(entries.items()):
         if number == MOST_ENTRIES:
             skipped.add(uid, f"it has {len(entries)} entries", len(entries) - number)
@@ -122,7 +124,7 @@ def read_servers(uid: str, found: Any, make: Callable[[str, tuple], tuple[P, S]]
         try:
             check_peer_id(peer)
             info = getattr(entry, "value", None)
-            check_announcement(info, int(uid.rpartition(".")[2]))
+            check_announcement(info, block)
             key, server = make(peer, tuple(info))  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError) as e:
             skipped.add(f"{uid}, {peer!r}", e)
@@ -143,8 +145,8 @@ def check_peer_id(text: object) -> None:
     raise BadRecord("it does not come from a peer")
 
 
-def check_announcement(info: object, block: int) -> None:
-    """Raise BadRecord unless this is what a server of `block` would announce: (state, throughput, the rest by name)."""
+def check_announcement(info: object, block: int | None) -> None:
+    """Raise BadRecord unless this is what a server of `block`, None for any, would announce: (state, throughput, the rest by name)."""
     if not isinstance(info, list | tuple) or not 2 <= len(info) <= 3:
         raise BadRecord("it is no announcement")
     state, throughput = info[:2]
@@ -173,12 +175,12 @@ def check_announcement(info: object, block: int) -> None:
         _check_pings(more["next_pings"])
 
 
-def _check_range(start: object, end: object, block: int) -> None:
+def _check_range(start: object, end: object, block: int | None) -> None:
     if start is None and end is None:
         return
     _whole("start_block", start, 0, _MOST_BLOCKS)
     _whole("end_block", end, 1, _MOST_BLOCKS)
-    if not start <= block < end:  # pyright: ignore[reportOperatorIssue]
+    if not start < end or block is not None and not start <= block < end:  # pyright: ignore[reportOperatorIssue]
         raise BadRecord(f"its blocks {start}:{end} do not hold the block {block}")
 
 
