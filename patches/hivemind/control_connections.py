@@ -14,7 +14,7 @@ from petals_win.upstream.declare import add, add_import, replace
 add_import(
     "hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control"
 )
-add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.process import DaemonError")
+add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.process import DaemonLost")
 
 
 @replace("hivemind.p2p.p2p_daemon_bindings.control:DaemonConnector.open_connection", digest="f12a09cc081fb0a0")
@@ -26,7 +26,7 @@ async def open_connection(self) -> (asyncio.StreamReader, asyncio.StreamWriter):
 
 
 @add("hivemind.p2p.p2p_daemon_bindings.control", after="DaemonConnector")
-class P2PDaemonLost(P2PDaemonError, DaemonError):
+class P2PDaemonLost(P2PDaemonError, DaemonLost):
     """p2pd has ended, or its connection to this process has."""
 
     def __init__(self):

@@ -20,7 +20,7 @@ TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_he
 
 
 def kill_daemon(pid: int) -> psutil.Process:
-    (daemon,) = [child for child in psutil.Process(pid).children() if child.name().startswith("p2pd")]
+    (daemon,) = [child for child in psutil.Process(pid).children(recursive=True) if child.name().startswith("p2pd")]
     daemon.kill()
     return daemon
 

@@ -88,7 +88,9 @@ def test_the_join_line_names_the_address_that_others_reach(networks, serve, chec
 
 
 def daemon_flags(node: Child) -> list[str]:
-    (daemon,) = [child for child in psutil.Process(node.pid).children() if child.name().startswith("p2pd")]
+    (daemon,) = [
+        child for child in psutil.Process(node.pid).children(recursive=True) if child.name().startswith("p2pd")
+    ]
     return daemon.cmdline()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening
-from petals_win.daemon.process import DaemonError
+from petals_win.daemon.process import DaemonLost
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -77,7 +77,7 @@ def answer_until(
 ) -> None:
     """Serve the API in front of `engine` until `stop` is set. Closes the engine.
 
-    Raises DaemonError when the engine's daemon has ended: nothing can be answered any more.
+    Raises DaemonLost when the engine's daemon has ended: nothing can be answered any more.
     """
     from petals_win.api.app import create_app
 
@@ -97,7 +97,7 @@ def answer_until(
     engine.on_lost(end)
     asyncio.run(serve())
     if engine.lost is not None:
-        raise DaemonError(engine.lost)
+        raise DaemonLost(engine.lost)
 
 
 def read_token(file: Path | None) -> str | None:

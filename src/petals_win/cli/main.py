@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from petals_win import __version__
 from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, plan, serve, up
+from petals_win.daemon.process import DaemonLost
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
@@ -58,6 +61,12 @@ def main() -> None:
         if logs.debugging:
             raise
         typer.secho(f"petals-win: {e}", fg=typer.colors.RED, err=True)
+        if isinstance(e, DaemonLost):
+            # Threads are cut off in the middle of their work then, and Python's own end was seen to loop for ever over it.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -73,6 +73,10 @@ class DaemonError(UserError):
     """p2pd did not start, or was lost."""
 
 
+class DaemonLost(DaemonError):
+    """p2pd has ended while this process needed it; the message is `explain_end`'s."""
+
+
 def start_timeout_s(default: float) -> float:
     """Seconds that p2pd has to become ready: PETALS_WIN_P2PD_TIMEOUT, or else `default`."""
     text = os.environ.get("PETALS_WIN_P2PD_TIMEOUT", "")

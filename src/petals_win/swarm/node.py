@@ -16,7 +16,7 @@ from petals.server.reachability import check_direct_reachability
 from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
-from petals_win.daemon.process import DaemonError
+from petals_win.daemon.process import DaemonLost
 from petals_win.errors import UserError
 from petals_win.host.addresses import is_loopback, listen_maddr, most_useful
 from petals_win.host.ports import check_port_free
@@ -133,7 +133,7 @@ class Node:
     def run(self, on_serving: Callable[[str], None] | None = None) -> None:
         """Serve until the stop event is set; `on_serving` is called with the range of blocks whenever they are loaded.
 
-        Raises DaemonError at the end if the node's daemon has ended meanwhile.
+        Raises DaemonLost at the end if the node's daemon has ended meanwhile.
         """
         self._server.stop, self._server.on_serving = self._stop, on_serving
         lost = self._server.dht.lost
@@ -143,7 +143,7 @@ class Node:
             if not lost.done():
                 raise
         if lost.done():
-            raise DaemonError(lost.result())
+            raise DaemonLost(lost.result())
 
     def on_lost(self, tell: Callable[[str], None]) -> None:
         """Call `tell` with a sentence, on another thread, if the node's daemon ends; the node is of no use from then on."""
