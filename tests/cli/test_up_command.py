@@ -50,6 +50,6 @@ def test_the_check_takes_no_proxy(server, monkeypatch, name):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     check = _Check()
-    check.ask(api, "model")
+    check.ask(api, "model", ())
     assert check.error is None and check.answer == "Paris."
     assert asked_api == ["/v1/chat/completions"] and not asked_proxy
