@@ -94,6 +94,8 @@ class _AutoDistributedBase:
 
         token = token if token is not None else use_auth_token
         source = open_model(str(model_name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+        if own_fields.get("dht_prefix") is None:
+            own_fields["dht_prefix"] = source.swarm_name
         config = AutoDistributedConfig.of(source, **own_fields)
         return distribute(source, config, dht=dht, dtype=dtype if dtype is not None else torch_dtype, task=cls._task)
 

@@ -18,10 +18,19 @@ remove("petals.server.handler:TransformerConnectionHandler.shutdown", digest="e2
 
 @replace("petals.server.handler:TransformerConnectionHandler.__init__", digest="ce8829fc512b973b")
 def __init__(
-    self, dht, module_backends, *, adapters, dht_prefix, quant_type, task_prioritizer=DummyTaskPrioritizer(), **limits
+    self,
+    dht,
+    module_backends,
+    *,
+    adapters,
+    dht_prefix,
+    quant_type,
+    content_id=None,
+    task_prioritizer=DummyTaskPrioritizer(),
+    **limits,
 ):
     super().__init__(dht, module_backends)
-    self.dht_prefix, self.adapters, self.quant_type = dht_prefix, adapters, quant_type
+    self.dht_prefix, self.content_id, self.adapters, self.quant_type = dht_prefix, content_id, adapters, quant_type
     self.inference_max_length = limits["inference_max_length"]
     self.request_timeout, self.session_timeout, self.step_timeout = (
         limits[f"{what}_timeout"] for what in ("request", "session", "step")

@@ -27,6 +27,9 @@ add_import("petals.server.server", "from petals_win.span.needs import choose_num
 add_import("petals.server.server", "from petals_win.span.source import open_model")
 add_import("petals.server.server", "from petals_win.span.span import Span")
 add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
+add_import("petals.server.server", "from petals_win.swarm.naming import names_of, split_names")
+add_import("petals.server.server", "from petals_win.swarm.protocol import PROTOCOL")
+add_import("petals.server.server", "from petals_win.swarm.members import addresses_to_announce")
 remove("petals.server.server:RuntimeWithDeduplicatedPools", digest="217f13ccc8509f36")
 
 
@@ -75,10 +78,14 @@ class ModuleContainer:
         start, end = block_indices[0], block_indices[-1] + 1
         module_uids = [f"{dht_prefix}{UID_DELIMITER}{index}" for index in range(start, end)]
         memory_cache = MemoryCache(attn_cache_bytes, max_alloc_timeout)
+        name, content = split_names(dht_prefix)
+        server_info.protocol, server_info.content_id = PROTOCOL, content
+        server_info.addresses = addresses_to_announce(dht.get_visible_maddrs(latest=True))
         server_info.state = ServerState.JOINING
         about = {"block_config": block_config, "memory_cache": memory_cache}
         pace = {"update_period": update_period, "expiration": expiration}
         announcer = ModuleAnnouncerThread(module_uids, dht, server_info, model_info, **about, **pace, daemon=True)
+        announcer.dht_prefix = name  # under which the model is listed
         announcer.start()
         logger.info(f"Blocks {start}:{end} are joining the swarm")
         compute = ComputeThread()
@@ -98,8 +105,9 @@ class ModuleContainer:
             speed = compute.submit(measure_speed, span).result()
             for name, value in throughput_info(speed, block_config, end - start, server_info.using_relay).items():
                 setattr(server_info, name, value)
-            backends = {
-                uid: TransformerBackend(
+            backends = {}
+            for uid, index in zip(module_uids, range(start, end)):
+                backend = TransformerBackend(
                     index,
                     span=span,
                     compute=compute,
@@ -107,11 +115,10 @@ class ModuleContainer:
                     compression=compression,
                     max_batch_size=max_batch_size,
                 )
-                for uid, index in zip(module_uids, range(start, end))
-            }
+                backends |= dict.fromkeys(names_of(uid), backend)
             limits = {"inference_max_length": inference_max_length, "step_timeout": step_timeout}
             limits |= {"request_timeout": request_timeout, "session_timeout": session_timeout}
-            names = {"dht_prefix": dht_prefix, "adapters": server_info.adapters, "quant_type": quant_type}
+            names = {"dht_prefix": name, "content_id": content, "adapters": server_info.adapters, "quant_type": quant_type}
             handler = TransformerConnectionHandler(dht, backends, **names, **limits)
             handler.run_in_background()
             if should_validate_reachability:

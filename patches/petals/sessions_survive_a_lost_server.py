@@ -12,6 +12,7 @@ Drop-when: the issue is closed by a release.
 from petals_win.upstream.declare import add_import, replace
 
 add_import("petals.client.inference_session", "from petals_win.span.history import InputHistory")
+add_import("petals.client.inference_session", "from petals_win.swarm.naming import chain_for")
 
 
 @replace("petals.client.inference_session:_ServerInferenceSession.step", digest="14492a59b47fe5a3")
@@ -133,7 +134,7 @@ def _enter_server_sessions(self, chosen_spans: List[RemoteSpanInfo]) -> List[_Se
     """A session at the server of each span, or at none; a server that cannot be reached is avoided from then on."""
     manager, opened = self._sequence_manager, []
     for span in chosen_spans:
-        uids = CHAIN_DELIMITER.join(manager.block_uids[span.start : span.end])
+        uids = chain_for(span.server_info)(manager.block_uids[span.start : span.end])
         request = manager.get_request_metadata("rpc_inference", uids, peer_id=span.peer_id)
         opening = _ServerInferenceSession.create(
             manager.config,

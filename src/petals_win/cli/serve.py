@@ -33,7 +33,7 @@ def serve(
         typer.Option(help="Blocks to serve, e.g. 0:15; default: as many as fit, where they are needed most."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 keeps the node on this PC.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="TCP port to listen on; 0 takes a free one.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="TCP port to listen on; default: the one of the last start.", min=0, max=65535)] = 0,
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
     ] = None,
@@ -53,6 +53,10 @@ def serve(
     internet: Annotated[
         bool,
         typer.Option("--internet", help="Let PCs join over the internet: open the port on the router, and relay."),
+    ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Take a new address, and forget which nodes were in the swarm before."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as lines of JSON.")] = False,
 ) -> None:
@@ -90,6 +94,7 @@ def serve(
         name=name,
         token=read_token(token_file),
         internet=internet,
+        fresh=fresh,
     )
     with stay_awake(), Node(settings) as node:
         node.on_lost(lambda reason: end_soon(f"petals-win: {reason}"))

@@ -43,6 +43,7 @@ from petals_win.engines.stopping import StopStrings, WithoutRepeat
 from petals_win.engines.text import PromptEncoder
 from petals_win.span.source import ModelSource, open_model
 from petals_win.swarm.looking import LookUpFailed
+from petals_win.swarm.revision import check_content
 from petals_win.swarm.state import SwarmState, read_state
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,12 @@ class PetalsEngine:
     def connect(cls, model: str, peers: Sequence[str], *, token: str | None = None) -> PetalsEngine:
         """Join the swarm of `peers` as a client and load what of the model is computed here. Blocks until done.
 
-        Raises UserError if the model cannot be opened or none of the peers answers.
+        Raises UserError if the model cannot be opened, none of the peers answers, or they serve another revision of it.
         """
         source = open_model(model, token=token)
         dht = DHT(initial_peers=list(peers), client_mode=True, start=True, startup_timeout=30, use_relay=True)
         try:
+            check_content(dht, source.swarm_name)
             distributed = AutoDistributedModelForCausalLM.from_pretrained(
                 model, token=token, dht=dht, initial_peers=tuple(peers), max_retries=_MAX_RETRIES, show_route=False
             )
@@ -119,7 +121,7 @@ class PetalsEngine:
 
     async def _look(self) -> None:
         try:
-            self._state = await read_state(self._dht, self._source.dht_prefix, self._source.num_blocks)
+            self._state = await read_state(self._dht, self._source.swarm_name, self._source.num_blocks)
         except Exception as e:
             logger.warning("The swarm could not be read: %s", e)
             self._state = SwarmState(self._source.num_blocks, ())

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from petals_win.errors import UserError
+from petals_win.span.content import canonical, safetensors_file
 from petals_win.span.transformers_internals import LazyTensor
 
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,10 @@ class Checkpoint(Protocol):
 
     def dtype(self) -> torch.dtype:
         """Of the weights as they are stored; float32 for quantized ones."""
+        ...
+
+    def content(self) -> Iterable[bytes]:
+        """What copies of this checkpoint have in common and others do not, for petals_win.span.content."""
         ...
 
 
@@ -86,6 +91,12 @@ class SafetensorsCheckpoint:
                 f"{self._locate(name)} does not contain the tensor {key}: the file and the index belong to different versions of "
                 "the model. Download the model again."
             ) from e
+
+    def content(self) -> Iterable[bytes]:
+        if self._file_of is not None:
+            return [canonical(self._file_of)]
+        self._file(SINGLE)  # says what is wrong with it
+        return safetensors_file(self._locate(SINGLE))
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -27,6 +27,7 @@ from petals_win.errors import UserError
 from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
 from petals_win.span.architecture import check_supported, empty_model
+from petals_win.span.content import gguf_file
 from petals_win.span.gguf_metadata import ROPE_DIVISORS, read_config
 from petals_win.span.gguf_tokenizer import GgufTokenizer
 from petals_win.span.transformers_internals import GgufNames, LazyTensor
@@ -80,6 +81,9 @@ class GgufCheckpoint:
         if types == {GGMLQuantizationType.BF16}:
             return torch.bfloat16
         return torch.float32
+
+    def content(self) -> Iterable[bytes]:
+        return gguf_file(self._path, min((entry.offset for entry in self._entries.values()), default=0))
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the file in float32."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import __version__ as VERSION
 from petals_win.errors import UserError
 from petals_win.span.architecture import check_supported, text_config
 from petals_win.span.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
+from petals_win.span.content import canonical_config, content_id
 from petals_win.span.default_model import NAME as DEFAULT_MODEL
 from petals_win.span.default_model import default_model_file
 from petals_win.span.gguf_file import GgufCheckpoint
@@ -36,9 +38,12 @@ class ModelSource:
         config: PreTrainedConfig,
         checkpoint: Checkpoint,
         place: str,
+        *,
+        config_file: Path | None = None,
         **hub_arguments: Any,
     ) -> None:
-        """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files.
+        """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files; `config_file`
+        is its config.json, None where the checkpoint has the configuration in itself.
 
         Raises UserError for an architecture that cannot be served.
         """
@@ -47,6 +52,7 @@ class ModelSource:
         self.config = config
         self.checkpoint = checkpoint
         self._place = place
+        self._config_file = config_file
         self._hub_arguments = hub_arguments
 
     @property
@@ -82,10 +88,21 @@ class ModelSource:
     @property
     def dht_prefix(self) -> str:
         """What the keys of this model's blocks begin with in a swarm; the same rule as upstream's, so that both meet."""
-        prefix = self.name.replace(".", "-")
+        prefix = re.sub(r"[. ]", "-", self.name)  # upstream refuses spaces, so there is no rule of its for them
         if text_config(self.config).model_type == "llama" and not prefix.endswith("-hf"):
             prefix += "-hf"
         return prefix
+
+    @cached_property
+    def content_id(self) -> str:
+        """A name for its configuration and weights, the same in any folder. Downloads the weights if they are one file."""
+        config = [] if self._config_file is None else [canonical_config(self._config_file)]
+        return content_id(text_config(self.config).model_type, *config, *self.checkpoint.content())
+
+    @property
+    def swarm_name(self) -> str:
+        """Both names by which swarms know the model, as petals_win.swarm.naming reads them."""
+        return f"{self.dht_prefix}@{self.content_id}"
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, with its chat template if it has one."""
@@ -147,7 +164,7 @@ def _from_folder(folder: Path) -> ModelSource:
 
     index = folder / INDEX
     checkpoint = SafetensorsCheckpoint(str(folder), locate, index if index.exists() else None)
-    return ModelSource(folder.resolve().name, _read_config(folder), checkpoint, str(folder))
+    return ModelSource(folder.resolve().name, _read_config(folder), checkpoint, str(folder), config_file=folder / "config.json")
 
 
 def _from_gguf(path: Path) -> ModelSource:
@@ -165,7 +182,9 @@ def _from_hub(repository: HubModel) -> ModelSource:
     checkpoint = SafetensorsCheckpoint(repository.name, repository.file, repository.file_if_any(INDEX))
     name = repository.name.rpartition("/")[2]
     config = _read_config(config_file.parent)
-    return ModelSource(name, config, checkpoint, repository.name, **repository.arguments)
+    return ModelSource(
+        name, config, checkpoint, repository.name, config_file=config_file, **repository.arguments
+    )
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

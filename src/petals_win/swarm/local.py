@@ -130,7 +130,7 @@ class LocalSwarm:
 
     def _start(self, span: str, peers: list[str]) -> LocalNode:
         command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
-        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1"]
+        command += ["--model", self._model, "--blocks", span, "--host", "127.0.0.1", "--fresh"]
         command += [*self._options, *peers]
         events: queue.SimpleQueue[dict] = queue.SimpleQueue()
 

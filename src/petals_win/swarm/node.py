@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from hivemind.dht.routing import DHTID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.server.reachability import check_direct_reachability
 from petals.server.server import ModuleContainer, Server
@@ -24,7 +27,10 @@ from petals_win.host.signals import stop_event
 from petals_win.span.needs import check_fits, needs_of
 from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 from petals_win.span.source import ModelSource, open_model
+from petals_win.swarm.identity import Identity, hold_identity
 from petals_win.swarm.joining import CANNOT_BE_REACHED
+from petals_win.swarm.members import checked_members, noting_members, rejoin
+from petals_win.swarm.revision import check_content
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class NodeSettings:
     name: str | None = None
     token: str | None = field(default=None, repr=False)
     internet: bool = False  # open a port on the router, use relays and be one
+    fresh: bool = False  # another address than last time, and a swarm of its own if there are no peers
 
 
 class _Server(Server):
@@ -73,8 +80,17 @@ class Node:
     def __init__(self, settings: NodeSettings):
         self._settings = settings
         self._stop = stop_event()
+        self._held = ExitStack()
 
     def __enter__(self) -> Node:
+        try:
+            self._join()
+        except BaseException:
+            self._held.close()
+            raise
+        return self
+
+    def _join(self) -> None:
         settings = self._settings
         source = open_model(settings.model, token=settings.token)
         device = choose_device(settings.device)
@@ -83,10 +99,13 @@ class Node:
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
             check_fits(source.name, start, end, needs_of(source.config, dtype, quant), device)
-        if settings.port:
-            check_port_free(settings.host, settings.port)
-        listen = [listen_maddr(settings.host, settings.port)]
-        on_this_pc = is_loopback(listen[0])
+        on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))
+        port, identity = settings.port, self._hold_identity(source)
+        if identity is not None:
+            port = identity.port
+        elif port:
+            check_port_free(settings.host, port)
+        listen = [listen_maddr(settings.host, port)]
         if settings.internet and on_this_pc:
             raise UserError(
                 f"--internet and --host {settings.host}, which keeps the node on this PC, exclude each other."
@@ -95,7 +114,7 @@ class Node:
             check_reachable(settings.peers, listen)
         self._server = _Server(
             initial_peers=list(settings.peers),
-            dht_prefix=source.dht_prefix,
+            dht_prefix=source.swarm_name,
             converted_model_name_or_path=settings.model,
             public_name=settings.name,
             throughput="auto",
@@ -115,8 +134,29 @@ class Node:
             use_relay=not on_this_pc,
             use_auto_relay=settings.internet,
             nat_port_map=settings.internet,
+            **identity_arguments(identity),
         )
-        return self
+        self._held.callback(self._server.shutdown)
+        self._find_swarm(identity, source)
+
+    def _hold_identity(self, source: ModelSource) -> Identity | None:
+        """The same as last time, for as long as this node runs; None: p2pd makes a new one."""
+        settings = self._settings
+        if settings.fresh:
+            return None
+        asked = {"blocks": settings.blocks, "device": settings.device}
+        holding = hold_identity(source.dht_prefix, asked, host=settings.host, port=settings.port)
+        return self._held.enter_context(holding)
+
+    def _find_swarm(self, identity: Identity | None, source: ModelSource) -> None:
+        """Look for the nodes that were with this one before, and note from now on which are."""
+        dht = self._server.dht
+        if identity is not None and not self._settings.peers:
+            if found := rejoin(dht, checked_members(identity.members())):
+                logger.info("Found %d of the nodes again that were in the swarm before", found)
+        check_content(dht, source.swarm_name)
+        if identity is not None:
+            self._held.enter_context(noting_members(dht, source.content_id, identity.remember))
 
     @property
     def addresses(self) -> list[str]:
@@ -150,7 +190,18 @@ class Node:
         self._server.dht.lost.add_done_callback(lambda lost: tell(lost.result()))
 
     def __exit__(self, *_exception: object) -> None:
-        self._server.shutdown()
+        self._held.close()
+
+
+def identity_arguments(identity: Identity | None) -> dict[str, Any]:
+    """How hivemind is told an identity."""
+    if identity is None:
+        return {}
+    # Its lock tells on this PC whether the identity is in use, without a second daemon that asks the swarm. The place in the DHT
+    # stays the same, too, so that routing tables that still have this node are right.
+    return dict(
+        identity_path=str(identity.key), check_if_identity_free=False, node_id=DHTID.generate(identity.public_key)
+    )
 
 
 def check_reachable(peers: Sequence[str], listen: Sequence[str]) -> None:

@@ -171,6 +171,15 @@ def check_announcement(info: object, block: int | None) -> None:
         raise BadRecord("using_relay is neither true nor false")
     if more.get("cache_tokens_left") is not None:
         _whole("cache_tokens_left", more["cache_tokens_left"], 0, 2**63)
+    if more.get("protocol") is not None:
+        _whole("protocol", more["protocol"], 0, 2**31)
+    if more.get("content_id") is not None:
+        _text("content_id", more["content_id"])
+    addresses = more.get("addresses", ())
+    if not isinstance(addresses, list | tuple) or len(addresses) > MOST_ENTRIES:
+        raise BadRecord("addresses is no list")
+    for address in addresses:
+        _text("addresses", address)
     if more.get("next_pings") is not None:
         _check_pings(more["next_pings"])
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from hivemind import DHT
 from petals.data_structures import UID_DELIMITER, ServerState
-from petals.utils.dht import _get_remote_module_infos, compute_spans
+from petals.utils.dht import compute_spans, read_module_infos
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class SwarmState:
 async def read_state(dht: DHT, dht_prefix: str, num_blocks: int, *, timeout: float = 10) -> SwarmState:
     """Look the blocks of a model up. Call it on any event loop.
 
+    :param dht_prefix: ModelSource.swarm_name, or upstream's prefix alone
     :raises TimeoutError: the DHT did not answer within `timeout` seconds
     """
     uids = [f"{dht_prefix}{UID_DELIMITER}{block}" for block in range(num_blocks)]
-    look_up = partial(_get_remote_module_infos, uids=uids, active_adapter=None, expiration_time=None, latest=True)
+    look_up = partial(read_module_infos, uids=uids, active_adapter=None, expiration_time=None, latest=True)
     future = dht.run_coroutine(look_up, return_future=True)
     infos = await asyncio.wait_for(asyncio.wrap_future(future), timeout)  # pyright: ignore[reportArgumentType]
     spans = compute_spans(infos, min_state=ServerState.JOINING)

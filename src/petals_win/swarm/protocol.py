@@ -1,0 +1,31 @@
+"""The number of the protocol that this version speaks, and what its nodes announce beside what upstream's do.
+
+Knows no network. Whoever announces no number is upstream's, or of a version before there was one, and speaks what 1 means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# agent.md tells when to raise them.
+PROTOCOL = 1
+OLDEST_PROTOCOL = 1
+
+
+@dataclass(kw_only=True)
+class Announced:
+    """Of a node, in its records; upstream ignores what it does not know."""
+
+    protocol: int | None = None
+    content_id: str | None = None
+    addresses: tuple[str, ...] = ()
+
+
+def mismatch(protocol: object, who: str) -> str | None:
+    """Why `who`, which speaks `protocol`, and this version do not understand each other; None if they do."""
+    if protocol is None or (isinstance(protocol, int) and OLDEST_PROTOCOL <= protocol <= PROTOCOL):
+        return None
+    ours = f"{OLDEST_PROTOCOL} to {PROTOCOL}" if OLDEST_PROTOCOL < PROTOCOL else str(PROTOCOL)
+    newer = isinstance(protocol, int) and protocol > PROTOCOL
+    where = "on this PC" if newer else "there"
+    return f"{who} speaks the protocol {protocol!r}, this PC {ours}. Update petals-win {where}."
