@@ -98,10 +98,10 @@ def _first_block_at(self, peer_id: PeerID):
     return lambda uid: runtime_pb2.ExpertUID(uid=uid if server is None else chain_for(server)([uid]))
 
 
-@replace("petals.client.routing.sequence_manager:RemoteSequenceManager.get_request_metadata", digest="46fa5f5551290e6d")
-def get_request_metadata(
-    self, protocol: str, args_structure: Any = None, *args, **kwargs
-) -> Optional[Dict[str, Any]]:
+@replace(
+    "petals.client.routing.sequence_manager:RemoteSequenceManager.get_request_metadata", digest="46fa5f5551290e6d"
+)
+def get_request_metadata(self, protocol: str, args_structure: Any = None, *args, **kwargs) -> Optional[Dict[str, Any]]:
     """What goes along with a request.
 
     :param protocol: of "rpc_forward", "rpc_backward" and "rpc_inference" the one that is called

@@ -118,7 +118,12 @@ class ModuleContainer:
                 backends |= dict.fromkeys(names_of(uid), backend)
             limits = {"inference_max_length": inference_max_length, "step_timeout": step_timeout}
             limits |= {"request_timeout": request_timeout, "session_timeout": session_timeout}
-            names = {"dht_prefix": name, "content_id": content, "adapters": server_info.adapters, "quant_type": quant_type}
+            names = {
+                "dht_prefix": name,
+                "content_id": content,
+                "adapters": server_info.adapters,
+                "quant_type": quant_type,
+            }
             handler = TransformerConnectionHandler(dht, backends, **names, **limits)
             handler.run_in_background()
             if should_validate_reachability:

@@ -25,7 +25,17 @@ class ByItself:
     """
 
     def __init__(self, *arguments: str, home: Path | None = None, program: Mapping[str, str] | None = None):
-        command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json", "--host", "127.0.0.1", "--threads", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "petals_win.cli.main",
+            "serve",
+            "--json",
+            "--host",
+            "127.0.0.1",
+            "--threads",
+            "1",
+        ]
         environment = {**os.environ, **(program or {})}
         if home is not None:
             environment["PETALS_WIN_HOME"] = str(home)
@@ -54,6 +64,10 @@ class ByItself:
         """Its address, when it is in the swarm."""
         self.address: str = self.event("joined")["peers"][0]
         return self.address
+
+    def tell(self, address: str) -> None:
+        """The address of a peer, for which a node with `--peers -` waits while it starts."""
+        self.child.tell(address)
 
     @property
     def peer_id(self) -> str:

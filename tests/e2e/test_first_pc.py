@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from by_itself import SECONDS, ByItself
-from test_bad_input import assert_sentence, run
 from petals import AutoDistributedModelForCausalLM
+from test_bad_input import assert_sentence, run
 from transformers import AutoModelForCausalLM
 
 from petals_win.span.source import open_model
@@ -44,10 +44,10 @@ def local_text(folder: Path) -> torch.Tensor:
 class Client:
     """A model whose blocks are in the swarm of `peer`."""
 
-    def __init__(self, folder: Path, peer: str):
+    def __init__(self, folder: Path, peer: str, **settings):
         self._name = open_model(str(folder)).swarm_name
         self.model = AutoDistributedModelForCausalLM.from_pretrained(
-            str(folder), initial_peers=[peer], show_route=False, max_retries=3
+            str(folder), initial_peers=[peer], show_route=False, max_retries=3, **settings
         ).eval()
 
     def peers(self) -> set[str]:
@@ -86,23 +86,24 @@ def test_it_comes_back_into_its_swarm(folder, tmp_path):
     with ExitStack() as stack:
 
         def start(pc: str, *arguments: str) -> ByItself:
-            node = stack.enter_context(ByItself("--model", str(folder), *arguments, home=tmp_path / pc))
-            node.join()
-            return node
+            return stack.enter_context(ByItself("--model", str(folder), *arguments, home=tmp_path / pc))
 
         first = start("a", "--blocks", "0:2")
-        line = ["--peers", first.address]
-        others = [start("b", "--blocks", "2:4", *line), start("c", "--blocks", "2:4", *line)]
+        others = [start(pc, "--blocks", "2:4", "--peers", "-") for pc in ("b", "c")]
+        line = ["--peers", first.join()]
+        for node in others:
+            node.tell(first.address)
+        for node in others:
+            node.join()
         for node in (first, *others):
             node.event("serving")
         wait_until(lambda: members_known(tmp_path / "a") == {node.peer_id for node in others})
 
         first.kill()
         again = start("a", "--blocks", "0:2")
-        assert again.address == first.address
-        again.event("serving")
+        assert again.join() == first.address
         last = start("d", "--blocks", "0:2", *line)
-        last.event("serving")
+        last.join()
         with Client(folder, first.address) as client:
             everybody = {node.peer_id for node in (first, *others, last)}
             wait_until(lambda: client.peers() == everybody)
@@ -136,8 +137,9 @@ def test_a_renamed_folder_is_in_the_same_swarm_and_another_revision_is_not(folde
     revision = retrained(folder, tmp_path / "other" / folder.name.upper())
     with (
         ByItself("--model", str(folder), "--blocks", "0:2") as first,
-        ByItself("--model", str(renamed), "--blocks", "2:4", "--peers", first.join()) as second,
+        ByItself("--model", str(renamed), "--blocks", "2:4", "--peers", "-") as second,
     ):
+        second.tell(first.join())
         second.join()
         for node in (first, second):
             node.event("serving")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from by_itself import ByItself
-from test_first_pc import PROMPT, Client, local_text
+from test_first_pc import GREEDY, PROMPT, Client, local_text
 from test_first_pc import folder as folder  # a fixture
 
 from petals_win.daemon.binary import find_p2pd
@@ -19,15 +21,17 @@ from petals_win.upstream.build import this_checkout
 
 BEFORE = "b31dbe05141a783394f6c171cf4a1f68b3f9cc95"
 CLIENT = """
-import sys, torch
+import json, sys, torch
 from petals import AutoDistributedModelForCausalLM
-folder, peer, prompt = sys.argv[1], sys.argv[2], [int(token) for token in sys.argv[3].split(",")]
-model = AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=[peer], show_route=False, max_retries=3)
-with torch.inference_mode():
-    text = model.generate(torch.tensor([prompt]), **dict(max_new_tokens=8, min_new_tokens=8, do_sample=False))
-print("text:", *text[0].tolist())
-model.blocks.sequence_manager.shutdown()
-model.blocks.sequence_manager.dht.shutdown()
+folder, peer, prompt, greedy, routes = map(json.loads, sys.argv[1:])
+for route in routes:
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        folder, initial_peers=[peer], show_route=False, max_retries=3, allowed_servers=route
+    )
+    with torch.inference_mode():
+        print("text:", model.generate(torch.tensor(prompt), **greedy)[0].tolist())
+    model.blocks.sequence_manager.shutdown()
+    model.blocks.sequence_manager.dht.shutdown()
 """
 
 
@@ -58,18 +62,19 @@ def before() -> dict[str, str]:
     return {**daemon, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
 
-def text_of_a_client_before(before: dict[str, str], folder: Path, peer: str) -> torch.Tensor:
-    prompt = ",".join(str(token) for token in PROMPT[0].tolist())
+def texts_of_a_client_before(
+    before: dict[str, str], folder: Path, peer: str, routes: list[list[str]]
+) -> list[torch.Tensor]:
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(folder), peer, prompt],
+        [sys.executable, "-c", CLIENT, *map(json.dumps, (str(folder), peer, PROMPT.tolist(), GREEDY, routes))],
         env={**os.environ, **before},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("text:")]
-    return torch.tensor([[int(token) for token in line.split()[1:]]])
+    lines = [line.removeprefix("text: ") for line in done.stdout.splitlines() if line.startswith("text:")]
+    return [torch.tensor([json.loads(line)]) for line in lines]
 
 
 def test_the_version_before_is_another_one(before):
@@ -84,19 +89,29 @@ def test_the_version_before_is_another_one(before):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("first, second", [("before", "now"), ("now", "before"), ("now", "now")])
-def test_they_answer_together(first, second, before, folder):
-    """Nodes of both versions, and of this one alone, asked by clients of both; each passes its outputs on to the other."""
-    programs = {"before": before, "now": None}
+def test_they_answer_together(before, folder):
+    """A client of each version gets the text of one process over each route: nodes pass their outputs on to one another."""
     wanted = local_text(folder)
-    with (
-        ByItself("--model", str(folder), "--blocks", "0:2", program=programs[first]) as one,
-        ByItself("--model", str(folder), "--blocks", "2:4", "--peers", one.join(), program=programs[second]) as two,
-    ):
-        two.join()
-        for node in (one, two):
+    with ExitStack() as stack:
+
+        def start(program: dict[str, str] | None, *arguments: str) -> ByItself:
+            return stack.enter_context(ByItself("--model", str(folder), "--blocks", *arguments, program=program))
+
+        first = start(before, "0:2")
+        others = [start(None, "0:2", "--peers", "-"), start(before, "2:4", "--peers", "-")]
+        others.append(start(None, "2:4", "--peers", "-"))
+        first.join()
+        for node in others:
+            node.tell(first.address)
+        for node in others:
+            node.join()
+        for node in (first, *others):
             node.event("serving")
-        with Client(folder, one.address) as client:
-            assert client.peers() == {one.peer_id, two.peer_id}
-            assert torch.equal(client.text(), wanted)
-        assert torch.equal(text_of_a_client_before(before, folder, one.address), wanted)
+        now, last_before, last_now = others
+        routes = [[a.peer_id, b.peer_id] for a in (first, now) for b in (last_before, last_now)]
+        for route in routes:
+            with Client(folder, now.address, allowed_servers=route) as client:
+                assert client.peers() == {node.peer_id for node in (first, *others)}
+                assert torch.equal(client.text(), wanted)
+        texts = texts_of_a_client_before(before, folder, first.address, routes)
+        assert len(texts) == len(routes) and all(torch.equal(text, wanted) for text in texts)

@@ -33,7 +33,9 @@ def serve(
         typer.Option(help="Blocks to serve, e.g. 0:15; default: as many as fit, where they are needed most."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 keeps the node on this PC.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="TCP port to listen on; default: the one of the last start.", min=0, max=65535)] = 0,
+    port: Annotated[
+        int, typer.Option(help="TCP port to listen on; default: the one of the last start.", min=0, max=65535)
+    ] = 0,
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
     ] = None,

@@ -164,7 +164,9 @@ def _from_folder(folder: Path) -> ModelSource:
 
     index = folder / INDEX
     checkpoint = SafetensorsCheckpoint(str(folder), locate, index if index.exists() else None)
-    return ModelSource(folder.resolve().name, _read_config(folder), checkpoint, str(folder), config_file=folder / "config.json")
+    return ModelSource(
+        folder.resolve().name, _read_config(folder), checkpoint, str(folder), config_file=folder / "config.json"
+    )
 
 
 def _from_gguf(path: Path) -> ModelSource:
@@ -182,9 +184,7 @@ def _from_hub(repository: HubModel) -> ModelSource:
     checkpoint = SafetensorsCheckpoint(repository.name, repository.file, repository.file_if_any(INDEX))
     name = repository.name.rpartition("/")[2]
     config = _read_config(config_file.parent)
-    return ModelSource(
-        name, config, checkpoint, repository.name, config_file=config_file, **repository.arguments
-    )
+    return ModelSource(name, config, checkpoint, repository.name, config_file=config_file, **repository.arguments)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

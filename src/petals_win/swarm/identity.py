@@ -97,7 +97,7 @@ def new_key() -> bytes:
 
 def _choose(nodes: Path, model: str, asked: dict[str, object], host: str, port: int, held: ExitStack) -> Identity:
     with hold_lock(nodes / "choice.lock", "the choice of a node's identity", _CHOICE_SECONDS):
-        folder = _take(_folder_of(nodes, model, host), asked, held)
+        folder = _take(private_folder(_folder_of(nodes, model, host)), asked, held)
         kept = _read_json(folder / "node.json").get("port")
         own, listening = _choose_port(nodes, folder, kept, host, port)
         _write(folder / "node.json", json.dumps({**asked, "port": own}).encode())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from petals_win.swarm.protocol import mismatch
 
@@ -73,12 +73,13 @@ def servers_of(uids: Sequence[str], found: Sequence[Mapping[P, I]]) -> list[dict
     """Of what was found below `keys_of(uids)`, the servers of each block that this PC understands and that have its content."""
     content = split_names(uids[0])[1] if uids else None
 
-    servers = [{peer: info for peer, info in some.items() if _fits(peer, info, content)} for some in found[: len(uids)]]
+    servers = [
+        {peer: info for peer, info in some.items() if _fits(peer, info, content)} for some in found[: len(uids)]
+    ]
     for peer, info in found[len(uids)].items() if content is not None else ():
-        if info.content_id != content or info.start_block is None or info.end_block is None or not _fits(peer, info, content):
-            continue
+        blocks = range(info.start_block or 0, info.end_block or 0) if info.content_id == content else range(0)
         for uid, known in zip(uids, servers, strict=True):
-            if info.start_block <= block_of(uid) < info.end_block:
+            if block_of(uid) in blocks and _fits(peer, info, content):
                 known[peer] = info
     return servers
 
