@@ -78,14 +78,14 @@ class ModuleContainer:
         start, end = block_indices[0], block_indices[-1] + 1
         module_uids = [f"{dht_prefix}{UID_DELIMITER}{index}" for index in range(start, end)]
         memory_cache = MemoryCache(attn_cache_bytes, max_alloc_timeout)
-        name, content = split_names(dht_prefix)
+        model_name, content = split_names(dht_prefix)
         server_info.protocol, server_info.content_id = PROTOCOL, content
         server_info.addresses = addresses_to_announce(dht.get_visible_maddrs(latest=True))
         server_info.state = ServerState.JOINING
         about = {"block_config": block_config, "memory_cache": memory_cache}
         pace = {"update_period": update_period, "expiration": expiration}
         announcer = ModuleAnnouncerThread(module_uids, dht, server_info, model_info, **about, **pace, daemon=True)
-        announcer.dht_prefix = name  # under which the model is listed
+        announcer.dht_prefix = model_name  # under which the model is listed
         announcer.start()
         logger.info(f"Blocks {start}:{end} are joining the swarm")
         compute = ComputeThread()
@@ -119,7 +119,7 @@ class ModuleContainer:
             limits = {"inference_max_length": inference_max_length, "step_timeout": step_timeout}
             limits |= {"request_timeout": request_timeout, "session_timeout": session_timeout}
             names = {
-                "dht_prefix": name,
+                "dht_prefix": model_name,
                 "content_id": content,
                 "adapters": server_info.adapters,
                 "quant_type": quant_type,

@@ -22,20 +22,18 @@ class ByItself:
 
     :param home: PETALS_WIN_HOME, which makes it a PC of its own; None: without identity, as the nodes of `petals-win up`
     :param program: what the environment needs to run another version
+    :param debug: let it log all that it does
     """
 
-    def __init__(self, *arguments: str, home: Path | None = None, program: Mapping[str, str] | None = None):
-        command = [
-            sys.executable,
-            "-m",
-            "petals_win.cli.main",
-            "serve",
-            "--json",
-            "--host",
-            "127.0.0.1",
-            "--threads",
-            "1",
-        ]
+    def __init__(
+        self,
+        *arguments: str,
+        home: Path | None = None,
+        program: Mapping[str, str] | None = None,
+        debug: bool = False,
+    ):
+        command = [sys.executable, "-m", "petals_win.cli.main", *(["--debug"] if debug else []), "serve", "--json"]
+        command += ["--host", "127.0.0.1", "--threads", "1"]
         environment = {**os.environ, **(program or {})}
         if home is not None:
             environment["PETALS_WIN_HOME"] = str(home)

@@ -95,7 +95,9 @@ def test_they_answer_together(before, folder):
     with ExitStack() as stack:
 
         def start(program: dict[str, str] | None, *arguments: str) -> ByItself:
-            return stack.enter_context(ByItself("--model", str(folder), "--blocks", *arguments, program=program))
+            return stack.enter_context(
+                ByItself("--model", str(folder), "--blocks", *arguments, program=program, debug=True)
+            )
 
         first = start(before, "0:2")
         others = [start(None, "0:2", "--peers", "-"), start(before, "2:4", "--peers", "-")]
@@ -113,5 +115,10 @@ def test_they_answer_together(before, folder):
             with Client(folder, now.address, allowed_servers=route) as client:
                 assert client.peers() == {node.peer_id for node in (first, *others)}
                 assert torch.equal(client.text(), wanted)
+        for last in (last_before, last_now):
+            pushed = [line for line in last.lines if "rpc_push(blocks=2:4" in line]
+            for sender in (first, now):
+                assert any(f"remote_peer=...{sender.peer_id[-6:]}" in line for line in pushed), last.lines[-20:]
+
         texts = texts_of_a_client_before(before, folder, first.address, routes)
         assert len(texts) == len(routes) and all(torch.equal(text, wanted) for text in texts)

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,8 @@ from petals_win.host.ports import check_port_free
 logger = logging.getLogger(__name__)
 
 # Below the ports that Windows and Linux hand out to whoever asks, so that no other program gets a node's port by chance.
-_FIRST_PORT, _LAST_PORT = 31330, 31429
+_FIRST_PORT, _LAST_PORT = 31000, 32699
+_TRIES = 100
 _RELEASE_SECONDS = 5.0  # the p2pd of a node that was killed takes a moment to end
 _CHOICE_SECONDS = 30.0
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -157,7 +159,8 @@ def _choose_port(nodes: Path, folder: Path, kept: object, host: str, asked: int)
 def _find_port(nodes: Path, host: str) -> int:
     """A free port that no node on this PC keeps, whatever its model; 0, by which the system chooses, if there is none left."""
     kept = {_read_json(file).get("port") for file in nodes.glob("*/*/node.json")}
-    return next((port for port in range(_FIRST_PORT, _LAST_PORT + 1) if port not in kept and _free(host, port)), 0)
+    ports = random.sample(range(_FIRST_PORT, _LAST_PORT + 1), _TRIES)  # two that look at once do not find the same
+    return next((port for port in ports if port not in kept and _free(host, port)), 0)
 
 
 def _free(host: str, port: int) -> bool:
