@@ -65,9 +65,11 @@ def typed() -> Iterator[Callable[[str], Running]]:
 
 def test_three_commands():
     with typed() as type_command:
-        first = type_command(f"petals-win serve --model {DEFAULT_MODEL} --blocks 0:15 --host 127.0.0.1 --threads 1")
+        first = type_command(
+            f"petals-win serve --model {DEFAULT_MODEL} --blocks 0:15 --host 127.0.0.1 --threads 1 --fresh"
+        )
         join = first.line(r"^\s*(petals-win serve .*--peers \S+)\s*$")[1]
-        second = type_command(f"{join} --blocks 15:30 --host 127.0.0.1 --threads 1")
+        second = type_command(f"{join} --blocks 15:30 --host 127.0.0.1 --threads 1 --fresh")
         peers = second.line(r"^\s*petals-win serve .*--peers (\S+)\s*$")[1]
         assert peers not in join, "it names itself, so that the next PC can join when the first is gone"
 

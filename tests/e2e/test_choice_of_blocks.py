@@ -30,7 +30,7 @@ def start(stack: ExitStack, folder, free: int, *options: str):
     """A node, and the queue of its events."""
     events: queue.SimpleQueue[dict] = queue.SimpleQueue()
     command = [sys.executable, "-c", NODE, str(free), "serve", "--json", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--threads", "1", *options]
+    command += ["--host", "127.0.0.1", "--threads", "1", "--fresh", *options]
     child = spawn(command, on_line=lambda line: events.put(json.loads(line)) if line.startswith('{"event"') else None)
     stack.callback(child.stop)
     return events

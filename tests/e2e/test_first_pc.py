@@ -18,6 +18,7 @@ from test_bad_input import assert_sentence, run
 from transformers import AutoModelForCausalLM
 
 from petals_win.span.source import open_model
+from petals_win.swarm.identity import hold_identity, new_key
 from petals_win.swarm.state import read_state
 
 BLOCKS = 4
@@ -110,13 +111,14 @@ def test_it_comes_back_into_its_swarm(folder, tmp_path):
             assert torch.equal(client.text(), wanted)
 
 
-def test_a_damaged_key_is_named(folder, tmp_path):
-    with ByItself("--model", str(folder), home=tmp_path) as node:
-        node.join()
-    (key,) = tmp_path.glob("data/nodes/*/0/key")
-    key.write_bytes(key.read_bytes()[:9])
-    done = run("serve", "--model", str(folder), "--host", "127.0.0.1", PETALS_WIN_HOME=str(tmp_path))
-    assert_sentence(done, str(key), "The identity file is damaged. Delete it: the next start makes a new one.")
+def test_a_damaged_key_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETALS_WIN_HOME", str(tmp_path))
+    with hold_identity(open_model(str(folder)).dht_prefix, {}, host="127.0.0.1") as identity:
+        identity.key.write_bytes(new_key()[:9])
+    done = run("serve", "--model", str(folder), "--host", "127.0.0.1")
+    assert_sentence(
+        done, str(identity.key), "The identity file is damaged. Delete it: the next start makes a new one."
+    )
 
 
 def retrained(folder: Path, to: Path) -> Path:

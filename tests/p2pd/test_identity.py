@@ -19,6 +19,15 @@ def test_21_a_file_of_hivemind(program: Program, start: Start, tmp_path: Path) -
     assert wire.base58(daemon.peer_id) == PeerID.from_identity(path.read_bytes()).to_base58()
 
 
+def test_21_a_key_of_ours(program: Program, start: Start, tmp_path: Path) -> None:
+    from petals_win.swarm.identity import new_key
+
+    path = tmp_path / "identity"
+    path.write_bytes(new_key())
+    ids = {start(program, f"-id={path}").peer_id for _ in range(2)}
+    assert [peer_id[-32:] for peer_id in ids] == [path.read_bytes()[-32:]]
+
+
 def test_22_a_new_identity_at_each_start(program: Program, start: Start) -> None:
     ids = {start(program).peer_id for _ in range(2)}
     assert len(ids) == 2

@@ -72,8 +72,8 @@ def _connect(peer: str) -> Finding | None:
     except (OSError, OverflowError) as e:
         if isinstance(e, ConnectionRefusedError):
             text, fix = f"{host} is there, but nothing listens on its port {port}", (
-                "Start petals-win serve there again. It listens on another port at every start, unless --port sets one: "
-                "use the address that it prints now."
+                "Start petals-win serve there again, by the same command as before: it comes back at the same address. If it prints "
+                "another one, use that."
             )
         else:
             text, fix = f"{host}, port {port}, cannot be reached: {e}", (
