@@ -61,6 +61,8 @@ def up(
         from petals_win.span.source import open_model
 
         source = open_model(model)
+        # Downloads a model of one file, for which the nodes would not have the time.
+        progress.detail(f"{source.name} is {source.content_id}")
         half = source.num_blocks // 2
         spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
         progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")

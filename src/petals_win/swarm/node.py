@@ -100,16 +100,16 @@ class Node:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
             check_fits(source.name, start, end, needs_of(source.config, dtype, quant), device)
         on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))
+        if settings.internet and on_this_pc:
+            raise UserError(
+                f"--internet and --host {settings.host}, which keeps the node on this PC, exclude each other."
+            )
         port, identity = settings.port, self._hold_identity(source)
         if identity is not None:
             port = identity.port
         elif port:
             check_port_free(settings.host, port)
         listen = [listen_maddr(settings.host, port)]
-        if settings.internet and on_this_pc:
-            raise UserError(
-                f"--internet and --host {settings.host}, which keeps the node on this PC, exclude each other."
-            )
         if settings.peers and not on_this_pc and not settings.internet:
             check_reachable(settings.peers, listen)
         self._server = _Server(
