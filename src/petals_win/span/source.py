@@ -22,6 +22,7 @@ from petals_win.span.default_model import default_model_file
 from petals_win.span.gguf_file import GgufCheckpoint
 from petals_win.span.hub import HubModel
 from petals_win.span.loading import load_whole_model
+from petals_win.span.quantized_checkpoint import check_not_quantized
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
@@ -40,9 +41,10 @@ class ModelSource:
     ) -> None:
         """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files.
 
-        Raises UserError for an architecture that cannot be served.
+        Raises UserError for an architecture that cannot be served, and for weights in a quantized format that is not read.
         """
         check_supported(config)
+        check_not_quantized(name, config)
         self.name = name
         self.config = config
         self.checkpoint = checkpoint
