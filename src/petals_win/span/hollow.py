@@ -118,7 +118,9 @@ def hollow_model(
             model.set_output_embeddings(head)
         head.forward = _with_free_cores(head.forward)
     if model.can_generate():
-        model.generation_config.use_cache = True  # whatever the model was saved with: its nodes keep what they have seen
+        model.generation_config.use_cache = (
+            True  # whatever the model was saved with: its nodes keep what they have seen
+        )
     model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     return model
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from petals_win.errors import UserError
 from petals_win.span.architecture import empty_model, text_config
-from petals_win.span.quantized_checkpoint import check_nothing_left_over, refuse_dtype
+from petals_win.span.quantized_checkpoint import check_nothing_left_over, no_place_for, refuse_dtype
 from petals_win.span.transformers_internals import LazyTensor, Loader
 
 if TYPE_CHECKING:
@@ -56,11 +56,14 @@ def load_parts(
     loader = Loader(model, dtype)
     tensors = source.checkpoint.tensors(model)
     target_of = {key: loader.target(key) for key in tensors}
-    _check_left_over(source, loader, target_of)
+    biases = _check_left_over(source, loader, target_of)
     keys_of_parts = [[key for key, target in target_of.items() if part(target)] for part in parts]
     source.checkpoint.fetch(key for keys in keys_of_parts for key in keys)
     filled: set[str] = set()
     for done, keys in enumerate(keys_of_parts, start=1):
+        for key in keys:
+            if biases & {key, target_of[key]} and tensors[key][...].any():
+                raise UserError(no_place_for(source.name, key))
         selected: dict[str, LazyTensor] = {
             key: _Weight(source.name, key, tensors[key]) if loader.takes_numbers(target_of[key]) else tensors[key]
             for key in keys
@@ -81,11 +84,11 @@ def load_parts(
         raise UserError(_lacks(source, missing))
 
 
-def _check_left_over(source: ModelSource, loader: Loader, target_of: Mapping[str, str]) -> None:
+def _check_left_over(source: ModelSource, loader: Loader, target_of: Mapping[str, str]) -> frozenset[str]:
     used = {key for key, target in target_of.items() if target in loader.expected_names}
     unused = {key: target for key, target in target_of.items() if key not in used}
     unused = {key: target for key, target in unused.items() if not loader.may_be_left_over(target)}
-    check_nothing_left_over(source.name, {*unused, *unused.values()}, loader.expected_names | used)
+    return check_nothing_left_over(source.name, {*unused, *unused.values()}, loader.expected_names | used)
 
 
 class _Weight:
@@ -98,7 +101,8 @@ class _Weight:
         tensor = self._tensor[index]
         if not tensor.is_floating_point():
             raise refuse_dtype(self._model, self._key, str(tensor.dtype).removeprefix("torch."))
-        if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        # The sum takes a fraction of the time that reading takes; it may overflow, then the extremes decide.
+        if not torch.isfinite(tensor.sum()) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise UserError(
                 f"The tensor {self._key} of {self._model} holds values that are no finite numbers (NaN or infinite). "
                 "Download the model again, or choose another."

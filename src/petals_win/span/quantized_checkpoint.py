@@ -36,22 +36,35 @@ def check_not_quantized(name: str, config: PreTrainedConfig) -> None:
                 raise UserError(_refusal(name, f"quantized by {method}"))
 
 
-def check_nothing_left_over(name: str, leftover: Iterable[str], known: Collection[str]) -> None:
+def check_nothing_left_over(name: str, leftover: Iterable[str], known: Collection[str]) -> frozenset[str]:
     """Raise a UserError if a tensor that the model has no use for belongs to one of its weights.
 
-    `leftover` are names of the checkpoint's tensors, and `known` the names of what is loaded, both as the model or as the checkpoint has
-    them. What belongs to no weight (rotary tables, masks, layers for images or for guessing ahead) may be left over.
+    `leftover` are names of the checkpoint's tensors, `known` the names of what is loaded, both as the model and as the
+    checkpoint has them. What belongs to no weight (rotary tables, masks, layers for images or for guessing ahead) may be left
+    over. Returns those of `leftover` that may be so only if all their values are zero: biases where the model has none.
     """
     modules = {parameter.rpartition(".")[0] for parameter in known}
+    biases = set()
     for key in sorted(leftover):
         owner = _owner(key, known, modules)
-        if owner is not None:
-            raise UserError(
-                _refusal(name, f"quantized by {_UNNAMED}: beside {owner} there is the tensor {key}")
-                if _is_companion(key)
-                else f"The checkpoint of {name} has the tensor {key}, for which the model that its config.json describes has no "
-                f"place beside {owner}. Answers without it would be wrong. Download the model again, or choose another."
-            )
+        if owner is None:
+            continue
+        if key == f"{owner}.bias":
+            biases.add(key)
+        elif _is_companion(key):
+            how = f"quantized by {_UNNAMED}: beside {owner} there is the tensor {key}"
+            raise UserError(_refusal(name, how))
+        else:
+            raise UserError(no_place_for(name, key))
+    return frozenset(biases)
+
+
+def no_place_for(name: str, key: str) -> str:
+    """The sentence for a tensor without which answers would be wrong, but which the model does not have."""
+    return (
+        f"The checkpoint of {name} has the tensor {key}, but the model that its config.json describes has not, and answers "
+        "without it would be wrong. Download the model again, with all of its files, or choose another."
+    )
 
 
 def refuse_dtype(name: str, key: str, dtype: str) -> UserError:
