@@ -123,5 +123,8 @@ def distribute(
     model.remote_blocks = (blocks,)  # in a tuple, so that it is registered as a submodule only once
     for name in ("tuning_mode", "pre_seq_len", "dht_prefix", "initial_peers", "active_adapter"):
         setattr(model.config, name, getattr(config, name))
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if not hasattr(model.config, name):  # it is of more than text: the decoder has a part of it to itself
+            setattr(model.config, name, getattr(config, name))
     model.init_prompts(model.config)
     return model

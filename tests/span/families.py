@@ -62,6 +62,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gptj": ("gptj", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
+    "codegen": ("codegen", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "bloom": ("bloom", {}),
     "mpt": ("mpt", {"d_model": 64, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}),
     "falcon": ("falcon", {"alibi": False, "multi_query": True}),
