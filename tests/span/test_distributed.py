@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from petals import models
 from petals.utils.auto_config import AutoDistributedConfig
 from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from petals_win.span import hollow, speed
 from petals_win.span import span as span_module
@@ -24,6 +29,16 @@ def plain_linears(monkeypatch):
     """Without the packed weights, whose sums differ in the last bit, the model is to be exact."""
     monkeypatch.setattr(span_module, "pack_linears", lambda modules: 0)
     monkeypatch.setattr(hollow, "packed_if_possible", lambda head: head)
+
+
+class Streamer(BaseStreamer):
+    """Takes tokens as they come, as the API does."""
+
+    def put(self, value):
+        """Nothing is done with it."""
+
+    def end(self):
+        """Nor here."""
 
 
 class Session:
@@ -62,6 +77,9 @@ class Blocks(torch.nn.Module):
             yield self.active_session
         finally:
             self.active_session = None
+
+    def use_session(self, session: Session):
+        return contextlib.nullcontext(session)
 
     def forward(self, hidden, prompts=None, hypo_ids=None):
         if self.active_session is not None:
@@ -114,3 +132,20 @@ def test_the_speed_of_text_among_images(checkpoint, home, monkeypatch):
     measured = speed.measure_speed(span)
     announced = speed.known_speed(AutoDistributedConfig.of(source), span.device, span.dtype, "none")
     assert announced == measured, "found again by the configuration that the node knows before it loads"
+
+
+def test_beams_that_the_model_s_makers_ask_for(checkpoint, distributed, tmp_path, caplog):
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama"))
+    asked = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, "early_stopping": True}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **asked}))
+    with caplog.at_level(logging.WARNING, logger="petals_win"):
+        model = distributed(folder)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("petals_win")]
+    assert said == [
+        "The generation_config.json of llama asks for num_beams 4, num_return_sequences 2, which is ignored"
+    ]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint("llama")).generate(IDS, **settings)
+    with model.inference_session(max_length=32) as session:
+        made = model.generate(IDS, session=session, streamer=Streamer(), **settings)
+    assert torch.equal(made, expected)

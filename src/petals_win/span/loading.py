@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from petals_win.errors import UserError
 from petals_win.span.architecture import empty_model, text_config
@@ -22,13 +22,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Settings of generation that need more than one sequence or more than the next token, with their neutral values.
+_MANY_ANSWERS = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+}
+
 
 def model_to_fill(source: ModelSource, dtype: torch.dtype, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The whole model on the meta device, ready to generate as soon as it has its weights."""
     model = empty_model(source.config, dtype, auto_class)
     if model.can_generate():
         model.generation_config = source.generation_config() or model.generation_config
+        _one_answer_at_a_time(source.name, model.generation_config)
     return model
+
+
+def _one_answer_at_a_time(name: str, config: GenerationConfig) -> None:
+    """Take out what no swarm does unless a call of generate() asks for it: the default is one sequence, token by token."""
+    asked = {key: getattr(config, key, None) for key in _MANY_ANSWERS}
+    asked = {key: value for key, value in asked.items() if value not in (None, _MANY_ANSWERS[key])}
+    for key in asked:
+        setattr(config, key, _MANY_ANSWERS[key])
+    if asked:
+        told = ", ".join(f"{key} {value}" for key, value in asked.items())
+        logger.warning("The generation_config.json of %s asks for %s, which is ignored", name, told)
 
 
 def load_whole_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
