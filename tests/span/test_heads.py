@@ -129,7 +129,8 @@ def test_with_neither_it_is_refused(changed):
     for tied in (True, False):
         folder = changed("llama", tied, drop)
         source = open_model(str(folder))
-        for act in (source.whole_model, lambda: hollow_model(source, torch.nn.Identity())):
-            with pytest.raises(UserError, match="lacks the tensor lm_head.weight and 1 more"):
-                act()
+        with pytest.raises(UserError, match="lacks the tensor lm_head.weight and 1 more"):
+            source.whole_model()
+        with pytest.raises(UserError, match="lacks the tensor lm_head.weight and 1 more"):
+            hollow_model(source, torch.nn.Identity())
         shutil.rmtree(folder)

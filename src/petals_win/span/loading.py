@@ -164,11 +164,11 @@ def _tie(source: ModelSource, model: PreTrainedModel, wanted: Set[str], filled: 
 def _headless(source: ModelSource, model: PreTrainedModel, wanted: Set[str], filled: Set[str]) -> dict[str, str]:
     """The head and the embeddings, if the checkpoint has no head though its configuration says that it has one of its own."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    weights = [
-        getattr(layer, "weight", None) for layer in (model.get_output_embeddings(), model.get_input_embeddings())
-    ]
-    head, embeddings = (names.get(id(weight), "") for weight in weights)
-    if head not in wanted - filled or embeddings not in filled or weights[0].shape != weights[1].shape:
+    layers = (model.get_output_embeddings(), model.get_input_embeddings())
+    head, embeddings = (names.get(id(getattr(layer, "weight", None)), "") for layer in layers)
+    if head not in wanted - filled or embeddings not in filled:
+        return {}
+    if model.get_parameter(head).shape != model.get_parameter(embeddings).shape:
         return {}
     logger.warning(
         "%s lacks %s: its embeddings are taken for it, though its config.json does not say so", source.name, head
