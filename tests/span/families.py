@@ -99,7 +99,9 @@ def random_model(family: str, **changes) -> PreTrainedModel:
     """A model of one of the families with random weights, always the same ones."""
     model_type, dimensions = FAMILIES[family]
     torch.manual_seed(0)
-    common = {} if "text_config" in dimensions else _COMMON  # which a configuration of more than text has one level down
+    common = (
+        {} if "text_config" in dimensions else _COMMON
+    )  # which a configuration of more than text has one level down
     config = AutoConfig.for_model(model_type, **{**common, **dimensions, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
