@@ -61,6 +61,7 @@ class DistributedModelMixin(PTuneMixin, RemoteGenerationMixin):
         self,
         input_ids: Optional[torch.Tensor] = None,
         *,
+        attention_mask: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
         cache: Optional[RemoteCache] = None,
         labels: Optional[torch.Tensor] = None,
@@ -76,10 +77,12 @@ class DistributedModelMixin(PTuneMixin, RemoteGenerationMixin):
             prefix_length = prompts.shape[1]
             inputs_embeds = torch.cat([prompts.to(inputs_embeds.dtype), inputs_embeds], dim=1)
             # It covers the tokens only; here it says nothing that the shapes do not (hollow_model refuses padding).
-            kwargs.pop("attention_mask", None)
+            attention_mask = None
             kwargs.pop("position_ids", None)
             if deep_prompts is not None and is_dummy(deep_prompts):
                 deep_prompts = None
+        if attention_mask is not None:  # which generate() looks for among the parameters' names
+            kwargs["attention_mask"] = attention_mask
         if self.blocks.active_session is not None:
             cache = (
                 RemoteCache(lambda: self.blocks.position) if cache is None else cache.at(lambda: self.blocks.position)
@@ -120,5 +123,8 @@ def distribute(
     model.remote_blocks = (blocks,)  # in a tuple, so that it is registered as a submodule only once
     for name in ("tuning_mode", "pre_seq_len", "dht_prefix", "initial_peers", "active_adapter"):
         setattr(model.config, name, getattr(config, name))
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if not hasattr(model.config, name):  # it is of more than text: the decoder has a part of it to itself
+            setattr(model.config, name, getattr(config, name))
     model.init_prompts(model.config)
     return model

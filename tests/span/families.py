@@ -41,13 +41,31 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma": ("gemma", {**_GROUPED, "head_dim": 16}),
     "gemma2": ("gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 8}),
     "gemma3_text": ("gemma3_text", {**_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": {**_COMMON, **_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
     "phi": ("phi", _GROUPED),
     "phi3": ("phi3", {**_GROUPED, "sliding_window": 8}),
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gptj": ("gptj", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
+    "codegen": ("codegen", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "bloom": ("bloom", {}),
+    "mpt": ("mpt", {"d_model": 64, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2}),
     "falcon": ("falcon", {"alibi": False, "multi_query": True}),
     "falcon-new": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False}),
@@ -81,7 +99,10 @@ def random_model(family: str, **changes) -> PreTrainedModel:
     """A model of one of the families with random weights, always the same ones."""
     model_type, dimensions = FAMILIES[family]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **dimensions, **changes})
+    common = (
+        {} if "text_config" in dimensions else _COMMON
+    )  # which a configuration of more than text has one level down
+    config = AutoConfig.for_model(model_type, **{**common, **dimensions, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -119,3 +119,59 @@ def test_what_cannot_be_served(checkpoint, tmp_path):
     save_file({name: tensor[..., :3].contiguous() for name, tensor in tensors.items()}, narrow / WEIGHTS)
     assert "does not fit this model" in refused(checkpoint, narrow)
     load(checkpoint, tmp_path / "good")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": [0, 3], "layers_pattern": "layers"},
+        {"target_modules": r"model\.layers\.3\..*(q|v)_proj"},
+        {"exclude_modules": r"model\.layers\.[123]\..*"},
+    ],
+    ids=["layers", "layers by a pattern", "targets", "all others excluded"],
+)
+def test_an_adapter_of_other_blocks_adds_nothing_here(checkpoint, tmp_path, settings):
+    """And is served, since a request goes through all blocks with its adapter or with none."""
+    adapter(checkpoint, tmp_path / "elsewhere", **settings)
+    adapter(checkpoint, tmp_path / "here", seed=1)
+    span = load(checkpoint, tmp_path / "elsewhere", tmp_path / "here")
+    hidden = torch.randn(1, 5, 64)
+    plain, changed, with_it, again = (
+        span.forward(hidden, 1, 3, adapter=str(name))
+        for name in ("", tmp_path / "here", tmp_path / "elsewhere", tmp_path / "here")
+    )
+    assert torch.equal(with_it, plain) and torch.equal(again, changed)
+    assert (changed - plain).abs().max() > 0.1
+    session = span.open(1, 5, adapter=str(tmp_path / "elsewhere"))
+    assert (span.step(session, hidden) - plain).abs().max() <= 1e-4
+    alone = load(checkpoint, tmp_path / "elsewhere")
+    assert torch.equal(alone.forward(hidden, 1, 3, adapter=str(tmp_path / "elsewhere")), plain)
+
+
+def test_an_adapter_of_some_of_the_blocks(checkpoint, tmp_path):
+    ids = torch.tensor([[1, 5, 9, 200, 7, 31]])
+    tuned = adapter(checkpoint, tmp_path / "partly", layers_to_transform=[0, 2]).get_base_model()
+    adapter(checkpoint, tmp_path / "all", seed=1)
+    inputs, output = blocks_of(tuned, ids)
+    span = load(checkpoint, tmp_path / "all", tmp_path / "partly")
+    span.forward(inputs, 1, 3, adapter=str(tmp_path / "all"))
+    assert (span.forward(inputs, 1, 3, adapter=str(tmp_path / "partly")) - output).abs().max() <= 1e-4
+    assert (span.forward(inputs, 1, 3) - output).abs().max() > 0.1
+
+
+def test_an_adapter_of_another_model_is_refused_by_every_node(checkpoint, tmp_path):
+    adapter(checkpoint, tmp_path / "deeper", layers_to_transform=[3])
+    file = tmp_path / "deeper" / WEIGHTS
+    tensors = load_tensors(file.read_bytes())
+    save_file({name.replace(".3.", ".30."): tensor for name, tensor in tensors.items()}, file)
+    assert "changes the block 30 of 4" in refused(checkpoint, tmp_path / "deeper")
+    save_file({}, file)
+    assert "has no weights" in refused(checkpoint, tmp_path / "deeper")
+    adapter(checkpoint, tmp_path / "other", target_modules=["q_proj"])
+    file = tmp_path / "other" / WEIGHTS
+    tensors = load_tensors(file.read_bytes())
+    save_file({name.replace("q_proj", "c_attn"): tensor for name, tensor in tensors.items()}, file)
+    assert "does not fit this model" in refused(checkpoint, tmp_path / "other")
+    save_file({name: tensor for name, tensor in tensors.items() if ".0." in name}, file)
+    assert "is missing" in refused(checkpoint, tmp_path / "other")

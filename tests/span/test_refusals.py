@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ REFUSED = {
     "gemma3n_text": "more than the previous block's output",
     "qwen3_next": "linear_attention",
     "bailing_hybrid": "linear_attention",
+    "blt": "cannot split",
     "t5": "an encoder",
     "whisper": "an encoder",
 }
@@ -53,7 +56,7 @@ def test_refused_by_name_with_a_reason(model_type, tmp_path):
     assert "Llama" in str(refused.value), "what to choose instead"
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "biogpt", "modernbert-decoder", "bert", "openai-gpt", "vit"])
+@pytest.mark.parametrize("model_type", ["biogpt", "modernbert-decoder", "bert", "openai-gpt", "vit"])
 def test_refused_when_the_blocks_are_looked_at(model_type, tmp_path):
     source = open_model(folder_with({"model_type": model_type}, tmp_path))
     with pytest.raises(UserError, match=f"type {model_type} .*Choose a model of another type"):
@@ -75,3 +78,34 @@ def test_an_unknown_type(tmp_path):
 def test_the_types_that_are_refused_exist():
     for model_type in REFUSED:
         assert AutoConfig.for_model(model_type).model_type == model_type
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "mistral3"])
+def test_text_among_images_is_not_served_yet(model_type, tmp_path):
+    source = open_model(folder_with({"model_type": model_type}, tmp_path))
+    with pytest.raises(UserError, match=f"type {model_type} read more than text.*Choose a model of another type"):
+        model_footprint(source.config, torch.float32)
+
+
+def sentencepiece_model() -> bytes:
+    """The smallest that a model of the Llama family could have: ten pieces."""
+
+    def field(number: int, kind: int, payload: bytes) -> bytes:
+        return bytes([number << 3 | kind]) + (bytes([len(payload)]) if kind == 2 else b"") + payload
+
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((letter, 1) for letter in "\u2581abcdef")]
+    bodies = [
+        field(1, 2, text.encode()) + field(2, 5, struct.pack("<f", 0)) + field(3, 0, bytes([kind]))
+        for text, kind in pieces
+    ]
+    return b"".join(field(1, 2, body) for body in bodies)
+
+
+def test_a_tokenizer_in_another_format(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UserError, match="tokenizer of llama has no words.*Download the model again"):
+        open_model(str(folder)).tokenizer()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    with pytest.raises(UserError, match="llama has its tokenizer as tokenizer.model only.*tokenizer.json"):
+        open_model(str(folder)).tokenizer()

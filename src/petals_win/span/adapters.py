@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -29,9 +30,10 @@ _WRAPPED = "base_model.model."  # what peft puts before the names in a model tha
 class Adapters:
     """The adapters of a span. At any moment one of them is on, or none; weights are frozen."""
 
-    def __init__(self, layers: Sequence[nn.Module], first: int, prefix: str) -> None:
-        """`layers` are the blocks first, first + 1, …, whose parameters are named `prefix` and their number in the model."""
+    def __init__(self, layers: Sequence[nn.Module], first: int, prefix: str, num_blocks: int) -> None:
+        """`layers` are the blocks first, first + 1, … of the model's `num_blocks`; parameters are named `prefix` and their number."""
         self._prefix = prefix
+        self._num_blocks = num_blocks
         self._numbers = range(first, first + len(layers))
         self._root = _tree(prefix, {str(number): layer for number, layer in zip(self._numbers, layers, strict=True)})
         self._keys: dict[str, str] = {}  # peft's names may not contain a dot, as a path does
@@ -40,12 +42,17 @@ class Adapters:
     def load(self, name: str, token: str | bool | None, dtype: torch.dtype, device: torch.device) -> None:
         """Load what of an adapter belongs to these blocks; `name` is a local folder or an id on the Hugging Face hub.
 
+        An adapter that changes other blocks only is served, too: these compute with it as they do without.
         Raises UserError if there is no such adapter, or none that can be served in blocks.
         """
         config_file, weights_file = (_locate(name, file, token) for file in (_CONFIG, _WEIGHTS))
         config = _read_config(name, config_file)
         key = f"adapter{len(self._keys)}"
         tensors = self._read(name, weights_file)
+        if not tensors and not self._has_targets(config):
+            self._keys[name] = key
+            logger.info("The adapter %s changes none of these blocks", name)
+            return
         try:
             inject_adapter_in_model(config, self._root, key, low_cpu_mem_usage=True)
             result = set_peft_model_state_dict(self._root, tensors, key, low_cpu_mem_usage=True)
@@ -88,6 +95,10 @@ class Adapters:
     def _lora_layers(self) -> list[Any]:
         return [module for module in self._root.modules() if isinstance(module, LoraLayer)]
 
+    def _has_targets(self, config: LoraConfig) -> bool:
+        """Whether the adapter's configuration names a module of these blocks."""
+        return any(check_target_module_exists(config, path) for path, _ in self._root.named_modules())
+
     def _read(self, name: str, file: Path) -> dict[str, torch.Tensor]:
         """The tensors for these blocks, under the names that they have below the root."""
         try:
@@ -98,6 +109,16 @@ class Adapters:
                     raise UserError(
                         f"The adapter {name} changes more than the model's blocks ({outside[0]}), which a swarm cannot serve. "
                         "Choose an adapter of the attention and MLP layers alone."
+                    )
+                numbers = {target.removeprefix(self._prefix).partition(".")[0] for target in names.values()}
+                strange = sorted(numbers - {str(number) for number in range(self._num_blocks)})
+                if strange or not names:
+                    what = (
+                        f"it changes the block {strange[0]} of {self._num_blocks}" if strange else "it has no weights"
+                    )
+                    raise UserError(
+                        f"The adapter {name} does not fit this model: {what}. "
+                        "Choose an adapter that was made for exactly this model."
                     )
                 wanted = tuple(f"{self._prefix}{number}." for number in self._numbers)
                 return {target: stored.get_tensor(key) for key, target in names.items() if target.startswith(wanted)}

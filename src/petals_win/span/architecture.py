@@ -76,6 +76,11 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"Models of the type {config.model_type} have an encoder; petals-win runs decoders only. "
             "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         )
+    if not isinstance(getattr(decoder, "num_hidden_layers", None), int):
+        raise UserError(
+            f"Models of the type {config.model_type} are built in a way that petals-win cannot split. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+        )
     strange = set(attention_windows(decoder)[1])
     if strange:
         raise UserError(
@@ -104,11 +109,29 @@ def empty_model(
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
+        composite = text_config(config) is not config
         raise UserError(
-            f"Models of the type {config.model_type} do not generate text; petals-win runs decoders only. "
-            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+            f"Models of the type {config.model_type} "
+            + (
+                "read more than text, and petals-win cannot yet serve their text alone. "
+                if composite
+                else "do not generate text; petals-win runs decoders only. "
+            )
+            + "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         ) from e
+    if text_config(model.config) is not model.config:
+        _leave_text_alone(model)
     return model.eval().requires_grad_(False)
+
+
+def _leave_text_alone(model: PreTrainedModel) -> None:
+    """Take out what reads images or sound, which no text passes through: its weights are neither counted nor loaded."""
+    base, decoder = model.base_model, model.get_decoder()
+    if base is decoder:
+        return
+    for name, child in base.named_children():
+        if not any(module is decoder for module in child.modules()) and any(True for _ in child.parameters()):
+            setattr(base, name, None)
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from petals_win.errors import UserError
 from petals_win.span.content import canonical, safetensors_file
+from petals_win.span.quantized_checkpoint import refuse_dtype
 from petals_win.span.transformers_internals import LazyTensor
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +31,10 @@ class Checkpoint(Protocol):
         ...
 
     def fetch(self, keys: Iterable[str]) -> None:
-        """Make sure that these tensors can be read without a network."""
+        """Make sure that these tensors can be read without a network.
+
+        Raises UserError if one is stored as numbers of eight bits or fewer, which mean nothing without a scale.
+        """
         ...
 
     def dtype(self) -> torch.dtype:
@@ -69,9 +73,14 @@ class SafetensorsCheckpoint:
         return {key: _Stored(self, file, key) for key, file in self._file_of.items()}
 
     def fetch(self, keys: Iterable[str]) -> None:
-        if self._file_of is not None:
-            for file in sorted({self._file_of[key] for key in keys}):
-                self._file(file)
+        keys_of: dict[str, list[str]] = {}
+        for key in keys:
+            keys_of.setdefault(SINGLE if self._file_of is None else self._file_of[key], []).append(key)
+        for name in sorted(keys_of):
+            for key in keys_of[name]:
+                stored = self._reading(name, key, lambda file, key: file.get_slice(key).get_dtype())
+                if stored.startswith(_TOO_SMALL):
+                    raise refuse_dtype(self._origin, key, stored)
 
     def dtype(self) -> torch.dtype:
         name = SINGLE if self._file_of is None else min(self._file_of.values())
@@ -84,8 +93,11 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """Raises UserError if the file does not hold what its index or header says."""
+        return self._reading(name, key, lambda file, key: file.get_tensor(key))
+
+    def _reading(self, name: str, key: str, get: Callable[[Any, str], Any]) -> Any:
         try:
-            return self._file(name).get_tensor(key)
+            return get(self._file(name), key)
         except SafetensorError as e:
             raise UserError(
                 f"{self._locate(name)} does not contain the tensor {key}: the file and the index belong to different versions of "
@@ -139,4 +151,5 @@ class _Stored:
         return self._checkpoint.read(self._file, self._key)[index]
 
 
+_TOO_SMALL = ("F8", "F6", "F4", "E8M0")  # the beginnings of safetensors' names for them
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

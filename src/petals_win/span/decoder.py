@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,12 +94,15 @@ class CutDecoder:
             hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device="meta")
             reason = "it keeps no keys and values"
             try:
-                self.run(hidden, index, index + 1, cache=recorder)
+                with _buffers_on_meta(self._frame, self._layers[index - self.start]):
+                    self.run(hidden, index, index + 1, cache=recorder)
             except ShapeRecorder.recorded:
                 pass
             except Exception as e:  # whatever an unknown block raises when it is run in an unforeseen way
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
                 logger.debug("Block %d cannot be run alone", index, exc_info=True)
+            finally:
+                self._views.clear()  # they hold the buffers that the frame had in this run
             if recorder.shape is None:
                 raise UserError(
                     f"Models of the type {self._config.model_type} are built in a way that petals-win cannot split: block {index} "
@@ -145,6 +149,25 @@ def _without_own_parameters(decoder: PreTrainedModel, list_name: str) -> PreTrai
         elif any(True for _ in child.parameters()):
             frame._modules[name] = _Zero() if isinstance(child, nn.Embedding) else _PassThrough()
     return frame
+
+
+@contextmanager
+def _buffers_on_meta(*roots: nn.Module) -> Iterator[None]:
+    """The computed tables of modules without their values: some models look them up at positions that are on the meta device."""
+    held = [
+        (module, name, buffer)
+        for root in roots
+        for module in root.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, name, buffer in held:
+            module._buffers[name] = buffer.to("meta")
+        yield
+    finally:
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
 
 
 def _with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

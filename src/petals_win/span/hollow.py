@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
 
 from petals_win.host.threads import computing
-from petals_win.span.architecture import config_of_blocks, find_blocks
+from petals_win.span.architecture import config_of_blocks, find_blocks, text_config
 from petals_win.span.loading import load_parts, model_to_fill
 from petals_win.span.packed_linear import packed_if_possible, packing_pays
 from petals_win.span.source import ModelSource
@@ -25,8 +26,16 @@ _TASKS = {
     "sequence_classification": AutoModelForSequenceClassification,
 }
 
-# No mask function is registered under this name, so transformers makes no causal mask: no attention is computed here.
+# No attention is computed here, so no causal mask is needed; but some models do arithmetic with theirs and cannot do without.
 _NO_ATTENTION = "petals_win_remote"
+
+
+def _mask_without_memory(batch_size: int, q_length: int, kv_length: int, device: Any = None, **_: Any) -> torch.Tensor:
+    """One element in the shape of a mask, [batch, 1, queries, keys]."""
+    return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length)
+
+
+AttentionMaskInterface.register(_NO_ATTENTION, _mask_without_memory)
 
 
 class RemoteCache(Cache):
@@ -95,11 +104,10 @@ def hollow_model(
         return not name.startswith(blocks.prefix)
 
     load_parts(source, model, [is_local], dtype=dtype, device=torch.device("cpu"))
-    model.tie_weights()
-    model.requires_grad_(False)
     decoder = blocks.decoder
     decoder.config = config_of_blocks(decoder.config, 0, 1)
-    decoder.config._attn_implementation = _NO_ATTENTION
+    for config in (decoder.config, text_config(model.config)):  # a model of more than text makes its masks by its own
+        config._attn_implementation = _NO_ATTENTION
     layer = _RemoteLayer(remote)
     setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
     layer.in_a_tuple = _expects_tuples(decoder, layer)
@@ -109,6 +117,10 @@ def hollow_model(
             head = packed_if_possible(head)
             model.set_output_embeddings(head)
         head.forward = _with_free_cores(head.forward)
+    if model.can_generate():
+        model.generation_config.use_cache = (
+            True  # whatever the model was saved with: its nodes keep what they have seen
+        )
     model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     return model
 

@@ -24,9 +24,15 @@ from petals_win.span.default_model import default_model_file
 from petals_win.span.gguf_file import GgufCheckpoint
 from petals_win.span.hub import HubModel
 from petals_win.span.loading import load_whole_model
+from petals_win.span.quantized_checkpoint import check_not_quantized
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
+
+_NO_FAST_TOKENIZER = (
+    "{name} has its tokenizer as tokenizer.model only, in a format that petals-win does not read. Take a version of the model "
+    "that has the file tokenizer.json, or a GGUF file of it."
+)
 
 
 class ModelSource:
@@ -45,9 +51,10 @@ class ModelSource:
         """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files; `config_file`
         is its config.json, None where the checkpoint has the configuration in itself.
 
-        Raises UserError for an architecture that cannot be served.
+        Raises UserError for an architecture that cannot be served, and for weights in a quantized format that is not read.
         """
         check_supported(config)
+        check_not_quantized(name, config)
         self.name = name
         self.config = config
         self.checkpoint = checkpoint
@@ -107,12 +114,20 @@ class ModelSource:
     def tokenizer(self) -> Any:
         """The model's tokenizer, with its chat template if it has one."""
         try:
-            return AutoTokenizer.from_pretrained(self._place, **self._hub_arguments)
-        except (OSError, ValueError) as e:
+            tokenizer = AutoTokenizer.from_pretrained(self._place, **self._hub_arguments)
+        except (OSError, ValueError, ImportError) as e:
+            reason = str(e).strip().splitlines()[0]
+            if re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
+                raise UserError(_NO_FAST_TOKENIZER.format(name=self.name)) from e
             raise UserError(
-                f"The tokenizer of {self.name} cannot be loaded: {str(e).strip().splitlines()[0]} "
-                "Download the model again, with all of its files."
+                f"The tokenizer of {self.name} cannot be loaded: {reason} Download the model again, with all of its files."
             ) from e
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
+            raise UserError(
+                f"The tokenizer of {self.name} has no words: its files, such as tokenizer.json, are missing. "
+                "Download the model again, with all of its files."
+            )
+        return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
         """How the model's makers want it to generate (end tokens, sampling), if they say."""

@@ -137,7 +137,7 @@ class Span:
         if adapters:
             from petals_win.span.adapters import Adapters  # here, since peft takes seconds to import
 
-            span._adapters = Adapters(decoder.layers, start, blocks.prefix)
+            span._adapters = Adapters(decoder.layers, start, blocks.prefix, source.num_blocks)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
         seconds = time.perf_counter() - began

@@ -16,6 +16,7 @@ import torch
 
 from petals_win.host.folders import cache_folder
 from petals_win.host.threads import most_threads
+from petals_win.span.architecture import text_config
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 
@@ -90,7 +91,8 @@ def _rounds(call: Callable[[], torch.Tensor], at_most: int) -> tuple[int, float]
 def _key(config: Any, device: torch.device | str, dtype: torch.dtype, quant: Quant) -> str:
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{most_threads()}"
-    return f"{config.model_type} {config.hidden_size} {dtype} {quant} {name}"
+    decoder = text_config(config)
+    return f"{decoder.model_type} {decoder.hidden_size} {dtype} {quant} {name}"
 
 
 def _read() -> dict[str, SpanSpeed]:

@@ -50,6 +50,7 @@ class Loader:
         self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         self._expected = model.state_dict()
+        self._computed = frozenset(name for name, _ in model.named_buffers()) - self._expected.keys()
         self.expected_names = frozenset(self._expected)
 
     def target(self, checkpoint_key: str) -> str:
@@ -79,6 +80,16 @@ class Loader:
         for name, error in sorted(info.conversion_errors.items()):
             raise ValueError(f"{name} cannot be converted: {error.strip().splitlines()[-1]}")
         return set(self.expected_names) - set(info.missing_keys)
+
+    def takes_numbers(self, name: str) -> bool:
+        """Whether `name` in the model is a tensor of floating-point numbers."""
+        expected = self._expected.get(name)
+        return expected is not None and expected.is_floating_point()
+
+    def may_be_left_over(self, name: str) -> bool:
+        """Whether transformers loads this model without a word when the checkpoint has `name`, which the model lacks."""
+        patterns = self._model._keys_to_ignore_on_load_unexpected or ()
+        return name in self._computed or any(re.search(pattern, name) for pattern in patterns)
 
     def may_be_missing(self, name: str) -> bool:
         """Whether transformers loads this model without a word when the checkpoint lacks `name`."""

@@ -1,0 +1,69 @@
+"""The client's half of every family, with spans in the place of its layers, computes and generates what transformers does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from petals_win.span import hollow
+from petals_win.span import span as span_module
+from petals_win.span.hollow import RemoteCache, hollow_model
+from petals_win.span.source import open_model
+from petals_win.span.span import Span
+from span.families import BLOCKS, FAMILIES, VOCABULARY
+
+LENGTH = 32
+
+
+@pytest.fixture(autouse=True)
+def plain_linears(monkeypatch):
+    """Without the packed weights, whose sums differ in the last bit, the model is to be exact."""
+    monkeypatch.setattr(span_module, "pack_linears", lambda modules: 0)
+    monkeypatch.setattr(hollow, "packed_if_possible", lambda head: head)
+
+
+class Swarm(nn.Module):
+    """Two spans, as if each were on a PC of its own."""
+
+    def __init__(self, source) -> None:
+        super().__init__()
+        self._spans = [Span.load(source, 0, 1), Span.load(source, 1, BLOCKS)]
+        self.open(1)
+
+    def open(self, batch: int) -> None:
+        self._sessions = [span.open(batch, LENGTH) for span in self._spans]
+
+    def position(self) -> int:
+        return self._sessions[0].position
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for span, session in zip(self._spans, self._sessions, strict=True):
+            hidden = span.step(session, hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(checkpoint, family):
+    folder = checkpoint(family)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    source = open_model(str(folder))
+    swarm = Swarm(source)
+    model = hollow_model(source, swarm)
+    ids = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
+    swarm.open(2)
+    with torch.no_grad():
+        logits = model(input_ids=ids, cache=RemoteCache(swarm.position), use_cache=True).logits
+        assert torch.equal(logits, whole(ids).logits)
+
+    swarm.open(1)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
+    settings |= {"attention_mask": torch.ones_like(ids[:1]), "return_dict_in_generate": True}
+    made = [
+        one.generate(ids[:1], **settings, **cache)
+        for one, cache in ((model, {"cache": RemoteCache(swarm.position)}), (whole, {"use_cache": True}))
+    ]
+    assert torch.equal(made[0].sequences, made[1].sequences)
+    for mine, theirs in zip(made[0].logits, made[1].logits, strict=True):
+        assert torch.equal(mine, theirs)
