@@ -1,4 +1,4 @@
-"""Keys and values of one session, in memory that is allocated once and filled as tokens come.
+"""Keys and values of one session, in memory that grows in pieces as tokens come.
 
 Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
 """
@@ -37,12 +37,29 @@ class SessionCache(Cache):
     """
 
     def __init__(
-        self, shapes: Sequence[KvShape], first: int, batch_size: int, max_length: int, device: torch.device
+        self, shapes: Sequence[KvShape], first: int, batch_size: int, capacity: int, device: torch.device
     ) -> None:
-        """Allocate for the blocks first, first + 1, … Raises RuntimeError (torch's) if the device's memory does not suffice."""
+        """Allocate `capacity` tokens for each of the blocks first, first + 1, …
+
+        Raises RuntimeError (torch's) if the device's memory does not suffice.
+        """
         self.position = 0
+        self.capacity = capacity
         self._first = first
-        super().__init__(layers=[_Slots(self, shape, batch_size, max_length, device) for shape in shapes])
+        super().__init__(layers=[_Slots(self, shape, batch_size, capacity, device) for shape in shapes])
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all; less than there is changes nothing.
+
+        What is held is copied, block by block, so that one block's old memory is the most that is held twice. Raises
+        RuntimeError (torch's) if the device's memory does not suffice; what was held is held still.
+        """
+        if capacity <= self.capacity:
+            return
+        for layer in self.layers:
+            slots: Any = layer
+            slots.grow(capacity)
+        self.capacity = capacity
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -60,22 +77,35 @@ class SessionCache(Cache):
 
 
 class _Slots(CacheLayerMixin):
-    """Keys and values of one block: [batch, heads, max_length, size] each, filled up to the owner's position."""
+    """Keys and values of one block: [batch, heads, capacity, size] each, filled up to the owner's position."""
 
     def __init__(
-        self, owner: SessionCache, shape: KvShape, batch_size: int, max_length: int, device: torch.device
+        self, owner: SessionCache, shape: KvShape, batch_size: int, capacity: int, device: torch.device
     ) -> None:
         super().__init__()
         self._owner = owner
         self._window = shape.window
         self.is_sliding = shape.window is not None
         self.keys = torch.empty(
-            batch_size, shape.key_heads, max_length, shape.key_size, dtype=shape.dtype, device=device
+            batch_size, shape.key_heads, capacity, shape.key_size, dtype=shape.dtype, device=device
         )
         self.values = torch.empty(
-            batch_size, shape.value_heads, max_length, shape.value_size, dtype=shape.dtype, device=device
+            batch_size, shape.value_heads, capacity, shape.value_size, dtype=shape.dtype, device=device
         )
         self.is_initialized = True
+
+    def grow(self, capacity: int) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys = self._grown(self.keys, capacity)
+        self.values = self._grown(self.values, capacity)
+
+    def _grown(self, held: torch.Tensor, capacity: int) -> torch.Tensor:
+        batch_size, heads, old, size = held.shape
+        if old >= capacity:  # as after a growth that failed half-way
+            return held
+        grown, end = held.new_empty(batch_size, heads, capacity, size), self._owner.position
+        grown[:, :, :end] = held[:, :, :end]
+        return grown
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is left to do: the memory was allocated at the start."""
