@@ -22,6 +22,7 @@ from petals.server.backend import TransformerBackend
 from petals.server.task_prioritizer import TaskPrioritizerBase
 from petals.utils.misc import is_dummy
 from petals.utils.packaging import unpack_args_kwargs
+from petals_win.errors import NodeRefused
 from petals_win.span.served import ServedSession
 
 
@@ -39,7 +40,7 @@ def _prompt_of_each_block(
     if prompts is None or is_dummy(prompts):
         return None
     if prompts.ndim != 4 or len(prompts) != len(backends):
-        raise ValueError(
+        raise NodeRefused(
             f"Deep prompts have the shape {tuple(prompts.shape)}, but {len(backends)} blocks were asked for"
         )
     return list(prompts.to(backends[0].dtype).unbind(0))
@@ -48,19 +49,19 @@ def _prompt_of_each_block(
 def _hidden_states(tensor: torch.Tensor, backends: Sequence[TransformerBackend]) -> torch.Tensor:
     hidden_size = backends[0].span.hidden_size
     if tensor.ndim != 3 or tensor.shape[-1] != hidden_size:
-        raise ValueError(
+        raise NodeRefused(
             f"Hidden states must have the shape [batch, tokens, {hidden_size}], got {tuple(tensor.shape)}"
         )
     n_tokens = tensor.shape[0] * tensor.shape[1]
     if n_tokens > backends[0].max_batch_size:
-        raise ValueError(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")
+        raise NodeRefused(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")
     return tensor.to(backends[0].dtype)
 
 
 def _range_of(backends: Sequence[TransformerBackend]) -> Tuple[int, int]:
     start, end = backends[0].block_index, backends[-1].block_index + 1
     if [backend.block_index for backend in backends] != list(range(start, end)):
-        raise ValueError("The blocks of one request must follow one another")
+        raise NodeRefused("The blocks of one request must follow one another")
     return start, end
 
 

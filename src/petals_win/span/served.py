@@ -55,9 +55,7 @@ class ServedSession:
         patience: float,
     ):
         if batch_size < 1 or max_length < 1:
-            raise NodeRefused(
-                f"A session needs at least one sequence of one token, not {batch_size} of {max_length}."
-            )
+            raise NodeRefused(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}.")
         self._span, self._compute, self._budget = span, compute, budget
         self.batch_size, self.adapter, self._blocks = batch_size, "", blocks
         self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
