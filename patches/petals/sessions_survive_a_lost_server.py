@@ -173,7 +173,7 @@ def step(
                 step_id=step_id,
                 new=new,
                 position=position,
-                patience=max(deadline - time.monotonic(), 0.0),
+                patience=self._patience_at(server_idx, deadline),
                 cancelled=self._cancelled,
             )
         except Exception as e:
@@ -212,6 +212,14 @@ def step(
             server_idx, block_idx, attempt_no = server_idx + 1, server.span.end, 0
     self._position += new
     return hidden[:, -new:].to(device=inputs.device, dtype=inputs.dtype)
+
+
+@add("petals.client.inference_session:InferenceSession")
+def _patience_at(self, server_idx: int, deadline: float) -> float:
+    """Seconds to wait for room at a new server. All sessions take their places in the order of the blocks, so that none waits
+    for the other in a circle; one that has places behind a server that was replaced gives them up soon."""
+    left = max(deadline - time.monotonic(), 0.0)
+    return min(left, 20.0) if any(later.stepped for later in self._server_sessions[server_idx + 1 :]) else left
 
 
 @replace("petals.client.inference_session:InferenceSession._enter_server_sessions", digest="a414da5ba291760e")

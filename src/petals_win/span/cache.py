@@ -5,12 +5,16 @@ Knows transformers' Cache protocol, by which a decoder's layers store and read k
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+_OWN_PAGES = 2**16  # bytes from which a tensor gets pages of its own
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class SessionCache(Cache):
             slots.grow(capacity)
         self.capacity = capacity
 
+    def free(self) -> None:
+        """Let go of the memory at once: cache and blocks refer to each other, so that Python would find it only some time."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,12 +95,8 @@ class _Slots(CacheLayerMixin):
         self._owner = owner
         self._window = shape.window
         self.is_sliding = shape.window is not None
-        self.keys = torch.empty(
-            batch_size, shape.key_heads, capacity, shape.key_size, dtype=shape.dtype, device=device
-        )
-        self.values = torch.empty(
-            batch_size, shape.value_heads, capacity, shape.value_size, dtype=shape.dtype, device=device
-        )
+        self.keys = _memory(batch_size, shape.key_heads, capacity, shape.key_size, shape.dtype, device)
+        self.values = _memory(batch_size, shape.value_heads, capacity, shape.value_size, shape.dtype, device)
         self.is_initialized = True
 
     def grow(self, capacity: int) -> None:
@@ -103,7 +108,7 @@ class _Slots(CacheLayerMixin):
         batch_size, heads, old, size = held.shape
         if old >= capacity:  # as after a growth that failed half-way
             return held
-        grown, end = held.new_empty(batch_size, heads, capacity, size), self._owner.position
+        grown, end = _memory(batch_size, heads, capacity, size, held.dtype, held.device), self._owner.position
         grown[:, :, :end] = held[:, :, :end]
         return grown
 
@@ -140,6 +145,28 @@ class _Slots(CacheLayerMixin):
         end = self._owner.position
         for held in (self.keys, self.values):
             held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
+
+
+def _memory(
+    batch_size: int, heads: int, capacity: int, size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor [batch, heads, capacity, size] of whatever values, whose memory goes back to the system with it.
+
+    C's allocator keeps most of what sessions of different lengths free, in gaps between what others still use.
+    """
+    shape = (batch_size, heads, capacity, size)
+    nbytes = batch_size * heads * capacity * size * dtype.itemsize
+    if device.type != "cpu" or nbytes < _OWN_PAGES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        pages = (
+            mmap.mmap(-1, nbytes)
+            if sys.platform == "win32"
+            else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        )
+    except OSError as e:
+        raise RuntimeError(f"The system has no {nbytes} bytes of memory left") from e
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class _Recorded(Exception):

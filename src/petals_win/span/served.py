@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,8 @@ SESSION_TOKENS = "session_tokens"
 # A session grows by a quarter of its length, but by no fewer tokens than this: what is held is copied then.
 PIECE_TOKENS = 256
 _ROUND_TOKENS = 64
-# To grow, seconds; then the session gives back what it has. Sessions of several nodes can wait for each other in a circle.
+# To grow, about so many seconds; then the session gives back what it has. Sessions of several nodes can wait for each other in a
+# circle, which ends sooner if they do not give up at the same time.
 GROW_SECONDS = 15.0
 _NO_MEMORY = "This PC has no memory left for a conversation now."
 
@@ -126,7 +128,7 @@ class ServedSession:
                 raise NodeFull(_NO_MEMORY) from e
         elif tokens > self._session.room:
             assert self._share is not None
-            await self._share.grow(room * self._token_bytes, GROW_SECONDS)
+            await self._share.grow(room * self._token_bytes, GROW_SECONDS * random.uniform(0.7, 1.3))
             self._session.room = room
         return self._session
 

@@ -62,6 +62,8 @@ class Session:
 
     def close(self) -> None:
         """Free the cache. Closing twice is allowed."""
+        if self.cache is not None:
+            self.cache.free()
         self.cache = None
 
 
