@@ -13,6 +13,8 @@ Drop-when: the issue is closed by a release.
 from petals_win.upstream.declare import add, add_import, replace
 
 add_import("petals.client.inference_session", "import threading")
+add_import("petals.client.inference_session", "from hivemind.p2p import P2PHandlerError")
+add_import("petals.client.inference_session", "from petals.client.routing.sequence_manager import MissingBlocksError")
 add_import("petals.client.inference_session", "from petals_win.errors import NodeFull, NodeRefused, node_error")
 add_import("petals.client.inference_session", "from petals_win.span.pieces import piece_tokens")
 add_import("petals.client.inference_session", "from petals_win.span.history import InputHistory")
@@ -154,7 +156,7 @@ def step(
         self._first_prompts = prompts
     hidden, step_id = inputs.cpu(), str(uuid.uuid4())
     server_idx = block_idx = attempt_no = n_full = 0
-    deadline, past = time.monotonic() + _patience(), None
+    deadline, past, told = time.monotonic() + _patience(), None, None
     while block_idx < self.num_blocks:
         server = None
         try:
@@ -195,9 +197,10 @@ def step(
                 hidden, n_full = inputs.cpu(), n_full + 1
                 continue
             self._sequence_manager.on_request_failure(None if server is None else server.span.peer_id)
-            attempt_no += 1
+            attempt_no, told = attempt_no + 1, e if isinstance(e, P2PHandlerError) else told
             if attempt_no == self._sequence_manager.config.max_retries:
-                raise
+                # That no server is left now says less than what the last one said.
+                raise (told or e) if isinstance(e, MissingBlocksError) else e
             delay = self._sequence_manager.get_retry_delay(attempt_no - 1)
             who = (
                 "finding servers"

@@ -212,6 +212,23 @@ def test_a_failure_is_called_a_failure(folder, nodes, monkeypatch):
     use(folder, nodes, ask)
 
 
+@pytest.mark.parametrize(
+    ("family", "context", "changes"),
+    [("qwen3", 256, {"head_dim": 18}), ("gpt_neox", 32_768, {}), ("deepseek_v3", 131_072, {})],
+    ids=["odd heads", "no grouped heads", "keys and values of different sizes"],
+)
+def test_three_chats_at_once_with_any_context_and_any_heads(tmp_path, family, context, changes):
+    folder = tiny_chat_model(tmp_path / "tiny", family, context=context, ends=8, **changes)
+    with nodes_here(folder, ["0:3", "3:4"]) as nodes:
+
+        async def ask(engine):
+            assert engine.models()[0].context_length == context
+            counts = await asyncio.gather(*(answer(engine, chat(f"Number {n}")) for n in range(3)))
+            assert all(count > 0 for _, count in counts) and banned(engine) == []
+
+        use(folder, nodes, ask)
+
+
 def test_a_prompt_of_several_thousand_tokens_without_grouped_heads(tmp_path):
     """Upstream's limits for such models are 2,048 tokens for a session and for a request."""
     folder = tiny_chat_model(tmp_path / "tiny", context=131_072, ends=0, num_key_value_heads=4)
