@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ _ROUND_TOKENS = 64
 # circle, which ends sooner if they do not give up at the same time.
 GROW_SECONDS = 15.0
 _NO_MEMORY = "This PC has no memory left for a conversation now."
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|memory left", re.IGNORECASE)
 
 
 def room_for(tokens: int, longest: int) -> int:
@@ -107,8 +109,8 @@ class ServedSession:
             )
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
-        except torch.OutOfMemoryError as e:
-            raise NodeFull(_NO_MEMORY) from e
+        except RuntimeError as e:
+            raise _full_or(e) from None
 
     async def _with_room(self, tokens: int) -> Session:
         """The session, with memory promised to it for so many tokens."""
@@ -124,8 +126,8 @@ class ServedSession:
                 self._session = await opening
             except KeyError as e:
                 raise NodeRefused(f"{e.args[0]}.") from e
-            except RuntimeError as e:  # torch's, of all devices
-                raise NodeFull(_NO_MEMORY) from e
+            except RuntimeError as e:
+                raise _full_or(e) from None
         elif tokens > self._session.room:
             assert self._share is not None
             await self._share.grow(room * self._token_bytes, GROW_SECONDS * random.uniform(0.7, 1.3))
@@ -151,6 +153,11 @@ class ServedSession:
             self._compute.submit(_close, session).add_done_callback(freed)
         except RuntimeError:  # the node is shutting down
             share.release()
+
+
+def _full_or(error: RuntimeError) -> Exception:
+    """NodeFull if it was memory that the device lacked, which torch says in other words for each, else the error itself."""
+    return NodeFull(_NO_MEMORY) if _OUT_OF_MEMORY.search(str(error)) else error
 
 
 def _step(span: Span, session: Session, hidden: torch.Tensor, **more) -> torch.Tensor:
