@@ -19,6 +19,7 @@ from hivemind import BatchTensorDescriptor
 
 from petals.server.memory_cache import MemoryCache
 from petals_win.span.compute import ComputeThread
+from petals_win.span.served import SESSION_TOKENS
 from petals_win.span.span import Span
 
 
@@ -38,9 +39,11 @@ class TransformerBackend:
         memory_cache: MemoryCache,
         compression: int,
         max_batch_size: int,
+        session_tokens: int,
     ):
         self.block_index, self.span, self.compute = block_index, span, compute
         self.memory_cache, self.max_batch_size = memory_cache, max_batch_size
+        self.session_tokens = session_tokens
         self.dtype = span.dtype
         hidden = BatchTensorDescriptor(1, 2048, span.hidden_size, dtype=span.dtype, compression=compression)
         self.args_schema, self.kwargs_schema = (hidden,), {}
@@ -53,8 +56,9 @@ class TransformerBackend:
         self.cache_bytes_per_token = {torch.device(span.device): span.block_cache_bytes_per_token}
 
     def get_info(self) -> Dict[str, Any]:
-        """What a client must know to call this block, as upstream's clients read it."""
+        """What a client must know to call this block, as upstream's clients read it, and how long a session may be here."""
         return {
+            SESSION_TOKENS: self.session_tokens,
             "forward_schema": self.forward_schema,
             "outputs_schema": self.outputs_schema,
             "keyword_names": (),

@@ -7,8 +7,9 @@ Upstream-issue: none
 Drop-when: upstream's server runs in one process.
 """
 
-from petals_win.upstream.declare import remove, remove_import, replace
+from petals_win.upstream.declare import add_import, remove, remove_import, replace
 
+add_import("petals.server.handler", "from petals_win.span.served import ServedSession")
 remove_import("petals.server.handler", "mp")
 remove("petals.server.handler:Event", digest="ab1c6ef79e8de298")
 remove("petals.server.handler:TransformerConnectionHandler._listen_to_event_queue", digest="546b55e2f98833d1")
@@ -31,7 +32,8 @@ def __init__(
 ):
     super().__init__(dht, module_backends)
     self.dht_prefix, self.content_id, self.adapters, self.quant_type = dht_prefix, content_id, adapters, quant_type
-    self.inference_max_length = limits["inference_max_length"]
+    # What a session may hold is each session's own business, which says why it does not do more.
+    self.inference_max_length, self._context_length = sys.maxsize, limits["inference_max_length"]
     self.request_timeout, self.session_timeout, self.step_timeout = (
         limits[f"{what}_timeout"] for what in ("request", "session", "step")
     )
@@ -69,13 +71,18 @@ async def _get_from_session_queue(self, session_id: str) -> Optional[runtime_pb2
 @replace("petals.server.handler:TransformerConnectionHandler._allocate_cache", digest="830e1ef0b8ee922d")
 @contextlib.asynccontextmanager
 async def _allocate_cache(self, backends, *, batch_size, max_length, timeout) -> AsyncIterator[Any]:
-    """Open a session of the span over these blocks, within the node's budget for KV caches; close it at the end."""
+    """A session of the span over these blocks, within the node's budget for KV caches; it is closed at the end."""
     first = backends[0]
-    span, blocks = first.span, (first.block_index, backends[-1].block_index + 1)
-    async with first.memory_cache.reserve(span.session_bytes(batch_size, max_length, *blocks), timeout):
-        session = await first.compute.submit(span.open, batch_size, max_length, *blocks)
-        try:
-            yield session
-        finally:
-            # The compute thread may still be at a step of this session: it closes the session after that.
-            first.compute.submit(session.close)
+    session = ServedSession(
+        first.span,
+        first.compute,
+        first.memory_cache,
+        batch_size=batch_size,
+        max_length=min(max_length, self._context_length),
+        blocks=(first.block_index, backends[-1].block_index + 1),
+        patience=timeout,
+    )
+    try:
+        yield session
+    finally:
+        session.close()

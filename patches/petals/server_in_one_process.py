@@ -23,7 +23,9 @@ add_import("petals.server.server", "from petals.server.backend import Transforme
 add_import("petals.server.server", "from petals.server.throughput import throughput_info")
 add_import("petals.server.server", "from petals_win.errors import UserError")
 add_import("petals.server.server", "from petals_win.span.compute import ComputeThread")
-add_import("petals.server.server", "from petals_win.span.needs import choose_num_blocks, needs_of")
+add_import("petals.server.server", "from petals_win.span.needs import choose_num_blocks, least_cache_tokens, needs_of")
+add_import("petals.server.server", "from petals_win.span.needs import session_budget")
+add_import("petals.server.server", "from petals_win.host.memory import available_bytes")
 add_import("petals.server.server", "from petals_win.span.source import open_model")
 add_import("petals.server.server", "from petals_win.span.span import Span")
 add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
@@ -103,6 +105,12 @@ class ModuleContainer:
                 adapters=server_info.adapters,
             ).result()
             speed = compute.submit(measure_speed, span).result()
+            token_bytes = span.cache_bytes_per_token
+            least = max(attn_cache_bytes, least_cache_tokens(block_config) * token_bytes)
+            memory_cache.total_bytes = session_budget(available_bytes(device), least, token_bytes, device)
+            session_tokens = min(inference_max_length, memory_cache.total_bytes // token_bytes)
+            # Upstream's clients count keys and values apart, in each block.
+            announcer.bytes_per_token = max(token_bytes // (2 * span.num_blocks), 1)
             for name, value in throughput_info(speed, block_config, end - start, server_info.using_relay).items():
                 setattr(server_info, name, value)
             backends = {}
@@ -114,6 +122,7 @@ class ModuleContainer:
                     memory_cache=memory_cache,
                     compression=compression,
                     max_batch_size=max_batch_size,
+                    session_tokens=session_tokens,
                 )
                 backends |= dict.fromkeys(names_of(uid), backend)
             limits = {"inference_max_length": inference_max_length, "step_timeout": step_timeout}
@@ -133,7 +142,10 @@ class ModuleContainer:
             compute.stop()
             raise
         announcer.announce(ServerState.ONLINE)
-        logger.info(f"Serving blocks {start}:{end} in {span.weight_bytes / 2**20:.0f} MiB of {span.device} memory")
+        logger.info(
+            f"Serving blocks {start}:{end} in {span.weight_bytes / 2**20:.0f} MiB of {span.device} memory, with "
+            f"{memory_cache.total_bytes / 2**20:.0f} MiB for conversations of up to {session_tokens} tokens"
+        )
         return cls(dht, handler, compute, announcer, f"{start}:{end}")
 
     def __init__(self, dht, handler, compute, announcer, blocks: str):

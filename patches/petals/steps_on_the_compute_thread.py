@@ -22,7 +22,8 @@ from petals.server.backend import TransformerBackend
 from petals.server.task_prioritizer import TaskPrioritizerBase
 from petals.utils.misc import is_dummy
 from petals.utils.packaging import unpack_args_kwargs
-from petals_win.span.span import Session
+from petals_win.errors import NodeRefused
+from petals_win.span.served import ServedSession
 
 
 def _unpack(flat_tensors: Sequence[torch.Tensor], args_structure: Any) -> Sequence[Any]:
@@ -39,7 +40,7 @@ def _prompt_of_each_block(
     if prompts is None or is_dummy(prompts):
         return None
     if prompts.ndim != 4 or len(prompts) != len(backends):
-        raise ValueError(
+        raise NodeRefused(
             f"Deep prompts have the shape {tuple(prompts.shape)}, but {len(backends)} blocks were asked for"
         )
     return list(prompts.to(backends[0].dtype).unbind(0))
@@ -48,19 +49,19 @@ def _prompt_of_each_block(
 def _hidden_states(tensor: torch.Tensor, backends: Sequence[TransformerBackend]) -> torch.Tensor:
     hidden_size = backends[0].span.hidden_size
     if tensor.ndim != 3 or tensor.shape[-1] != hidden_size:
-        raise ValueError(
+        raise NodeRefused(
             f"Hidden states must have the shape [batch, tokens, {hidden_size}], got {tuple(tensor.shape)}"
         )
     n_tokens = tensor.shape[0] * tensor.shape[1]
     if n_tokens > backends[0].max_batch_size:
-        raise ValueError(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")
+        raise NodeRefused(f"A request may have {backends[0].max_batch_size} tokens on this node, got {n_tokens}")
     return tensor.to(backends[0].dtype)
 
 
 def _range_of(backends: Sequence[TransformerBackend]) -> Tuple[int, int]:
     start, end = backends[0].block_index, backends[-1].block_index + 1
     if [backend.block_index for backend in backends] != list(range(start, end)):
-        raise ValueError("The blocks of one request must follow one another")
+        raise NodeRefused("The blocks of one request must follow one another")
     return start, end
 
 
@@ -113,27 +114,22 @@ async def iterate_rpc_inference(
     *, input_iterator, cache_handles, requested_uids, requested_backends, active_adapter, prioritizer, points, **more
 ) -> AsyncIterator[Tuple[runtime_pb2.ExpertRequest, dict, Sequence[runtime_pb2.Tensor], bool]]:
     """For each request of a session: itself, its metadata, its outputs, and whether they may be pushed to the next server."""
-    session: Session = cache_handles
+    session: ServedSession = cache_handles
     backend, args_structure = requested_backends[0], more.get("args_structure")
     session.adapter = active_adapter or ""
     async for request, metadata in input_iterator:
+        session.check_step(request.tensors[0].size)  # before its bytes become tensors
         flat_tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
         hidden_states, prompts, hypo_ids, *_ = _unpack(flat_tensors, args_structure)
-        hidden_states = _hidden_states(hidden_states, requested_backends)
         prompts = _prompt_of_each_block(prompts, requested_backends)
-        # A client may send no tokens at all to find out whether its cache can be allocated.
-        if hidden_states.numel() > 0:
-            hidden_states = await backend.compute.submit(
-                _to_cpu,
-                backend.span.step,
-                session,
-                hidden_states,
-                prompts=prompts,
-                hypo_ids=None if is_dummy(hypo_ids) else hypo_ids,
-                priority=prioritizer.prioritize(
-                    hidden_states, hypo_ids, points=points, requested_uids=requested_uids, type="inference"
-                ),
-            )
+        hidden_states = await session.step(
+            hidden_states.to(backend.dtype),
+            prompts=prompts,
+            hypo_ids=None if is_dummy(hypo_ids) else hypo_ids,
+            priority=prioritizer.prioritize(
+                hidden_states, hypo_ids, points=points, requested_uids=requested_uids, type="inference"
+            ),
+        )
         (schema,) = requested_backends[-1].outputs_schema
         output = serialize_torch_tensor(hidden_states.to(schema.dtype), schema.compression, allow_inplace=True)
         yield request, metadata, [output], prompts is None

@@ -158,6 +158,19 @@ def test_several_at_once(use):
     assert at_once == one_by_one
 
 
+def test_four_chats_without_a_limit_and_then_a_fifth(use):
+    async def ask(engine):
+        chats = [engine.generate(request(STORY)) for _ in range(4)]
+        firsts = await asyncio.gather(*(anext(generation) for generation in chats))
+        assert all(isinstance(first, Token) for first in firsts)
+        fifth = await answer(engine, request(max_tokens=32))
+        for generation in chats:
+            await generation.aclose()
+        return fifth[0]
+
+    assert use(ask) == "The capital of France is Paris."
+
+
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
 def test_whoever_stops_reading_ends_the_computation(use, how):
     async def ask(engine):

@@ -186,3 +186,24 @@ def test_no_warning_about_coroutines_that_were_refused(thread, recwarn):
         thread.submit(answer(1))
     gc.collect()
     assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
+def test_a_task_lives_although_nobody_keeps_its_future(thread):
+    """Only what it waits for refers to it, and only it refers to that."""
+    done = threading.Event()
+
+    async def wait_for_itself() -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.2, collect)
+        try:
+            await waiter
+        finally:
+            done.set()
+
+    def collect() -> None:
+        gc.collect()
+
+    thread.submit(wait_for_itself())
+    assert not done.wait(0.5), "it was collected"
+    thread.stop()
+    assert done.is_set()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from petals_win.span import cache as cache_module
 from petals_win.span import span as span_module
 from petals_win.span.architecture import find_blocks
 from petals_win.span.source import ModelSource, open_model
@@ -287,3 +291,53 @@ def test_the_model_of_the_source_generates(source, checkpoint):
     ids = torch.tensor([[1, 5, 9]])
     with torch.no_grad():
         assert torch.equal(source.whole_model()(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3", "falcon", "bloom"])
+def test_a_cache_that_grows_answers_as_one_that_was_allocated_at_once(checkpoint, family):
+    """Bit for bit, windows, latent keys and reordered rows included."""
+    span = Span.load(open_model(str(checkpoint(family))), 0, 4)
+    whole, growing = span.open(BATCH, 120), span.open(BATCH, 120, room=9)
+    hidden, order = hidden_states(100), torch.tensor([1, 0])
+    for start, end in ((0, 9), (9, 10), (10, 11), (11, 60), *((at, at + 1) for at in range(60, 100))):
+        if end > growing.room:
+            with pytest.raises(ValueError, match=f"holds {growing.room} tokens"):
+                span.step(growing, hidden[:, start:end])
+            growing.room = min(end + 5, 120)
+        rows = order if start % 7 == 0 else None
+        outputs = [span.step(session, hidden[:, start:end], hypo_ids=rows) for session in (whole, growing)]
+        assert torch.equal(*outputs), f"tokens {start} to {end}"
+    assert growing.cache is not None and growing.cache.capacity == growing.room < whole.room
+
+
+def test_memory_of_a_closed_session_is_free_at_once(span):
+    """Python's collector must not be needed: tensors do not make it run."""
+    session = span.open(1, 500)
+    assert session.cache is not None
+    held = [weakref.ref(layer.keys) for layer in session.cache.layers]
+    gc.disable()
+    try:
+        session.close()
+        del session
+        assert [tensor() for tensor in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+def test_a_growth_that_fails_leaves_the_session_as_it_was(span, monkeypatch):
+    session, hidden = span.open(BATCH, 20, room=4), hidden_states(8)
+    expected = span.step(span.open(BATCH, 20), hidden)
+    span.step(session, hidden[:, :4])
+    session.room = 20
+    memory, calls = cache_module._memory, iter(range(100))
+
+    def too_little(*shape):
+        if next(calls) == 3:
+            raise RuntimeError("not enough memory")
+        return memory(*shape)
+
+    monkeypatch.setattr(cache_module, "_memory", too_little)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        span.step(session, hidden[:, 4:], hypo_ids=torch.tensor([0, 1]))
+    assert session.position == 4
+    assert span.step(session, hidden[:, 4:]).numpy() == close_to(expected[:, 4:])

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from petals_win.api.ascii_json import AsciiJson
-from petals_win.engines.base import ContextTooLong, ModelNotFound, SwarmUnavailable
+from petals_win.engines.base import ContextTooLong, ModelNotFound, SwarmFailed, SwarmFull, SwarmUnavailable
 from petals_win.errors import UserError
 
 RETRY_AFTER_S = 10
@@ -52,8 +52,10 @@ def from_engine(error: UserError) -> ApiError:
             return ApiError(404, str(error), code="model_not_found", param="model")
         case ContextTooLong():
             return ApiError(400, str(error), code="context_length_exceeded")
-        case SwarmUnavailable():
+        case SwarmUnavailable() | SwarmFailed():
             return ApiError(503, str(error), code="swarm_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
+        case SwarmFull():
+            return ApiError(503, str(error), code="swarm_full", headers={"Retry-After": str(RETRY_AFTER_S)})
         case _:
             return ApiError(400, str(error))
 

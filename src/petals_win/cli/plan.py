@@ -102,8 +102,8 @@ def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | No
         typer.echo(json.dumps({**facts, "sizes": sizes}))
         return
     typer.echo(
-        f"{model}: {any_needs.num_blocks} blocks. Beside its weights each takes {any_needs.cache_bytes / _MIB:,.0f} MiB for "
-        f"caches: {any_needs.cache_tokens:,} tokens of all sessions together.\n"
+        f"{model}: {any_needs.num_blocks} blocks. Beside its weights each takes at least {any_needs.cache_bytes / _MIB:,.0f} "
+        f"MiB for caches: {any_needs.cache_tokens:,} tokens of all sessions together.\n"
     )
     for number, (share, way) in enumerate(zip(made.shares, kept, strict=True), 1):
         needs = by_quant[way]

@@ -15,7 +15,10 @@ from petals_win.errors import UserError
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model that can be asked for: its public name, Unix time of loading (s), longest prompt plus answer (tokens)."""
+    """A model that can be asked for: its public name, Unix time of loading (s), longest prompt plus answer (tokens).
+
+    The context is the model's, or what the nodes that serve it have room for, if that is less.
+    """
 
     id: str
     created: int
@@ -131,8 +134,8 @@ class Engine(Protocol):
         then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.
 
         Raises ModelNotFound and ContextTooLong before the first event, as any other UserError about the request
-        (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable
-        at any time. An exception that is no UserError is a defect of the engine.
+        (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable,
+        SwarmFull, SwarmFailed and SwarmRefused at any time. An exception that is no UserError is a defect of the engine.
         """
         ...
 
@@ -161,6 +164,31 @@ class ContextTooLong(UserError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+
+
+class SwarmFull(UserError):
+    """All nodes that the answer needs are there, but they had no room for it in time. `reason` is a node's own sentence."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            f"The swarm is full: {reason} Try again in a moment, or add a PC with 'petals-win serve' for the same blocks."
+        )
+
+
+class SwarmRefused(UserError):
+    """A node of the swarm does not do what the request needs. `reason` is its own sentence."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"A PC of the swarm refused the request: {reason}")
+
+
+class SwarmFailed(UserError):
+    """Nodes that are there failed again and again at this answer. `reason` is what the last one said."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            f"A PC of the swarm failed, and no other could take its place: {reason} The log of that PC tells more; try again."
+        )
 
 
 class SwarmUnavailable(UserError):

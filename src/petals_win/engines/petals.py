@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hivemind import DHT
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
+from petals.client.inference_session import InferenceSession, SessionCancelled
 from petals.client.routing.sequence_manager import MissingBlocksError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 from tokenizers.decoders import DecodeStream
@@ -32,6 +34,9 @@ from petals_win.engines.base import (
     ModelNotFound,
     PeerStatus,
     SwarmOutOfReach,
+    SwarmFailed,
+    SwarmFull,
+    SwarmRefused,
     SwarmStatus,
     SwarmUnavailable,
     Token,
@@ -41,9 +46,11 @@ from petals_win.engines.base import (
 from petals_win.engines.sampling import check_token_ids, generate_arguments
 from petals_win.engines.stopping import StopStrings, WithoutRepeat
 from petals_win.engines.text import PromptEncoder
+from petals_win.errors import NodeFull, NodeRefused, printable
 from petals_win.span.source import ModelSource, open_model
 from petals_win.swarm.looking import LookUpFailed
 from petals_win.swarm.revision import check_content
+from petals_win.swarm.rooms import Rooms
 from petals_win.swarm.state import SwarmState, read_state
 
 logger = logging.getLogger(__name__)
@@ -62,8 +69,9 @@ class PetalsEngine:
         self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         self._prompts = PromptEncoder(source.name, self._tokenizer, self._vocabulary)
         self._card = ModelCard(source.name, int(time.time()), source.context_length)
+        self._rooms = Rooms(source.swarm_name)
         self._threads = ThreadPoolExecutor(_CONCURRENT, thread_name_prefix="generate")
-        self._running: set[threading.Event] = set()
+        self._running: set[_Cancelling] = set()
         self._state = SwarmState(source.num_blocks, ())
         self._poller: asyncio.Task[None] | None = None
 
@@ -86,7 +94,11 @@ class PetalsEngine:
         return cls(source, distributed.eval(), dht)
 
     def models(self) -> list[ModelCard]:
-        return [self._card]
+        return [replace(self._card, context_length=self._context_length())]
+
+    def _context_length(self) -> int:
+        """The model's, or what the nodes of a route have room for."""
+        return min(self._card.context_length, self._rooms.longest(self._state) or self._card.context_length)
 
     @property
     def lost(self) -> str | None:
@@ -122,6 +134,7 @@ class PetalsEngine:
     async def _look(self) -> None:
         try:
             self._state = await read_state(self._dht, self._source.swarm_name, self._source.num_blocks)
+            await self._rooms.ask(self._state, self._model.blocks.sequence_manager.state.p2p)
         except Exception as e:
             logger.warning("The swarm could not be read: %s", e)
             self._state = SwarmState(self._source.num_blocks, ())
@@ -134,9 +147,10 @@ class PetalsEngine:
         read = self._prompts.encode(request)
         prompt = read.tokens
         check_token_ids(request.logit_bias, self._vocabulary)
-        room = self._card.context_length - len(prompt)
+        context_length = self._context_length()
+        room = context_length - len(prompt)
         if room < 1:
-            raise ContextTooLong(len(prompt), self._card.context_length)
+            raise ContextTooLong(len(prompt), context_length)
         if self._state.missing_blocks:
             await self._look()
             if self._state.missing_blocks:
@@ -145,7 +159,7 @@ class PetalsEngine:
 
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        cancelled = threading.Event()
+        cancelled = _Cancelling()
         self._running.add(cancelled)
 
         def put(token: int | None) -> None:
@@ -183,11 +197,12 @@ class PetalsEngine:
         limit: int,
         request: GenerationRequest,
         put: Callable[[int | None], None],
-        cancelled: threading.Event,
+        cancelled: _Cancelling,
     ) -> None:
         """Generate in a worker thread; `put` gets each token, and None at the end whatever happens."""
         try:
             with self._model.inference_session(max_length=len(prompt) + limit) as session:
+                cancelled.ends(session)
                 self._model.generate(
                     torch.tensor([prompt]),
                     session=session,
@@ -200,13 +215,19 @@ class PetalsEngine:
                         max_tokens=limit,
                     ),
                 )
+        except SessionCancelled:
+            logger.debug("An answer was given up")
+        except NodeFull as e:
+            raise SwarmFull(e.sentence) from e
+        except NodeRefused as e:
+            raise SwarmRefused(e.sentence) from e
         except MissingBlocksError as e:
             raise SwarmUnavailable(e.block_indices) from e
-        except LookUpFailed as e:
+        except (LookUpFailed, P2PDaemonLost) as e:
             raise SwarmOutOfReach(self.lost or str(e)) from e
-        except P2PDaemonLost as e:
-            raise SwarmOutOfReach(self.lost or str(e)) from e
-        except (TimeoutError, ConnectionError, P2PDaemonError, P2PHandlerError, StopAsyncIteration) as e:
+        except P2PHandlerError as e:
+            raise SwarmFailed(f"{printable(str(e))}.") from e
+        except (TimeoutError, ConnectionError, P2PDaemonError, StopAsyncIteration) as e:
             raise SwarmUnavailable(()) from e
         finally:
             put(None)
@@ -224,6 +245,24 @@ class PetalsEngine:
         self._threads.shutdown()
         self._model.blocks.sequence_manager.shutdown()
         self._dht.shutdown()
+
+
+class _Cancelling(threading.Event):
+    """Set when nobody waits for an answer any more; it ends the session, too, which may wait for room in a full swarm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._session: InferenceSession | None = None
+
+    def ends(self, session: InferenceSession) -> None:
+        self._session = session
+        if self.is_set():
+            session.cancel()
+
+    def set(self) -> None:
+        super().set()
+        if self._session is not None:
+            self._session.cancel()
 
 
 class _Streamer(BaseStreamer):

@@ -48,6 +48,7 @@ class LoopThread(threading.Thread):
         self._lock = threading.Lock()
         self._accepting = False
         self._grace_s = 10.0
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -149,6 +150,9 @@ class LoopThread(threading.Thread):
             if future.cancelled() and not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
 
+        # The loop itself does not keep its tasks alive, and the caller may have dropped the future.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         task.add_done_callback(pass_result_on)
         future.add_done_callback(pass_cancel_on)
 

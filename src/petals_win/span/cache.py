@@ -1,16 +1,20 @@
-"""Keys and values of one session, in memory that is allocated once and filled as tokens come.
+"""Keys and values of one session, in memory that grows in pieces as tokens come.
 
 Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
 """
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+_OWN_PAGES = 2**16  # bytes from which a tensor gets pages of its own
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,34 @@ class SessionCache(Cache):
     """
 
     def __init__(
-        self, shapes: Sequence[KvShape], first: int, batch_size: int, max_length: int, device: torch.device
+        self, shapes: Sequence[KvShape], first: int, batch_size: int, capacity: int, device: torch.device
     ) -> None:
-        """Allocate for the blocks first, first + 1, … Raises RuntimeError (torch's) if the device's memory does not suffice."""
+        """Allocate `capacity` tokens for each of the blocks first, first + 1, …
+
+        Raises RuntimeError (torch's) if the device's memory does not suffice.
+        """
         self.position = 0
+        self.capacity = capacity
         self._first = first
-        super().__init__(layers=[_Slots(self, shape, batch_size, max_length, device) for shape in shapes])
+        super().__init__(layers=[_Slots(self, shape, batch_size, capacity, device) for shape in shapes])
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all; less than there is changes nothing.
+
+        What is held is copied, block by block, so that one block's old memory is the most that is held twice. Raises
+        RuntimeError (torch's) if the device's memory does not suffice; what was held is held still.
+        """
+        if capacity <= self.capacity:
+            return
+        for layer in self.layers:
+            slots: Any = layer
+            slots.grow(capacity)
+        self.capacity = capacity
+
+    def free(self) -> None:
+        """Let go of the memory at once: cache and blocks refer to each other, so that Python would find it only some time."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -60,22 +86,31 @@ class SessionCache(Cache):
 
 
 class _Slots(CacheLayerMixin):
-    """Keys and values of one block: [batch, heads, max_length, size] each, filled up to the owner's position."""
+    """Keys and values of one block: [batch, heads, capacity, size] each, filled up to the owner's position."""
 
     def __init__(
-        self, owner: SessionCache, shape: KvShape, batch_size: int, max_length: int, device: torch.device
+        self, owner: SessionCache, shape: KvShape, batch_size: int, capacity: int, device: torch.device
     ) -> None:
         super().__init__()
         self._owner = owner
         self._window = shape.window
         self.is_sliding = shape.window is not None
-        self.keys = torch.empty(
-            batch_size, shape.key_heads, max_length, shape.key_size, dtype=shape.dtype, device=device
-        )
-        self.values = torch.empty(
-            batch_size, shape.value_heads, max_length, shape.value_size, dtype=shape.dtype, device=device
-        )
+        self.keys = _memory(batch_size, shape.key_heads, capacity, shape.key_size, shape.dtype, device)
+        self.values = _memory(batch_size, shape.value_heads, capacity, shape.value_size, shape.dtype, device)
         self.is_initialized = True
+
+    def grow(self, capacity: int) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys = self._grown(self.keys, capacity)
+        self.values = self._grown(self.values, capacity)
+
+    def _grown(self, held: torch.Tensor, capacity: int) -> torch.Tensor:
+        batch_size, heads, old, size = held.shape
+        if old >= capacity:  # as after a growth that failed half-way
+            return held
+        grown, end = _memory(batch_size, heads, capacity, size, held.dtype, held.device), self._owner.position
+        grown[:, :, :end] = held[:, :, :end]
+        return grown
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is left to do: the memory was allocated at the start."""
@@ -110,6 +145,28 @@ class _Slots(CacheLayerMixin):
         end = self._owner.position
         for held in (self.keys, self.values):
             held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
+
+
+def _memory(
+    batch_size: int, heads: int, capacity: int, size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor [batch, heads, capacity, size] of whatever values, whose memory goes back to the system with it.
+
+    C's allocator keeps most of what sessions of different lengths free, in gaps between what others still use.
+    """
+    shape = (batch_size, heads, capacity, size)
+    nbytes = batch_size * heads * capacity * size * dtype.itemsize
+    if device.type != "cpu" or nbytes < _OWN_PAGES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        pages = (
+            mmap.mmap(-1, nbytes)
+            if sys.platform == "win32"
+            else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        )
+    except OSError as e:
+        raise RuntimeError(f"The system has no {nbytes} bytes of memory left") from e
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class _Recorded(Exception):

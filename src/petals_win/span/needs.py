@@ -26,8 +26,13 @@ _MIB = 2**20
 
 # Of the memory that is free: for activations, and for whoever else uses the PC.
 _SPARE = 0.1
-# Tokens for which a node sets memory aside in each block, for all of its sessions together. With grouped heads one costs less.
+# Tokens for which a node sets memory aside in each block at least, for all of its sessions together, as long as they fit beside
+# the weights. With grouped heads one costs less.
 _CACHE_TOKENS, _CACHE_TOKENS_GROUPED = 4096, 16384
+# Of the memory that is free once the weights are loaded: what sessions may take in all. Other nodes and programs share the RAM.
+_SESSIONS_SHARE_OF_RAM, _SESSIONS_SHARE = 0.25, 0.5
+# A node that has room for fewer tokens beside its blocks is of no use.
+_FEWEST_TOKENS = 256
 # Bytes of one weight in NF4: 4 bits, for each 64 weights a scale of 8 bits, for each 256 of these another one of 32.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _INT8_SCALE_BYTES = 4  # for each row of a weight
@@ -60,15 +65,36 @@ class Needs:
 def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none") -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split."""
     footprint = model_footprint(config, dtype)
-    decoder = text_config(config)
-    heads = decoder.num_attention_heads
-    grouped = (getattr(decoder, "num_key_value_heads", None) or heads) < heads
     return Needs(
         block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant),
         cache_bytes_per_token=footprint.cache_bytes_per_token,
-        cache_tokens=_CACHE_TOKENS_GROUPED if grouped else _CACHE_TOKENS,
+        cache_tokens=least_cache_tokens(config),
         outside_bytes=footprint.outside_bytes,
     )
+
+
+def least_cache_tokens(config: PreTrainedConfig) -> int:
+    """For how many tokens of all sessions together a node sets memory aside at least, if it fits."""
+    decoder = text_config(config)
+    heads = decoder.num_attention_heads
+    grouped = (getattr(decoder, "num_key_value_heads", None) or heads) < heads
+    return _CACHE_TOKENS_GROUPED if grouped else _CACHE_TOKENS
+
+
+def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: torch.device) -> int:
+    """Bytes for the sessions of a node that has loaded its blocks and has so many bytes free: a bounded share of them.
+
+    `least_bytes` is what it shall be at least, as long as something stays free; `token_bytes` is what a token takes in all of its
+    blocks. Raises UserError if that is room for next to nothing.
+    """
+    share = _SESSIONS_SHARE_OF_RAM if device.type == "cpu" else _SESSIONS_SHARE
+    budget = int(min(max(least_bytes, share * free_bytes), (1 - _SPARE) * free_bytes))
+    if budget < _FEWEST_TOKENS * token_bytes:
+        raise UserError(
+            f"With its blocks loaded this PC has {free_bytes / _MIB:,.0f} MiB free on {device}, which is no room for conversations. "
+            "Serve fewer blocks, or close other programs."
+        )
+    return budget
 
 
 def blocks_that_fit(free_bytes: int, needs: Needs) -> int:

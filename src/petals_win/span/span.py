@@ -35,10 +35,15 @@ _CHUNK_TOKENS = 1024
 
 @dataclass
 class Session:
-    """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end)."""
+    """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end).
+
+    `room` is how many tokens it may keep now, up to `max_length`; whoever opened it may raise it between two steps, and the
+    cache grows when a step needs it.
+    """
 
     batch_size: int
     max_length: int
+    room: int
     start: int
     end: int
     adapter: str
@@ -57,6 +62,8 @@ class Session:
 
     def close(self) -> None:
         """Free the cache. Closing twice is allowed."""
+        if self.cache is not None:
+            self.cache.free()
         self.cache = None
 
 
@@ -169,10 +176,10 @@ class Span:
         """Of one sequence in the block that keeps most."""
         return max(shape.bytes_per_token for shape in self._shapes)
 
-    def session_bytes(self, batch_size: int, max_length: int, start: int | None = None, end: int | None = None) -> int:
-        """What a session over the blocks [start, end) will allocate; default: all blocks of the span."""
+    def session_bytes(self, batch_size: int, tokens: int, start: int | None = None, end: int | None = None) -> int:
+        """What a session over the blocks [start, end) takes for so many tokens; default: all blocks of the span."""
         shapes = self._shapes_of(*self._range(start, end))
-        return batch_size * max_length * sum(shape.bytes_per_token for shape in shapes)
+        return batch_size * tokens * sum(shape.bytes_per_token for shape in shapes)
 
     def open(
         self,
@@ -181,17 +188,21 @@ class Span:
         start: int | None = None,
         end: int | None = None,
         adapter: str = "",
+        *,
+        room: int | None = None,
     ) -> Session:
         """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
 
-        Raises ValueError for a range outside of the span or sizes below one, KeyError for an unknown adapter.
+        `room` tokens are allocated at first; default: max_length. Raises ValueError for a range outside of the span or sizes
+        below one, KeyError for an unknown adapter, RuntimeError (torch's) if memory does not suffice.
         """
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}")
         start, end = self._range(start, end)
         self._switch_to(adapter)
-        cache = SessionCache(self._shapes_of(start, end), start, batch_size, max_length, self.device)
-        return Session(batch_size, max_length, start, end, adapter, cache)
+        room = max_length if room is None else min(room, max_length)
+        cache = SessionCache(self._shapes_of(start, end), start, batch_size, room, self.device)
+        return Session(batch_size, max_length, room, start, end, adapter, cache)
 
     def step(
         self,
@@ -213,9 +224,9 @@ class Span:
         batch_size, length, _ = hidden.shape
         if batch_size != session.batch_size:
             raise ValueError(f"The session has {session.batch_size} rows, the hidden states have {batch_size}")
-        if length < 1 or cache.position + length > session.max_length:
+        if length < 1 or cache.position + length > session.room:
             raise ValueError(
-                f"The session holds {session.max_length} tokens, {cache.position} are used; {length} more were sent"
+                f"The session holds {session.room} tokens, {cache.position} are used; {length} more were sent"
             )
         hidden = hidden.to(self.device, self.dtype)
         prompts = self._check_prompts(prompts, session.end - session.start, batch_size)
@@ -223,9 +234,13 @@ class Span:
         begin, chunk = cache.position, max(1, _CHUNK_TOKENS // batch_size)
         if hypo_ids is not None:
             _check_rows(hypo_ids, batch_size)
+        reordered = False
         try:
             with torch.inference_mode():
+                if begin + length > cache.capacity:
+                    cache.grow(session.room)
                 if hypo_ids is not None:
+                    reordered = True
                     cache.reorder(hypo_ids)
                 outputs = []
                 for offset in range(0, length, chunk):
@@ -235,7 +250,7 @@ class Span:
                     cache.position += piece.shape[1]
         except BaseException:
             cache.position = begin
-            if hypo_ids is not None:
+            if reordered:
                 session.close()
             raise
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -23,6 +23,13 @@ MODELS = "_petals_win.models"  # the key below which all models of a swarm are l
 _PREFIX = re.compile(r"(?P<name>.*)@(?P<content>[a-z0-9_]+-[0-9a-f]{16})", re.DOTALL)
 
 
+class Named(Protocol):
+    """Tells whether a node announces a content."""
+
+    @property
+    def content_id(self) -> str | None: ...
+
+
 class Info(Protocol):
     """What is read of a node's announcement."""
 
@@ -64,7 +71,7 @@ def keys_of(uids: Sequence[str]) -> list[str]:
     return [names_of(uid)[0] for uid in uids] + ([] if content is None else [content])
 
 
-def chain_for(info: Info) -> Callable[[Iterable[str]], str]:
+def chain_for(info: Named) -> Callable[[Iterable[str]], str]:
     """Makes of the uids of successive blocks what a request to the server that announces `info` calls them."""
     return lambda uids: " ".join(names_of(uid)[-1 if info.content_id is not None else 0] for uid in uids)
 

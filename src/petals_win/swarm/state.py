@@ -24,6 +24,7 @@ class PeerState:
     version: str | None = None
     dtype: str | None = None
     cache_tokens_left: int | None = None
+    content_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ async def read_state(dht: DHT, dht_prefix: str, num_blocks: int, *, timeout: flo
             version=span.server_info.version,
             dtype=span.server_info.torch_dtype,
             cache_tokens_left=span.server_info.cache_tokens_left,
+            content_id=span.server_info.content_id,
         )
         for peer_id, span in spans.items()
     ]

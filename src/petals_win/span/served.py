@@ -1,0 +1,170 @@
+"""A session as a node serves it: its place in the node's budget, and its steps on the compute thread.
+
+Knows spans, budgets and an event loop. Does not know networks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Sequence
+
+import torch
+
+from petals_win.errors import NodeFull, NodeRefused
+from petals_win.span.budget import CacheBudget, Share
+from petals_win.span.compute import ComputeThread
+from petals_win.span.decoder import Prompts
+from petals_win.span.span import Session, Span
+
+logger = logging.getLogger(__name__)
+
+# By this name a node tells how many tokens one conversation may have there, prompt and answer together.
+SESSION_TOKENS = "session_tokens"
+
+# A session grows by a quarter of its length, but by no fewer tokens than this: what is held is copied then.
+PIECE_TOKENS = 256
+_ROUND_TOKENS = 64
+# To grow, about so many seconds; then the session gives back what it has. Sessions of several nodes can wait for each other in a
+# circle, which ends sooner if they do not give up at the same time.
+GROW_SECONDS = 15.0
+_NO_MEMORY = "This PC has no memory left for a conversation now."
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|memory left", re.IGNORECASE)
+
+
+def room_for(tokens: int, longest: int) -> int:
+    """For how many tokens to take memory when so many are there, of at most `longest`."""
+    ahead = tokens + max(PIECE_TOKENS, tokens // 4)
+    return min(-(-ahead // _ROUND_TOKENS) * _ROUND_TOKENS, longest)
+
+
+class ServedSession:
+    """A session of `batch_size` rows over the blocks [start, end). All methods are called on one event loop.
+
+    No memory is taken before the first step, which waits in the line up to `patience` seconds. `longest` is what the node can
+    hold of it: the client's `max_length`, or less. Raises NodeRefused for sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        compute: ComputeThread,
+        budget: CacheBudget,
+        *,
+        batch_size: int,
+        max_length: int,
+        blocks: tuple[int, int],
+        patience: float,
+    ):
+        if batch_size < 1 or max_length < 1:
+            raise NodeRefused(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}.")
+        self._span, self._compute, self._budget = span, compute, budget
+        self.batch_size, self.adapter, self._blocks = batch_size, "", blocks
+        self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
+        self._max_length = max_length
+        self.longest = min(max_length, budget.total_bytes // self._token_bytes)
+        if self.longest < 1:
+            raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
+        self._patience = patience
+        self._share: Share | None = None
+        self._session: Session | None = None
+
+    @property
+    def position(self) -> int:
+        """How many tokens it has seen."""
+        return self._session.position if self._session is not None else 0
+
+    def check_step(self, shape: Sequence[int]) -> None:
+        """Raise NodeRefused for hidden states of a shape that the session cannot take now."""
+        if len(shape) != 3 or shape[0] != self.batch_size or shape[2] != self._span.hidden_size or shape[1] < 0:
+            raise NodeRefused(
+                f"Hidden states must be [{self.batch_size}, tokens, {self._span.hidden_size}], not {list(shape)}."
+            )
+        tokens = self.position + shape[1]
+        if tokens <= self.longest:
+            return
+        if self.longest == self._max_length:
+            raise NodeRefused(f"The session was opened for {self.longest:,} tokens, but {tokens:,} came.")
+        raise NodeRefused(
+            f"This PC holds at most {self.longest:,} tokens of one conversation, but {tokens:,} came. Shorten it, or start a "
+            "new chat."
+        )
+
+    async def step(
+        self, hidden: torch.Tensor, *, prompts: Prompts | None, hypo_ids: torch.Tensor | None, priority: float
+    ) -> torch.Tensor:
+        """As Span.step, with the result on the CPU; no tokens at all only ask whether there is room.
+
+        Raises NodeFull if there was none in time, NodeRefused for what the span does not take.
+        """
+        self.check_step(hidden.shape)
+        session = await self._with_room(self.position + hidden.shape[1])
+        if hidden.shape[1] == 0:
+            return hidden
+        try:
+            return await self._compute.submit(
+                _step, self._span, session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=priority
+            )
+        except ValueError as e:
+            raise NodeRefused(f"{e}.") from e
+        except RuntimeError as e:
+            raise _full_or(e) from None
+
+    async def _with_room(self, tokens: int) -> Session:
+        """The session, with memory promised to it for so many tokens."""
+        room = room_for(tokens, self.longest)
+        if self._session is None:
+            promise, piece = self.longest * self._token_bytes, PIECE_TOKENS * self._token_bytes
+            if self._share is None:
+                self._share = await self._budget.admit(room * self._token_bytes, promise, piece, self._patience)
+            opening = self._compute.submit(
+                self._span.open, self.batch_size, self.longest, *self._blocks, self.adapter, room=room
+            )
+            try:
+                self._session = await opening
+            except KeyError as e:
+                raise NodeRefused(f"{e.args[0]}.") from e
+            except RuntimeError as e:
+                raise _full_or(e) from None
+        elif tokens > self._session.room:
+            assert self._share is not None
+            await self._share.grow(room * self._token_bytes, GROW_SECONDS * random.uniform(0.7, 1.3))
+            self._session.room = room
+        return self._session
+
+    def close(self) -> None:
+        """Free the memory, and then the place in the budget, as soon as the compute thread is through with its last step.
+
+        Closing twice is allowed.
+        """
+        share, session, loop = self._share, self._session, asyncio.get_running_loop()
+        self._share = self._session = None
+        if share is None:
+            return
+
+        def freed(_future: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(share.release)
+
+        try:
+            # Behind whatever the session still has in work there, its opening included.
+            self._compute.submit(_close, session).add_done_callback(freed)
+        except RuntimeError:  # the node is shutting down
+            share.release()
+
+
+def _full_or(error: RuntimeError) -> Exception:
+    """NodeFull if it was memory that the device lacked, which torch says in other words for each, else the error itself."""
+    return NodeFull(_NO_MEMORY) if _OUT_OF_MEMORY.search(str(error)) else error
+
+
+def _step(span: Span, session: Session, hidden: torch.Tensor, **more) -> torch.Tensor:
+    # On the compute thread: waiting for a GPU must not hold up the event loop.
+    return span.step(session, hidden, **more).cpu()
+
+
+def _close(session: Session | None) -> None:
+    if session is not None:
+        session.close()

@@ -1,0 +1,66 @@
+"""How long a conversation the nodes of a swarm have room for, as they tell by Petals' RPC `rpc_info`.
+
+Knows that RPC. Does not know HTTP, nor who asks for what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from hivemind import MSGPackSerializer, PeerID
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import P2P
+from hivemind.proto import runtime_pb2
+from petals.data_structures import UID_DELIMITER
+from petals.server.handler import TransformerConnectionHandler
+
+from petals_win.span.served import SESSION_TOKENS
+from petals_win.swarm.naming import chain_for
+from petals_win.swarm.state import PeerState, SwarmState
+
+logger = logging.getLogger(__name__)
+
+_ASK_SECONDS = 3.0
+
+
+class Rooms:
+    """Each node that is online is asked once for each range of blocks that it serves."""
+
+    def __init__(self, swarm_name: str):
+        self._swarm_name = swarm_name
+        self._tokens: dict[tuple[str, int, int], int | None] = {}  # None: a node that does not say
+
+    async def ask(self, state: SwarmState, p2p: P2P) -> None:
+        """Ask the nodes that are new. One that does not answer is asked again the next time."""
+        online = {(peer.peer_id, peer.start, peer.end): peer for peer in state.peers if peer.online}
+        self._tokens = {key: tokens for key, tokens in self._tokens.items() if key in online}
+        new = [key for key in online if key not in self._tokens]
+        answers = await asyncio.gather(*(self._ask(online[key], p2p) for key in new), return_exceptions=True)
+        for key, answer in zip(new, answers, strict=True):
+            if isinstance(answer, Exception):
+                logger.debug("The node %s does not tell how much room it has: %r", key[0], answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                self._tokens[key] = answer
+
+    async def _ask(self, peer: PeerState, p2p: P2P) -> int | None:
+        stub: Any = TransformerConnectionHandler.get_stub(p2p, PeerID.from_base58(peer.peer_id))
+        uid_of: Any = getattr(runtime_pb2, "ExpertUID")  # noqa: B009  (made at run time)
+        uid = uid_of(uid=chain_for(peer)([f"{self._swarm_name}{UID_DELIMITER}{peer.start}"]))
+        answer = RemoteExpertWorker.run_coroutine(stub.rpc_info(uid, timeout=_ASK_SECONDS), return_future=True)
+        info = MSGPackSerializer.loads((await asyncio.wait_for(answer, _ASK_SECONDS)).serialized_info)
+        tokens = info.get(SESSION_TOKENS) if isinstance(info, dict) else None
+        return tokens if type(tokens) is int and tokens > 0 else None
+
+    def longest(self, state: SwarmState) -> int | None:
+        """How many tokens a conversation may have on the route with most room; None if it is not known to be bounded."""
+        most: list[float] = [0] * state.num_blocks
+        for peer in state.peers:
+            tokens = self._tokens.get((peer.peer_id, peer.start, peer.end))
+            for block in range(peer.start, min(peer.end, state.num_blocks)) if peer.online else ():
+                most[block] = max(most[block], float("inf") if tokens is None else tokens)
+        least = min(most, default=0)
+        return int(least) if 0 < least < float("inf") else None

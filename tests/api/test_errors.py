@@ -1,0 +1,25 @@
+"""What an engine raises, as OpenAI's clients see it."""
+
+from __future__ import annotations
+
+import pytest
+
+from petals_win.api.errors import from_engine
+from petals_win.engines.base import ContextTooLong, SwarmFailed, SwarmFull, SwarmRefused, SwarmUnavailable
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "words"),
+    [
+        (SwarmFull("All 12 MiB are taken."), 503, "swarm_full", "The swarm is full: All 12 MiB are taken. Try again"),
+        (SwarmFailed("the cable is loose."), 503, "swarm_unavailable", "failed, and no other could take its place"),
+        (SwarmUnavailable(()), 503, "swarm_unavailable", "no reachable PC"),
+        (SwarmRefused("Too long."), 400, None, "A PC of the swarm refused the request: Too long."),
+        (ContextTooLong(7, 5), 400, "context_length_exceeded", "7 tokens"),
+    ],
+)
+def test_what_an_engine_raises(error, status, code, words):
+    translated = from_engine(error)
+    assert (translated.status, translated.code) == (status, code)
+    assert words in str(translated)
+    assert ("Retry-After" in translated.headers) == (status == 503)
