@@ -360,11 +360,11 @@ def test_memory_stays_within_the_budget_and_comes_back(checkpoint, compute, monk
         await freed(budget)
         gc.collect()
         began = time.monotonic()
-        while own_bytes() - before > 16 * mib and time.monotonic() - began < 5:
+        while own_bytes() - before > 24 * mib and time.monotonic() - began < 5:
             await asyncio.sleep(0.05)
         return peak - before, own_bytes() - before
 
     peak, after = run(ask(), 120)
     # Beside the caches: activations, and one block's old keys and values while they are copied.
-    assert 32 * mib < peak < 64 * mib + 24 * mib, f"{peak / mib:.0f} MiB more than before"
-    assert after < 16 * mib, f"{after / mib:.0f} MiB did not come back"
+    assert 32 * mib < peak < 64 * mib + 40 * mib, f"{peak / mib:.0f} MiB more than before"
+    assert after < 24 * mib, f"{after / mib:.0f} MiB did not come back"

@@ -68,7 +68,8 @@ class SessionCache(Cache):
     def free(self) -> None:
         """Let go of the memory at once: cache and blocks refer to each other, so that Python would find it only some time."""
         for layer in self.layers:
-            layer.keys = layer.values = None
+            slots: Any = layer
+            slots.keys = slots.values = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
