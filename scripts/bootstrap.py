@@ -286,8 +286,8 @@ def install_torch(report: Report, lock: int) -> None:
     if choice.builds:
         for_cpus = ", which is for CPUs (later, 'petals-win doctor' tells how to use the GPU)"
         report.say(
-            f"torch: the package index's own build instead{for_cpus if sys.platform == 'win32' else ''}, for "
-            f"{', '.join(choice.builds)} cannot be had from {TORCH_WHEELS}; {LOG} says why."
+            f"torch: the package index's own build instead{for_cpus if sys.platform == 'win32' else ''}, since "
+            f"{TORCH_WHEELS} does not give {', '.join(choice.builds)}; {LOG} says why."
         )
 
 

@@ -95,11 +95,7 @@ def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue)
 
 
 @replace("hivemind.dht.node:_SearchState.add_candidate", digest="5e295232c755058d")
-def add_candidate(
-    self,
-    candidate: Optional[ValueWithExpiration[Union[BinaryDHTValue, DictionaryDHTValue]]],
-    source_node_id: Optional[DHTID],
-):
+def add_candidate(self, candidate: Optional[ValueWithExpiration], source_node_id: Optional[DHTID]):
     """Take what a peer has found into account: entries of a dictionary are united, and go before a plain value."""
     if self.finished or candidate is None:
         return

@@ -14,14 +14,7 @@ add_import("petals.utils.dht", "from petals_win.swarm.records import read_server
 
 
 @replace("petals.utils.dht:_get_remote_module_infos", digest="627e6c73731fcdad")
-async def _get_remote_module_infos(
-    dht: DHT,
-    node: DHTNode,
-    uids: List[ModuleUID],
-    active_adapter: Optional[str],
-    expiration_time: Optional[DHTExpiration],
-    latest: bool,
-) -> List[RemoteModuleInfo]:
+async def _get_remote_module_infos(dht, node, uids, active_adapter, expiration_time, latest) -> List[RemoteModuleInfo]:
     """Who announces each of the blocks: with `latest` by their newest announcements, else by any that is still valid."""
     if expiration_time is None:
         expiration_time = math.inf if latest else get_dht_time()

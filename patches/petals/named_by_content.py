@@ -53,39 +53,21 @@ async def _declare_active_modules(
     subkeys, values = [dht.peer_id.to_base58()] * len(keys), [server_info.to_tuple()] * len(keys)
     if split_names(prefix)[1] is not None:
         keys, subkeys, values = [*keys, MODELS], [*subkeys, prefix], [*values, True]
-    return await node.store_many(
-        keys=keys,
-        subkeys=subkeys,
-        values=values,
-        expiration_time=expiration_time,
-        num_workers=len(keys) if dht.num_workers is None else min(len(keys), dht.num_workers),
-    )
+    at_once = min(len(keys), dht.num_workers or len(keys))
+    return await node.store_many(keys, values, expiration_time, subkeys=subkeys, num_workers=at_once)
 
 
 @replace("petals.utils.dht:get_remote_module_infos", digest="9bb134b17973ff93")
 def get_remote_module_infos(
-    dht: DHT,
-    uids: Sequence[ModuleUID],
-    expiration_time: Optional[DHTExpiration] = None,
-    active_adapter: Optional[str] = None,
-    *,
-    latest: bool = False,
-    return_future: bool = False,
-) -> Union[List[RemoteModuleInfo], MPFuture]:
-    """The servers of each block, found by both of the model's names."""
+    dht, uids, expiration_time=None, active_adapter=None, *, latest=False, return_future=False
+):
+    """A RemoteModuleInfo for each block, with its servers, found by both of the model's names; or a future of the list."""
     how = {"active_adapter": active_adapter, "expiration_time": expiration_time, "latest": latest}
     return dht.run_coroutine(partial(read_module_infos, uids=uids, **how), return_future=return_future)
 
 
 @add("petals.utils.dht")
-async def read_module_infos(
-    dht: DHT,
-    node: DHTNode,
-    uids: Sequence[ModuleUID],
-    active_adapter: Optional[str],
-    expiration_time: Optional[DHTExpiration],
-    latest: bool,
-) -> List[RemoteModuleInfo]:
+async def read_module_infos(dht, node, uids, active_adapter, expiration_time, latest) -> List[RemoteModuleInfo]:
     found = await _get_remote_module_infos(dht, node, keys_of(uids), active_adapter, expiration_time, latest)
     servers = servers_of(uids, [info.servers for info in found])
     return [RemoteModuleInfo(uid=uid, servers=some) for uid, some in zip(uids, servers)]
