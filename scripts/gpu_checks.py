@@ -97,7 +97,7 @@ def check_device(asked: Asked) -> Iterator[Result]:
         figures["missing"] = ", ".join(missing)
     if not asked.is_cuda:
         yield Result("ok", "device", {"device": platform.processor() or platform.machine(), **figures})
-        needs_cuda = "logits on the card", "memory on the card", "a card that is full", "tokens/s on the card"
+        needs_cuda = "logits on the card", "memory on the card", "tokens/s on the card"
         for what in needs_cuda:
             yield Result("skipped", what, {"why": f"needs CUDA, and this is --device {asked.device}"})
         return
@@ -220,7 +220,7 @@ def check_too_large(asked: Asked) -> Iterator[Result]:
 
 
 def check_swarm(asked: Asked) -> Iterator[Result]:
-    """Two nodes on one device: an answer by the API, speed, memory on the card, and a session that no node can hold."""
+    """Two nodes on one device: an answer by the API, speed, and memory on the card."""
     from petals_win.span.needs import needs_of
     from petals_win.span.source import open_model
     from petals_win.swarm.local import LocalSwarm
@@ -250,9 +250,6 @@ def check_swarm(asked: Asked) -> Iterator[Result]:
         with _api(model, swarm.peers) as (url, name):
             yield _answers(asked, source, local, url, name)
             yield _speed(asked, local, model, swarm.peers)
-            yield _refused(asked, source, model, swarm.peers)
-            again = _answers(asked, source, local, url, name)
-            yield Result(again.level, "the next question", again.figures)
 
 
 CHECKS: dict[str, Check] = {
@@ -479,34 +476,6 @@ def _speed(asked: Asked, local: Any, model: str, peers: list[str]) -> Result:
     figures = {"alone": round(statistics.median(alone), 1), "swarm": round(statistics.median(swarm), 1)}
     figures["ratio"] = round(figures["swarm"] / figures["alone"], 2)
     return Result("ok", f"tokens/s, float32, {asked.device.type}", figures)
-
-
-def _refused(asked: Asked, source: Any, model: str, peers: list[str]) -> Result:
-    """A session that takes twice the memory there is: refused, with a sentence, within its deadline."""
-    import psutil
-
-    from petals_win.span.needs import needs_of
-
-    total = torch.cuda.mem_get_info(asked.device)[1] if asked.is_cuda else psutil.virtual_memory().total
-    length = source.context_length
-    per_row = length * sum(needs_of(source.config, torch.float32).cache_bytes_per_token[: source.num_blocks // 2])
-    rows = 2 * total // per_row + 1
-    token_of_each_row = torch.full((rows, 1), 5)
-    began = time.perf_counter()
-    try:
-        with (
-            _client(model, peers, max_retries=1) as remote,
-            remote.inference_session(max_length=length),
-            torch.no_grad(),
-        ):
-            remote(token_of_each_row)
-    except (TypeError, AttributeError, NameError):
-        raise
-    except Exception as e:  # which one is the client's business
-        said = str(e).strip().splitlines()
-        figures = {"rows": rows, "s": round(time.perf_counter() - began, 1), "said": (said or ["nothing"])[-1][:160]}
-        return Result("ok" if said else "failed", "a session no node can hold", figures)
-    return Result("failed", "a session no node can hold", {"why": f"{rows} rows of {length} tokens were taken"})
 
 
 @contextlib.contextmanager

@@ -91,6 +91,8 @@ ENVIRONMENT = {
     "WINEPATH": r"Z:\win\python;Z:\win\python\Scripts",
     "KMP_TOPOLOGY_METHOD": "flat",  # Wine has no GetNumaNodeProcessorMaskEx: torch would abort (OMP #179)
     "PYTHONUNBUFFERED": "1",
+    # Linux lets only those use a processor's AMX who ask for it, which oneDNN for Windows has no need to do.
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
     "PYTEST_ADDOPTS": "-m 'not wine_lacks'",
     "HF_HUB_DISABLE_SYMLINKS": "1",  # Wine makes none and says that it did; most Windows PCs refuse to make any
     "PIP_CERT": r"Z:\win\certificates.pem",

@@ -30,7 +30,6 @@ def test_the_half_without_a_gpu(tmp_path):
     assert {what for what, result in results.items() if result["level"] == "skipped"} == {
         "logits on the card",
         "memory on the card",
-        "a card that is full",
         "tokens/s on the card",
         "smollm2",
     }
@@ -39,8 +38,6 @@ def test_the_half_without_a_gpu(tmp_path):
         assert float(results[what]["figures"]["error"]) <= float(results[what]["figures"]["allowed"])
     assert results["an answer by the API"]["figures"]["text"] == "that of one process"
     assert results["tokens/s, float32, cpu"]["figures"]["swarm"] > 0
-    assert results["a session no node can hold"]["figures"]["said"]
-    assert results["the next question"]["level"] == "ok"
     assert "ok       an answer by the API" in done.stdout
 
 

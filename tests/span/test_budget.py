@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-import time
 
 import pytest
 import torch
@@ -354,17 +353,22 @@ def test_memory_stays_within_the_budget_and_comes_back(checkpoint, compute, monk
                 peak = max(peak, own_bytes())
                 await asyncio.sleep(0.01)
 
-        watching = asyncio.create_task(watch())
-        await asyncio.gather(*(answer(number) for number in range(12)))
-        watching.cancel()
-        await freed(budget)
-        gc.collect()
-        began = time.monotonic()
-        while own_bytes() - before > 24 * mib and time.monotonic() - began < 5:
-            await asyncio.sleep(0.05)
-        return peak - before, own_bytes() - before
+        async def crowd() -> int:
+            """Bytes that the process has when twelve have been answered at once."""
+            await asyncio.gather(*(answer(number) for number in range(12)))
+            await freed(budget)
+            gc.collect()
+            return own_bytes()
 
-    peak, after = run(ask(), 120)
+        watching = asyncio.create_task(watch())
+        once = await crowd()
+        twice = await crowd()
+        watching.cancel()
+        return peak - before, once - before, twice - once
+
+    peak, kept, more = run(ask(), 240)
     # Beside the caches: activations, and one block's old keys and values while they are copied.
     assert 32 * mib < peak < 64 * mib + 40 * mib, f"{peak / mib:.0f} MiB more than before"
-    assert after < 24 * mib, f"{after / mib:.0f} MiB did not come back"
+    # C's allocator keeps some of the activations for the next time, but not more and more.
+    assert kept < 48 * mib, f"{kept / mib:.0f} MiB did not come back"
+    assert more < 16 * mib, f"{more / mib:.0f} MiB more after as many answers again"
