@@ -115,6 +115,15 @@ def test_what_others_do_between_computations_does_not_count(monkeypatch):
         pc.others += 0.2
 
 
+def test_after_a_pause_what_others_did_in_it_counts(monkeypatch):
+    pc = Pc(monkeypatch)
+    assert pc.compute(1, others=3) == 4
+    pc.now += 5
+    assert pc.compute(0.01, others=0) == 4, "the other program has ended"
+    pc.now, pc.others = pc.now + 5, pc.others + 15
+    assert pc.compute(0.01, others=3) == 1, "there is one again"
+
+
 def test_a_decision_takes_more_than_one_tick_of_the_system_s_clock(monkeypatch):
     pc = Pc(monkeypatch)
     assert pc.compute(0.001, others=10) == 4

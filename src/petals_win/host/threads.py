@@ -25,6 +25,7 @@ import psutil
 _SPINNING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _SWITCH_INTERVAL_S = 0.0005
 _WINDOW_S = 0.2  # of computing, between two decisions; the system counts a core's time in ticks of 10 to 16 ms
+_PAUSE_S = 1.0  # after so long nothing is known any more, but what others did meanwhile
 _BUSY = ("user", "nice", "system", "irq", "softirq")  # of the times that a system tells, those in which a core works
 
 
@@ -39,7 +40,7 @@ class FreeCores:
         self._cores = os.cpu_count() or most
         self._lock = threading.Lock()
         self._running = 0  # computations of this process at this moment
-        self._began = (0.0, 0.0)
+        self._began = self._ended = _clocks()
         self._seconds = self._taken = 0.0  # of computing, and core seconds that others had meanwhile
 
     @contextmanager
@@ -48,6 +49,8 @@ class FreeCores:
         with self._lock:
             if self._running == 0:
                 self._began = _clocks()
+                if self._began[0] - self._ended[0] >= _PAUSE_S:
+                    self._decide(self._began[0] - self._ended[0], self._began[1] - self._ended[1])
             self._running += 1
             threads = max(1, self._threads // self._running)
         try:
@@ -56,15 +59,16 @@ class FreeCores:
             with self._lock:
                 self._running -= 1
                 if self._running == 0:
-                    self._count(_clocks())
+                    self._ended = _clocks()
+                    self._seconds += self._ended[0] - self._began[0]
+                    self._taken += self._ended[1] - self._began[1]
+                    if self._seconds >= _WINDOW_S:
+                        self._decide(self._seconds, self._taken)
 
-    def _count(self, now: tuple[float, float]) -> None:
-        self._seconds += now[0] - self._began[0]
-        self._taken += now[1] - self._began[1]
-        if self._seconds >= _WINDOW_S:
-            free = self._cores - self._taken / self._seconds
-            self._threads = min(max(int(free + 0.5), 1), self._most)
-            self._seconds = self._taken = 0.0
+    def _decide(self, seconds: float, taken: float) -> None:
+        """Others have had `taken` core seconds in so many seconds."""
+        self._threads = min(max(int(self._cores - taken / seconds + 0.5), 1), self._most)
+        self._seconds = self._taken = 0.0
 
 
 def _clocks() -> tuple[float, float]:

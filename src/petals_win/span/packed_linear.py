@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from petals_win.host.threads import most_threads
 from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
 
+# So many layers of a size that no cache holds together, as a model's blocks do not fit either.
+_TRIED_SIZE, _TRIED_LAYERS, _TRIED_ROUNDS = 1024, 8, 8
+
 
 def packing_pays(dtype: torch.dtype) -> bool:
-    """Whether packed layers are faster here: oneDNN shares a row among threads, which plain layers leave to one of them.
+    """Whether packed layers are faster for a token on this processor, with this build of torch; tried out once.
 
-    Measured on two cores: 0.85 of the time with two threads, 1.3 to 1.5 times with one.
+    Two threads on two cores of an AMD processor took 0.85 of the plain layers' time, on one of Intel's, with its own library, 1.2
+    times; one thread took 1.3 to 1.5 times on both.
     """
-    return most_threads() > 1 and _can_pack(dtype)
+    return most_threads() > 1 and _can_pack(dtype) and _packed_is_faster(dtype)
 
 
 def pack_linears(modules: Iterable[nn.Module]) -> int:
@@ -84,6 +90,25 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+@functools.lru_cache
+def _packed_is_faster(dtype: torch.dtype) -> bool:
+    """By the best of several short rounds in turn, which whatever else the PC does does not make longer."""
+    weights = [torch.ones(_TRIED_SIZE, _TRIED_SIZE, dtype=dtype) for _ in range(_TRIED_LAYERS)]
+    plain = [functools.partial(functional.linear, weight=weight) for weight in weights]
+    packed = [PackedLinear(weight, None) for weight in weights]
+    inputs = torch.ones(1, _TRIED_SIZE, dtype=dtype)
+
+    def seconds(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> float:
+        began = time.perf_counter()
+        for layer in layers:
+            layer(inputs)
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        rounds = [(seconds(plain), seconds(packed)) for _ in range(_TRIED_ROUNDS)]
+    return min(packed for _, packed in rounds) < min(plain for plain, _ in rounds)
 
 
 @functools.lru_cache
