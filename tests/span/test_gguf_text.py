@@ -83,9 +83,15 @@ def test_a_file_without_any_end(with_text):
     assert ends(with_text(keys, without=("tokenizer.ggml.eos_token_id",))) is None
 
 
-def test_the_default_model_s_file_with_another_end_stops_behind_its_answer(tmp_path):
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """Where the user has it: found before a test has a home of its own."""
+    return default_model_file()
+
+
+def test_the_default_model_s_file_with_another_end_stops_behind_its_answer(default_model, tmp_path):
     """As files are that name the end of all text as eos and the end of a turn as eot: there, the turn must end the answer."""
-    data = default_model_file().read_bytes()
+    data = default_model.read_bytes()
     for before, after, value in ((b"eos_token_id", b"eos_token_id", 0), (b"bos_token_id", b"eot_token_id", 2)):
         key = b"tokenizer.ggml." + before
         at = data.index(key)
