@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-ENOUGH = 0.8
+# Measured by Wine: 0.86 and 1.01 on AMD's processors, 0.63 on one of Intel's, where plain layers, and so one process, are faster.
+ENOUGH = 0.5
 TRIES = 3  # whatever else the PC does takes from both, but not evenly
 
 
