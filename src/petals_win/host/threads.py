@@ -5,7 +5,7 @@ Knows the settings of OpenMP, torch and the interpreter, and how busy the PC is.
 The threads of one computation wait for one another hundreds of times a token. They wait awake, since being woken takes longer than
 most of these waits; so all of them must be running at once. Where another program takes one of the cores that they count on, each wait
 lasts until the system has run that program, too, and an answer takes several times as long. So threads are as many as the
-PC's other programs leave cores free, this process's nodes' neighbours included: with one thread there is nobody to wait for.
+PC's other programs, other nodes among them, leave cores free: with one thread there is nobody to wait for.
 """
 
 from __future__ import annotations
