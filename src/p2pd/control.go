@@ -118,6 +118,11 @@ func (d *daemon) serveClient(conn net.Conn) {
 		}
 		reply, next := d.handle(req)
 		f.release()
+		if next.persistent {
+			// Counted before it is told: with the answer in its hands a client may rely on being one.
+			d.life.opened()
+			defer d.life.closed()
+		}
 		if err := writeMessages(conn, reply); err != nil {
 			if next.stream != nil {
 				next.stream.Reset()

@@ -42,8 +42,6 @@ type outgoingCall struct{ cancel context.CancelFunc }
 
 // servePersistent runs an upgraded connection until it ends, then clears away what belonged to it.
 func (d *daemon) servePersistent(conn net.Conn, br *bufio.Reader) {
-	d.life.opened()
-	defer d.life.closed()
 	ctx, cancel := context.WithCancel(d.ctx)
 	c := &persistentConn{
 		d: d, conn: conn, ctx: ctx,

@@ -32,6 +32,8 @@ def check_port_free(host: str, port: int) -> None:
         except PermissionError as e:
             raise UserError(f"This user may not listen on port {port}. Choose another with --port.") from e
         except OSError as e:
+            if e.errno == errno.EADDRNOTAVAIL:
+                raise UserError(f"{host} is no address of this PC. Use 127.0.0.1, or 0.0.0.0 for all.") from e
             user = _listener(port)
             if user is None and e.errno != errno.EADDRINUSE:
                 raise UserError(f"Nothing can listen on {host}, port {port}: {e.strerror}.") from e
