@@ -15,6 +15,7 @@ CHECKS = {
     "ruff": ["-m", "ruff", "check", "--quiet", *FOLDERS],
     "black": ["-m", "black", "--check", "--quiet", *FOLDERS],
     "pyright": ["-m", "pyright", "--pythonpath", sys.executable],
+    "rooms": ["-c", "from importlinter.cli import lint_imports_command as check; check()", "--no-cache"],
     "patches": ["-m", "petals_win.cli.main", "patches", "check"],
 }
 

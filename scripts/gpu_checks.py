@@ -140,7 +140,7 @@ def check_smollm2(asked: Asked) -> Iterator[Result]:
             "takes long on a CPU, where tests/e2e compares it; give its file by --model to do it all the same"
         )
     model = _smollm2(asked)
-    from petals_win.span.source import open_model
+    from petals_win.models.source import open_model
 
     source = open_model(model)
     text = "The capital of France is Paris, and the capital of Italy is the old city of Rome, where"
@@ -150,8 +150,8 @@ def check_smollm2(asked: Asked) -> Iterator[Result]:
 
 def check_memory(asked: Asked) -> Iterator[Result]:
     """What a span and its sessions take on the device, against what `plan` and a node's start reckon with."""
+    from petals_win.models.source import open_model
     from petals_win.span.needs import needs_of
-    from petals_win.span.source import open_model
     from petals_win.span.span import Span
 
     folder = _make_model(asked.folder / "memory", "llama", **(_LARGE if asked.is_cuda else {}))
@@ -191,7 +191,7 @@ def _as_planned(taken: int, planned: int) -> bool:
 
 def check_too_large(asked: Asked) -> Iterator[Result]:
     """A session that does not fit into the device is refused by torch, nothing of it stays, and the next one computes."""
-    from petals_win.span.source import open_model
+    from petals_win.models.source import open_model
     from petals_win.span.span import Span
 
     span = Span.load(open_model(str(_make_model(asked.folder / "room", "llama"))), 0, BLOCKS, device=asked.device)
@@ -221,8 +221,8 @@ def check_too_large(asked: Asked) -> Iterator[Result]:
 
 def check_swarm(asked: Asked) -> Iterator[Result]:
     """Two nodes on one device: an answer by the API, speed, and memory on the card."""
+    from petals_win.models.source import open_model
     from petals_win.span.needs import needs_of
-    from petals_win.span.source import open_model
     from petals_win.swarm.local import LocalSwarm
     from petals_win.swarm.planner import TAKEN_OF_GPU
 
@@ -280,8 +280,8 @@ class _Blocks(nn.Module):
 
 def _logits(asked: Asked, name: str, model: str, tokens: torch.Tensor, storages: list[str]) -> Iterator[Result]:
     """Compare logits [1, tokens, vocabulary] with those of transformers in float32 on the CPU."""
-    from petals_win.span.hollow import hollow_model
-    from petals_win.span.source import open_model
+    from petals_win.client.hollow import hollow_model
+    from petals_win.models.source import open_model
 
     source = open_model(model)
     with torch.inference_mode():
@@ -384,7 +384,7 @@ def _make_model(folder: Path, family: str, **changes: Any) -> Path:
 
 def _smollm2(asked: Asked) -> str:
     """Raises Skipped where it is not: nothing is fetched here."""
-    from petals_win.span.default_model import default_model_path
+    from petals_win.models.default_model import default_model_path
 
     path = Path(asked.model) if asked.model else default_model_path()
     if not path.exists():

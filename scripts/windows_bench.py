@@ -67,7 +67,7 @@ GO_CHANGES = {
 # Leaves the default model in its folder, and Python's compiled modules beside those that most runs import.
 FIRST_RUN = """
 import petals, pytest, petals_win.api.server, petals_win.cli.main, petals_win.engines.petals
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.source import DEFAULT_MODEL, open_model
 open_model(DEFAULT_MODEL).tokenizer()
 """
 
@@ -169,7 +169,7 @@ class Bench:
 
     @staticmethod
     def _model_pin() -> str:
-        return (ROOT / "src/petals_win/span/default_model.py").read_text("utf-8")
+        return (ROOT / "src/petals_win/models/default_model.py").read_text("utf-8")
 
     def set_up(self) -> None:
         """Make the layers that are missing, one process at a time. An interrupted layer is made again."""

@@ -12,8 +12,8 @@ from unittest import mock
 
 from petals.server.server import Server
 
-from petals_win.span.budget import CacheBudget
-from petals_win.span.source import open_model
+from petals_win.models.source import open_model
+from petals_win.node.budget import CacheBudget
 
 
 @dataclass

@@ -12,11 +12,11 @@ Drop-when: upstream's nodes skip entries that they cannot read.
 from petals_win.upstream.declare import add, add_import, replace
 
 add_import("hivemind.dht.storage", "from hivemind.utils.timed_storage import get_dht_time")
-add_import("hivemind.dht.storage", "from petals_win.swarm.records import check_entry, sane_entries, skipped")
+add_import("hivemind.dht.storage", "from petals_win.dht.entries import check_entry, sane_entries, skipped")
 add_import(
-    "hivemind.dht.protocol", "from petals_win.swarm.records import MOST_BYTES, check_entry, check_expiry, skipped"
+    "hivemind.dht.protocol", "from petals_win.dht.entries import MOST_BYTES, check_entry, check_expiry, skipped"
 )
-add_import("hivemind.dht.node", "from petals_win.swarm.records import decode_entries")
+add_import("hivemind.dht.node", "from petals_win.dht.entries import decode_entries")
 
 
 @replace("hivemind.dht.storage:DictionaryDHTValue.unpackb", digest="bf150558b2ca51bc")

@@ -17,7 +17,7 @@ swap_call(
     "partial(cls.create, nat_port_map=False)",
     digest="6de8f8160e249843",
 )
-add_import("hivemind.dht.node", "from petals_win.swarm.joining import NobodyAnswers")
+add_import("hivemind.dht.node", "from petals_win.dht.joining import NobodyAnswers")
 swap_call(
     "hivemind.dht.node:DHTNode.create",
     "P2P.create",
@@ -26,7 +26,7 @@ swap_call(
 )
 swap_call("hivemind.dht.node:DHTNode.create", "RuntimeError", "NobodyAnswers", digest="6acfff9d4f70e1b9")
 add_import("hivemind.dht.protocol", "from petals_win.errors import UserError")
-add_import("hivemind.dht.protocol", "from petals_win.swarm.joining import clocks_differ, out_of_reach")
+add_import("hivemind.dht.protocol", "from petals_win.dht.joining import clocks_differ, out_of_reach")
 bases("hivemind.dht.protocol:ValidationError", "UserError", digest="b4fe3d529dee467d")
 swap_call(
     "hivemind.dht.protocol:DHTProtocol.call_ping",

@@ -52,7 +52,7 @@ def compute_spans(module_infos: List[RemoteModuleInfo], *, min_state: ServerStat
     return spans
 
 
-add_import("petals.server.server", "from petals_win.swarm.announcing import repeat")
+add_import("petals.server.server", "from petals_win.node.announcing import repeat")
 
 
 @replace("petals.server.server:ModuleAnnouncerThread.run", digest="8aedbabe2cd1f09c")

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.client.config import ClientConfig
 from petals.client.ptune import PTuneConfig
-from petals_win.span.source import ModelSource, open_model
+from petals_win.models.source import ModelSource, open_model
 
 _OWN_FIELDS = {field.name: field for kind in (ClientConfig, PTuneConfig) for field in dataclasses.fields(kind)}
 

@@ -19,7 +19,7 @@ from hivemind import BatchTensorDescriptor
 
 from petals.server.memory_cache import MemoryCache
 from petals_win.span.compute import ComputeThread
-from petals_win.span.served import SESSION_TOKENS
+from petals_win.node.served import SESSION_TOKENS
 from petals_win.span.span import Span
 
 

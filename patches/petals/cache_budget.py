@@ -13,4 +13,4 @@ from petals_win.upstream.declare import replace_module
 replace_module("petals.server.memory_cache", digest="f1dbfb4c2286adf7")
 
 from petals_win.errors import NodeFull as AllocationFailed
-from petals_win.span.budget import CacheBudget as MemoryCache
+from petals_win.node.budget import CacheBudget as MemoryCache

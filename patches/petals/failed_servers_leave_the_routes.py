@@ -14,7 +14,7 @@ add_import("petals.client.routing.sequence_manager", "import sys")
 add_import(
     "petals.client.routing.sequence_manager", "from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost"
 )
-add_import("petals.client.routing.sequence_manager", "from petals_win.swarm.looking import LookUpFailed")
+add_import("petals.client.routing.sequence_manager", "from petals_win.client.looking import LookUpFailed")
 
 
 @replace("petals.client.routing.sequence_manager:RemoteSequenceManager.on_request_failure", digest="bd6c39bd615f3157")

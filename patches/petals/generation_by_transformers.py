@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from petals.client.inference_session import InferenceSession
 from petals.client.remote_sequential import RemoteSequential
-from petals_win.span.hollow import RemoteCache
+from petals_win.client.hollow import RemoteCache
 
 logger = get_logger(__name__)
 

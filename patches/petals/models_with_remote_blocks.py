@@ -23,8 +23,8 @@ from petals.client.ptune import PTuneMixin
 from petals.client.remote_generation import RemoteGenerationMixin
 from petals.client.remote_sequential import RemoteSequential
 from petals.utils.misc import is_dummy
-from petals_win.span.hollow import RemoteCache, hollow_model
-from petals_win.span.source import ModelSource
+from petals_win.client.hollow import RemoteCache, hollow_model
+from petals_win.models.source import ModelSource
 
 _deep_prompts: ContextVar[Optional[torch.Tensor]] = ContextVar("deep_prompts", default=None)
 _cache: ContextVar[Optional[RemoteCache]] = ContextVar("cache", default=None)
@@ -113,7 +113,7 @@ def distribute(
 ) -> PreTrainedModel:
     """The model of `source` with its blocks in the swarm that `config` (AutoDistributedConfig) or `dht` names.
 
-    :param task: "base", "causal_lm" or "sequence_classification", as in petals_win.span.hollow
+    :param task: "base", "causal_lm" or "sequence_classification", as in petals_win.client.hollow
     """
     sequential = RemoteSequential(config, dht=dht)
     blocks = RemoteBlocks(sequential)

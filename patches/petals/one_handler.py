@@ -9,7 +9,7 @@ Drop-when: upstream's server runs in one process.
 
 from petals_win.upstream.declare import add_import, remove, remove_import, replace
 
-add_import("petals.server.handler", "from petals_win.span.served import ServedSession")
+add_import("petals.server.handler", "from petals_win.node.served import ServedSession")
 remove_import("petals.server.handler", "mp")
 remove("petals.server.handler:Event", digest="ab1c6ef79e8de298")
 remove("petals.server.handler:TransformerConnectionHandler._listen_to_event_queue", digest="546b55e2f98833d1")

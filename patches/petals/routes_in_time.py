@@ -9,7 +9,7 @@ Drop-when: upstream's look-ups pass their failure on to whoever waits for them.
 
 from petals_win.upstream.declare import add_import, remove, replace, swap_call
 
-add_import("petals.client.routing.sequence_manager", "from petals_win.swarm.looking import LookUpThread")
+add_import("petals.client.routing.sequence_manager", "from petals_win.client.looking import LookUpThread")
 remove("petals.client.routing.sequence_manager:_SequenceManagerUpdateThread", digest="32ae022cc5dee4c3")
 swap_call(
     "petals.client.routing.sequence_manager:RemoteSequenceManager.__init__",

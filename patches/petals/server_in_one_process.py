@@ -26,7 +26,7 @@ add_import("petals.server.server", "from petals_win.span.compute import ComputeT
 add_import("petals.server.server", "from petals_win.span.needs import choose_num_blocks, least_cache_tokens, needs_of")
 add_import("petals.server.server", "from petals_win.span.needs import session_budget")
 add_import("petals.server.server", "from petals_win.host.memory import available_bytes")
-add_import("petals.server.server", "from petals_win.span.source import open_model")
+add_import("petals.server.server", "from petals_win.models.source import open_model")
 add_import("petals.server.server", "from petals_win.span.span import Span")
 add_import("petals.server.server", "from petals_win.span.speed import measure_speed")
 add_import("petals.server.server", "from petals_win.swarm.naming import names_of, split_names")

@@ -16,8 +16,8 @@ add_import("petals.client.inference_session", "import threading")
 add_import("petals.client.inference_session", "from hivemind.p2p import P2PHandlerError")
 add_import("petals.client.inference_session", "from petals.client.routing.sequence_manager import MissingBlocksError")
 add_import("petals.client.inference_session", "from petals_win.errors import NodeFull, NodeRefused, node_error")
-add_import("petals.client.inference_session", "from petals_win.span.pieces import piece_tokens")
-add_import("petals.client.inference_session", "from petals_win.span.history import InputHistory")
+add_import("petals.client.inference_session", "from petals_win.client.pieces import piece_tokens")
+add_import("petals.client.inference_session", "from petals_win.client.history import InputHistory")
 add_import("petals.client.inference_session", "from petals_win.swarm.naming import chain_for")
 
 

@@ -23,7 +23,7 @@ from petals.server.task_prioritizer import TaskPrioritizerBase
 from petals.utils.misc import is_dummy
 from petals.utils.packaging import unpack_args_kwargs
 from petals_win.errors import NodeRefused
-from petals_win.span.served import ServedSession
+from petals_win.node.served import ServedSession
 
 
 def _unpack(flat_tensors: Sequence[torch.Tensor], args_structure: Any) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import torch
 from petals import AutoDistributedModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalNode, LocalSwarm
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from conftest import free_port
 
-from petals_win.span.default_model import default_model_file
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.default_model import default_model_file
+from petals_win.models.source import DEFAULT_MODEL
 
 
 def run(*arguments: str, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess:

@@ -17,7 +17,7 @@ from span.hub import TOKEN, running_hub
 from test_bad_input import assert_sentence, run
 
 from petals_win.host.children import spawn
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 
 SECONDS = 120
 

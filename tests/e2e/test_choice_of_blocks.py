@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import torch
 
 from petals_win.host.children import spawn
+from petals_win.models.source import open_model
 from petals_win.span.needs import blocks_that_fit, needs_of
-from petals_win.span.source import open_model
 
 NUM_BLOCKS, FITTING = 8, 5
 

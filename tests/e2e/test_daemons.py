@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import connect, disconnect
 
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.source import DEFAULT_MODEL, open_model
 from petals_win.swarm.local import LocalSwarm
 from petals_win.upstream.build import extract_daemon, this_checkout
 

@@ -7,7 +7,7 @@ import torch
 from conftest import connect, disconnect
 from transformers import AutoModelForCausalLM
 
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.source import DEFAULT_MODEL, open_model
 from petals_win.swarm.local import LocalSwarm
 
 PROMPT = torch.tensor([[1, 40, 7, 300, 22, 5, 9, 41, 8, 100, 63, 12]])

@@ -17,7 +17,7 @@ from petals import AutoDistributedModelForCausalLM
 from test_bad_input import assert_sentence, run
 from transformers import AutoModelForCausalLM
 
-from petals_win.span.source import open_model
+from petals_win.models.source import open_model
 from petals_win.swarm.identity import hold_identity, new_key
 from petals_win.swarm.state import read_state
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import connect, disconnect, free_port
 
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

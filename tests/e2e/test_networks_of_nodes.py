@@ -18,7 +18,7 @@ from conftest import connect, disconnect
 from p2pd.p2pd_networks import Networks, NoNetworks
 
 from petals_win.host.children import Child, spawn
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.source import DEFAULT_MODEL, open_model
 from petals_win.swarm.local import LocalSwarm
 
 

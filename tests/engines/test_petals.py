@@ -20,7 +20,7 @@ from petals_win.engines.base import (
 )
 from petals_win.engines.petals import PetalsEngine
 from petals_win.errors import UserError
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 QUESTION = ({"role": "user", "content": "What is the capital of France?"},)

@@ -21,7 +21,7 @@ from petals_win.engines.base import (
     Usage,
 )
 from petals_win.engines.petals import PetalsEngine
-from petals_win.span import served
+from petals_win.node import served
 
 CONTEXT = 4096
 

@@ -13,8 +13,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 
 from petals_win.errors import UserError
-from petals_win.span.architecture import find_blocks
-from petals_win.span.source import open_model
+from petals_win.models.architecture import find_blocks
+from petals_win.models.source import open_model
 from petals_win.span.span import Span
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

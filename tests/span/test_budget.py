@@ -11,11 +11,11 @@ import torch
 
 from petals_win.errors import NodeFull, NodeRefused
 from petals_win.host.memory import own_bytes
-from petals_win.span import served
-from petals_win.span.budget import CacheBudget
+from petals_win.models.source import open_model
+from petals_win.node import served
+from petals_win.node.budget import CacheBudget
+from petals_win.node.served import PIECE_TOKENS, ServedSession, room_for
 from petals_win.span.compute import ComputeThread
-from petals_win.span.served import PIECE_TOKENS, ServedSession, room_for
-from petals_win.span.source import open_model
 from petals_win.span.span import Span
 
 

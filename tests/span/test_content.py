@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from petals_win.span.checkpoint import INDEX
-from petals_win.span.content import content_id, gguf_file
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.checkpoint import INDEX
+from petals_win.models.content import content_id, gguf_file
+from petals_win.models.source import DEFAULT_MODEL, open_model
 from span.families import random_model
 
 

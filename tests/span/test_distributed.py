@@ -15,9 +15,10 @@ from petals.utils.auto_config import AutoDistributedConfig
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from petals_win.span import hollow, speed
+from petals_win.client import hollow
+from petals_win.models.source import open_model
 from petals_win.span import span as span_module
-from petals_win.span.source import open_model
+from petals_win.span import speed
 from petals_win.span.span import Span
 from span.families import BLOCKS, VOCABULARY
 

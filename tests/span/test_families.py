@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from petals_win.models.architecture import find_blocks
+from petals_win.models.source import ModelSource, open_model
 from petals_win.span import span as span_module
-from petals_win.span.architecture import find_blocks
-from petals_win.span.source import ModelSource, open_model
 from petals_win.span.span import Span
 from span.families import FAMILIES, VOCABULARY
 

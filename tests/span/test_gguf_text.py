@@ -10,9 +10,9 @@ import torch
 from tokenizers import pre_tokenizers
 
 from petals_win.errors import UserError
-from petals_win.span.default_model import default_model_file
-from petals_win.span.gguf_tokenizer import GgufTokenizer
-from petals_win.span.source import ModelSource, open_model
+from petals_win.models.default_model import default_model_file
+from petals_win.models.gguf_tokenizer import GgufTokenizer
+from petals_win.models.source import ModelSource, open_model
 from span.families import VOCABULARY
 from span.gguf_writer import BEGIN, CALL, END_OF_TEXT, END_OF_TURN, byte_alphabet, vocabulary, write_gguf
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from petals_win.client import hollow
+from petals_win.client.hollow import hollow_model
 from petals_win.errors import UserError
-from petals_win.span import hollow
-from petals_win.span.checkpoint import SINGLE
-from petals_win.span.hollow import hollow_model
-from petals_win.span.source import open_model
+from petals_win.models.checkpoint import SINGLE
+from petals_win.models.source import open_model
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 FAMILIES = {  # what their checkpoints call the head and the embeddings

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from petals_win.span import hollow
+from petals_win.client import hollow
+from petals_win.client.hollow import RemoteCache, hollow_model
+from petals_win.models.source import open_model
 from petals_win.span import span as span_module
-from petals_win.span.hollow import RemoteCache, hollow_model
-from petals_win.span.source import open_model
 from petals_win.span.span import Span
 from span.families import BLOCKS, FAMILIES, VOCABULARY
 

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from petals_win.errors import UserError
-from petals_win.span.checkpoint import INDEX
-from petals_win.span.source import open_model
+from petals_win.models.checkpoint import INDEX
+from petals_win.models.source import open_model
 from petals_win.span.span import Span
 from span.hub import TOKEN, Hub, running_hub
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 
 from petals_win.errors import UserError
-from petals_win.span import checkpoint as checkpoint_module
-from petals_win.span.checkpoint import INDEX, SINGLE
+from petals_win.models import checkpoint as checkpoint_module
+from petals_win.models.checkpoint import INDEX, SINGLE
+from petals_win.models.source import open_model
 from petals_win.span.footprint import block_bytes, model_bytes, model_footprint
-from petals_win.span.source import open_model
 from petals_win.span.span import Span
 from span.families import BLOCKS, FAMILIES
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from petals_win.errors import UserError
+from petals_win.models.source import open_model
 from petals_win.span import needs
 from petals_win.span.needs import choose_num_blocks, needs_of
-from petals_win.span.source import open_model
 
 BLOCKS, TOKENS = 10, 8192
 
@@ -24,7 +24,7 @@ MEASURE = f"""
 import ctypes, gc, json, sys
 import torch
 from petals_win.host.memory import own_bytes
-from petals_win.span.source import open_model
+from petals_win.models.source import open_model
 from petals_win.span.span import Span
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from petals_win.models.source import open_model
 from petals_win.span import packed_linear
 from petals_win.span.packed_linear import PackedLinear, pack_linears, packed_if_possible
-from petals_win.span.source import open_model
 from petals_win.span.span import Span
 
 needs_packing = pytest.mark.skipif(
@@ -138,7 +138,7 @@ def test_a_packed_span_is_equal_within_rounding(checkpoint, family, monkeypatch)
 PEAK = """
 import sys, threading, time
 import psutil, torch
-from petals_win.span.source import open_model
+from petals_win.models.source import open_model
 from petals_win.span.span import Span
 
 torch.set_num_threads(1)

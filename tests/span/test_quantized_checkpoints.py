@@ -14,12 +14,12 @@ from safetensors.torch import load, save_file
 from typer.testing import CliRunner
 
 from petals_win.cli.main import app
+from petals_win.client.hollow import hollow_model
 from petals_win.doctor.findings import Asked
 from petals_win.doctor.model import check_model
 from petals_win.errors import UserError
-from petals_win.span.checkpoint import INDEX, SINGLE, SafetensorsCheckpoint
-from petals_win.span.hollow import hollow_model
-from petals_win.span.source import open_model
+from petals_win.models.checkpoint import INDEX, SINGLE, SafetensorsCheckpoint
+from petals_win.models.source import open_model
 from petals_win.span.span import Span
 from span.hub import running_hub
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from petals_win.errors import UserError
+from petals_win.models.source import open_model
 from petals_win.span import quantized_linear
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import check_quantizes
-from petals_win.span.source import open_model
 from petals_win.span.span import Span
 
 # Of hidden states after two blocks of random weights. bitsandbytes itself errs by about 0.09 and 0.005 in one layer.

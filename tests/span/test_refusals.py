@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig
 
 from petals_win.errors import UserError
+from petals_win.models.source import open_model
 from petals_win.span.footprint import model_footprint
-from petals_win.span.source import open_model
 
 REFUSED = {
     "mamba": "recurrent state",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from petals_win.models.architecture import find_blocks
+from petals_win.models.source import ModelSource, open_model
 from petals_win.span import cache as cache_module
 from petals_win.span import span as span_module
-from petals_win.span.architecture import find_blocks
-from petals_win.span.source import ModelSource, open_model
 from petals_win.span.span import Span
 
 BATCH, HIDDEN = 2, 64

@@ -16,9 +16,9 @@ from packaging.version import Version
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils, modeling_utils
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
-from petals_win.span.architecture import empty_model, find_blocks
-from petals_win.span.source import open_model
-from petals_win.span.transformers_internals import GgufNames, Loader, inverse_frequencies, pre_tokenizer_split
+from petals_win.models.architecture import empty_model, find_blocks
+from petals_win.models.source import open_model
+from petals_win.models.transformers_internals import GgufNames, Loader, inverse_frequencies, pre_tokenizer_split
 from span.families import random_model
 
 

@@ -10,8 +10,8 @@ from hivemind.p2p import P2P
 
 from petals_win.errors import UserError
 from petals_win.host.loop import LoopThread
-from petals_win.swarm import node
-from petals_win.swarm.node import Node, NodeSettings, check_reachable
+from petals_win.node import node
+from petals_win.node.node import Node, NodeSettings, check_reachable
 
 
 def test_a_node_that_nobody_can_reach_does_not_join(monkeypatch):

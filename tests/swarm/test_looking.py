@@ -16,8 +16,8 @@ from petals.client.config import ClientConfig
 from petals.client.routing import sequence_manager
 from petals.client.routing.sequence_manager import RemoteSequenceManager
 
-from petals_win.swarm.announcing import repeat
-from petals_win.swarm.looking import LookUpFailed
+from petals_win.client.looking import LookUpFailed
+from petals_win.node.announcing import repeat
 
 
 @pytest.fixture(scope="module")

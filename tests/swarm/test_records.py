@@ -21,7 +21,8 @@ from petals.client.routing.sequence_manager import MissingBlocksError, RemoteSeq
 from petals.data_structures import RemoteModuleInfo, ServerInfo, ServerState
 from petals.utils.dht import _known_server, compute_spans, declare_active_modules, get_remote_module_infos
 
-from petals_win.swarm.records import BadRecord, check_announcement, check_peer_id, read_servers, skipped
+from petals_win.dht.entries import BadRecord, skipped
+from petals_win.swarm.records import check_announcement, check_peer_id, read_servers
 from petals_win.swarm.state import read_state
 
 PREFIX, BLOCKS = "tiny", 4
@@ -89,7 +90,7 @@ def test_a_malformed_entry_hides_nobody_else(peers, caplog):
                 state = asyncio.run(read_state(dht, PREFIX, BLOCKS))
                 assert [peer.peer_id for peer in state.peers] == [str(reader.peer_id)] and not state.missing_blocks
     assert skipped.count >= BLOCKS * len(BAD_ENTRIES)
-    assert len([record for record in caplog.records if record.name == "petals_win.swarm.records"]) == 1
+    assert len([record for record in caplog.records if record.name == "petals_win.dht.entries"]) == 1
 
 
 @pytest.mark.parametrize("subkey", [5, b"x", None, 1.5, ["list"]])

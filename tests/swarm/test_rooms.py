@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from petals_win.swarm.rooms import Rooms
+from petals_win.client.rooms import Rooms
 from petals_win.swarm.state import PeerState, SwarmState
 
 

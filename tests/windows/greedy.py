@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from petals_win.span.source import DEFAULT_MODEL, open_model
+from petals_win.models.source import DEFAULT_MODEL, open_model
 
 PROMPT = "My favourite animal is"
 TOKENS = 32

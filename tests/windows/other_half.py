@@ -15,7 +15,7 @@ import sys
 from greedy import Client
 from test_on_windows import seconds_until_gone
 
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 WAIT_SECONDS = 240

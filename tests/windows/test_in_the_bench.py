@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from greedy import TEXT, Client
 
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 ROOT = Path(__file__).resolve().parents[2]

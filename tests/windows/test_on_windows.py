@@ -15,7 +15,7 @@ import pytest
 from hivemind.p2p import P2P
 from hivemind.proto import dht_pb2
 
-from petals_win.span.source import DEFAULT_MODEL
+from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.skipif(

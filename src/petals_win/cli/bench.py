@@ -31,7 +31,7 @@ def bench(
     from petals_win.host.threads import apply_thread_settings
 
     settings = apply_thread_settings(None)
-    from petals_win.swarm.bench import run_bench
+    from petals_win.bench.swarm import run_bench
 
     report = run_bench(model, rounds=rounds, tokens=tokens, report=lambda line: typer.echo(line, err=True))
     if as_json:
@@ -61,7 +61,7 @@ def bench_p2pd(
 
     Example: petals-win bench p2pd
     """
-    from petals_win.daemon.bench import CONCURRENT_CALLS, run_p2pd_bench
+    from petals_win.bench.p2pd import CONCURRENT_CALLS, run_p2pd_bench
     from petals_win.daemon.binary import find_p2pd
     from petals_win.daemon.build import this_target
     from petals_win.upstream.build import extract_daemon, this_checkout

@@ -72,7 +72,7 @@ def _needs(model: str, token: str | None) -> dict[str, Needs]:
         config = known.config()
         dtype = config.dtype
     else:
-        from petals_win.span.source import open_model
+        from petals_win.models.source import open_model
 
         source = open_model(model, token=token)
         config, dtype = source.config, source.dtype

@@ -74,14 +74,14 @@ def serve(
 
     apply_thread_settings(threads)
     if peers == ["-"]:
-        import petals_win.swarm.node  # noqa: F401  (takes seconds: meanwhile the other node may get an address)
+        import petals_win.node.node  # noqa: F401  (takes seconds: meanwhile the other node may get an address)
 
         peers = [_peer_from_input()]
     exit_with_parent()
     if as_json:
         logs.log_for_a_parent()
     log_to_file("serve")
-    from petals_win.swarm.node import Node, NodeSettings
+    from petals_win.node.node import Node, NodeSettings
 
     settings = NodeSettings(
         model=model,

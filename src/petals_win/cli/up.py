@@ -58,7 +58,7 @@ def up(
     # The server listens before anything slow begins: a port in use shows at once.
     with closing(ApiServer(settings)) as server, Progress() as progress:
         progress.step(f"Opening {model}")
-        from petals_win.span.source import open_model
+        from petals_win.models.source import open_model
 
         source = open_model(model)
         # Downloads a model of one file, for which the nodes would not have the time.

@@ -22,7 +22,7 @@ _GIB = 2**30
 def check_model(asked: Asked) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
-    from petals_win.span.source import open_model
+    from petals_win.models.source import open_model
     from petals_win.swarm.known_models import find_known_model
 
     has_token = bool(asked.token or get_token())
@@ -48,8 +48,8 @@ def _check_room(name: str, config: PreTrainedConfig) -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from petals_win.host.memory import available_bytes
+    from petals_win.node.node import choose_device, choose_quant
     from petals_win.span.needs import blocks_that_fit, needs_of
-    from petals_win.swarm.node import choose_device, choose_quant
 
     device = choose_device(None)
     quant = choose_quant(None, device)

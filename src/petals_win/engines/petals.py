@@ -25,6 +25,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from petals_win.client.looking import LookUpFailed
+from petals_win.client.rooms import Rooms
 from petals_win.engines.base import (
     ContextTooLong,
     Event,
@@ -47,10 +49,8 @@ from petals_win.engines.sampling import check_token_ids, generate_arguments
 from petals_win.engines.stopping import StopStrings, WithoutRepeat
 from petals_win.engines.text import PromptEncoder
 from petals_win.errors import NodeFull, NodeRefused, printable
-from petals_win.span.source import ModelSource, open_model
-from petals_win.swarm.looking import LookUpFailed
+from petals_win.models.source import ModelSource, open_model
 from petals_win.swarm.revision import check_content
-from petals_win.swarm.rooms import Rooms
 from petals_win.swarm.state import SwarmState, read_state
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from petals_win.errors import UserError
-from petals_win.span.hub import HubModel
+from petals_win.models.hub import HubModel
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
-from petals_win.span.architecture import attention_windows, config_of_blocks, find_blocks
+from petals_win.models.architecture import attention_windows, config_of_blocks, find_blocks
 from petals_win.span.cache import KvShape, ShapeRecorder
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from petals_win.span.architecture import empty_model, find_blocks
+from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.span.decoder import CutDecoder
 
 

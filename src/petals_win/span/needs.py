@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
-from petals_win.span.architecture import empty_model, find_blocks, text_config
+from petals_win.models.architecture import empty_model, find_blocks, text_config
 from petals_win.span.footprint import model_footprint
 from petals_win.span.linear import linear_weight
 from petals_win.span.quantized_linear import Quant

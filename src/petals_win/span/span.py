@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedConfig
 
-from petals_win.span.architecture import empty_model, find_blocks
+from petals_win.models.architecture import empty_model, find_blocks
+from petals_win.models.loading import load_parts
+from petals_win.models.source import ModelSource
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
-from petals_win.span.loading import load_parts
 from petals_win.span.packed_linear import pack_linears, packing_pays
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
-from petals_win.span.source import ModelSource
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters

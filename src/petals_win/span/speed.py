@@ -16,7 +16,7 @@ import torch
 
 from petals_win.host.folders import cache_folder
 from petals_win.host.threads import most_threads
-from petals_win.span.architecture import text_config
+from petals_win.models.architecture import text_config
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 

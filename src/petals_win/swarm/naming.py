@@ -1,7 +1,7 @@
 """The two names of a model in a swarm, and what nodes announce under each.
 
 One is upstream's, made of the model's name, which a renamed folder changes: older versions and upstream's nodes know no other. The
-other is made of the model's content (petals_win.span.content). Within a process both travel as one prefix, "NAME@CONTENT";
+other is made of the model's content (petals_win.models.content). Within a process both travel as one prefix, "NAME@CONTENT";
 without a content it is upstream's alone. A node announces its blocks one by one under NAME.BLOCK, as upstream does, and itself
 once under CONTENT. Requests name a block NAME.BLOCK where the server announces no content, else CONTENT.BLOCK.
 

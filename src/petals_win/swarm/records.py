@@ -1,104 +1,23 @@
-"""What may be believed of the records that peers put into the DHT, and a count of those that may not.
+"""What may be believed of the announcements that peers put into the DHT.
 
-Knows the shape of hivemind's entries and of Petals' announcements, as plain values. Imports neither, since both import this.
+Knows the shape of Petals' announcements as plain values. Does not import petals, which imports this.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-logger = logging.getLogger(__name__)
+from petals_win.dht.entries import LONGEST_TEXT, MOST_ENTRIES, BadRecord, skipped
 
 P = TypeVar("P")
 S = TypeVar("S")
 
-MOST_BYTES = 64 << 10  # of one entry; an announcement takes about one KiB
-MOST_ENTRIES = 1000  # below one key
-_MOST_SECONDS = 86400.0  # that an entry may still live; announcements live for a minute or two
 _MOST_BLOCKS = 10_000
 _SLOWEST, _FASTEST = 1e-6, 1e9  # tokens per second of one block
-_LONGEST_TEXT = 512
 _BASE58 = frozenset("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
 _OFFLINE, _ONLINE = 0, 2
-
-
-class BadRecord(ValueError):
-    """A record that makes no sense; the message says why. It is skipped, and never reaches a user as an error."""
-
-
-class Skipped:
-    """Counts the records that were skipped, each time that one is, and logs the first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    def add(self, where: str, why: object, count: int = 1) -> None:
-        """One more record, found `where`, was skipped because of `why`."""
-        with self._lock:
-            first, self.count = self.count == 0, self.count + count
-        level = logging.WARNING if first else logging.DEBUG
-        rest = " Such records are skipped; more of them will not be mentioned." if first else ""
-        logger.log(level, "A peer announced something that makes no sense (%.100s: %.200s).%s", where, why, rest)
-
-
-skipped = Skipped()
-
-
-def check_entry(subkey: object, value: object, expires: object, now: float) -> None:
-    """Raise BadRecord if this cannot be an entry of a dictionary in the DHT.
-
-    :param value: serialized
-    :param expires: in DHT time (seconds), as `now`
-    """
-    if not isinstance(subkey, str) or len(subkey) > _LONGEST_TEXT:
-        raise BadRecord(f"its name is no text but {type(subkey).__name__}")
-    if not isinstance(value, bytes) or len(value) > MOST_BYTES:
-        raise BadRecord("its value is too large, or none")
-    check_expiry(expires, now)
-
-
-def check_expiry(expires: object, now: float) -> None:
-    """Raise BadRecord unless `expires` is a time, at most a day from `now`."""
-    if isinstance(expires, bool) or not isinstance(expires, int | float) or not expires <= now + _MOST_SECONDS:
-        raise BadRecord("it does not say when it ends, or ends too late")
-
-
-def sane_entries(items: object, now: float) -> Iterator[tuple[str, bytes, float]]:
-    """The entries of a dictionary as another peer sent it, without those that cannot be any."""
-    if not isinstance(items, list | tuple):
-        skipped.add("a dictionary", "it is none")
-        return
-    for item in items[:MOST_ENTRIES]:
-        try:
-            subkey, value, expires = item
-            check_entry(subkey, value, expires, now)
-        except (TypeError, ValueError) as e:
-            skipped.add("an entry of a dictionary", e)
-        else:
-            yield subkey, value, expires
-    if len(items) > MOST_ENTRIES:
-        skipped.add("a dictionary", f"it has {len(items)} entries", len(items) - MOST_ENTRIES)
-
-
-def decode_entries(
-    entries: Iterable[tuple[Any, tuple[Any, Any]]], decode: Callable[[Any, Any, Any], S]
-) -> dict[Any, tuple[S, Any]]:
-    """Every (value, expiration) by its subkey whose value can be decoded.
-
-    :param decode: called with subkey, serialized value and expiration; whatever it raises is about that entry alone
-    """
-    decoded = {}
-    for subkey, (value, expires) in entries:
-        try:
-            decoded[subkey] = decode(subkey, value, expires), expires
-        except Exception as e:
-            skipped.add(f"the entry {subkey!r}", f"its value cannot be read: {e!r}")
-    return decoded
 
 
 def read_servers(uid: str, found: Any, make: Callable[[str, tuple], tuple[P, S]]) -> dict[P, S]:
@@ -212,5 +131,5 @@ def _whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def _text(name: str, value: object) -> None:
-    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
-        raise BadRecord(f"{name} is no text of at most {_LONGEST_TEXT} characters")
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT or not value.isprintable():
+        raise BadRecord(f"{name} is no text of at most {LONGEST_TEXT} characters")

@@ -16,7 +16,7 @@ from hivemind.proto import runtime_pb2
 from petals.data_structures import UID_DELIMITER
 from petals.server.handler import TransformerConnectionHandler
 
-from petals_win.span.served import SESSION_TOKENS
+from petals_win.node.served import SESSION_TOKENS
 from petals_win.swarm.naming import chain_for
 from petals_win.swarm.state import PeerState, SwarmState
 

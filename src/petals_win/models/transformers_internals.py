@@ -30,8 +30,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from petals_win.span.architecture import text_config
-from petals_win.span.gguf_tensors import further_names, restored
+from petals_win.models.architecture import text_config
+from petals_win.models.gguf_tensors import further_names, restored
 
 
 class LazyTensor(Protocol):

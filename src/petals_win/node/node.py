@@ -20,21 +20,22 @@ from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
 from petals_win.daemon.process import DaemonLost
+from petals_win.dht.joining import CANNOT_BE_REACHED
 from petals_win.errors import UserError
 from petals_win.host.addresses import is_loopback, listen_maddr, most_useful
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
+from petals_win.models.source import ModelSource, open_model
 from petals_win.span.needs import check_fits, needs_of
 from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
-from petals_win.span.source import ModelSource, open_model
 from petals_win.swarm.identity import Identity, hold_identity
-from petals_win.swarm.joining import CANNOT_BE_REACHED
 from petals_win.swarm.members import checked_members, noting_members, rejoin
 from petals_win.swarm.revision import check_content
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_END_OF_DAEMON_S = 5.0  # from its last word until the system has reported that it is gone
 _UPDATE_SECONDS = 20  # how often blocks are announced; a node that dies is forgotten after three times as long
 
 
@@ -179,7 +180,12 @@ class Node:
         lost = self._server.dht.lost
         try:
             self._server.run()
-        except P2PDaemonLost:
+        except (P2PDaemonLost, ConnectionError, EOFError):
+            # A broken connection to the daemon is seen before its end is.
+            try:
+                lost.result(_END_OF_DAEMON_S)
+            except TimeoutError:
+                pass  # the daemon lives: it was something else
             if not lost.done():
                 raise
         if lost.done():

@@ -16,15 +16,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import __version__ as VERSION
 
 from petals_win.errors import UserError
-from petals_win.span.architecture import check_supported, text_config
-from petals_win.span.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
-from petals_win.span.content import canonical_config, content_id
-from petals_win.span.default_model import NAME as DEFAULT_MODEL
-from petals_win.span.default_model import default_model_file
-from petals_win.span.gguf_file import GgufCheckpoint
-from petals_win.span.hub import HubModel
-from petals_win.span.loading import load_whole_model
-from petals_win.span.quantized_checkpoint import check_not_quantized
+from petals_win.models.architecture import check_supported, text_config
+from petals_win.models.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
+from petals_win.models.content import canonical_config, content_id
+from petals_win.models.default_model import NAME as DEFAULT_MODEL
+from petals_win.models.default_model import default_model_file
+from petals_win.models.gguf_file import GgufCheckpoint
+from petals_win.models.hub import HubModel
+from petals_win.models.loading import load_whole_model
+from petals_win.models.quantized_checkpoint import check_not_quantized
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from petals_win.errors import UserError
-from petals_win.span.architecture import empty_model, text_config
-from petals_win.span.quantized_checkpoint import check_nothing_left_over, no_place_for, refuse_dtype
-from petals_win.span.transformers_internals import LazyTensor, Loader
+from petals_win.models.architecture import empty_model, text_config
+from petals_win.models.quantized_checkpoint import check_nothing_left_over, no_place_for, refuse_dtype
+from petals_win.models.transformers_internals import LazyTensor, Loader
 
 if TYPE_CHECKING:
-    from petals_win.span.source import ModelSource
+    from petals_win.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
-from petals_win.span.architecture import text_config
+from petals_win.models.architecture import text_config
 
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 _UNNAMED = "a method that its config.json does not name"

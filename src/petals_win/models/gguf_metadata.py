@@ -15,7 +15,7 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
 from petals_win.errors import UserError
-from petals_win.span.transformers_internals import inverse_frequencies
+from petals_win.models.transformers_internals import inverse_frequencies
 
 ROPE_DIVISORS = "rope_freqs.weight"
 

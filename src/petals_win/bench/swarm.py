@@ -16,8 +16,8 @@ import torch
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
 
 from petals_win.host.threads import most_threads
+from petals_win.models.source import open_model
 from petals_win.span.footprint import model_bytes
-from petals_win.span.source import open_model
 from petals_win.swarm.local import LocalSwarm
 
 _PROMPT = "The history of computing began with"

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from petals_win.errors import UserError
-from petals_win.span.transformers_internals import pre_tokenizer_split, sentencepiece_backend
+from petals_win.models.transformers_internals import pre_tokenizer_split, sentencepiece_backend
 
 logger = logging.getLogger(__name__)
 

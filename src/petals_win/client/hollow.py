@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from petals_win.host.threads import computing
-from petals_win.span.architecture import config_of_blocks, find_blocks, text_config
-from petals_win.span.loading import load_parts, model_to_fill
+from petals_win.models.architecture import config_of_blocks, find_blocks, text_config
+from petals_win.models.loading import load_parts, model_to_fill
+from petals_win.models.source import ModelSource
 from petals_win.span.packed_linear import packed_if_possible, packing_pays
-from petals_win.span.source import ModelSource
 
 _TASKS = {
     "base": AutoModel,

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from petals_win.errors import UserError
-from petals_win.span.content import canonical, safetensors_file
-from petals_win.span.quantized_checkpoint import refuse_dtype
-from petals_win.span.transformers_internals import LazyTensor
+from petals_win.models.content import canonical, safetensors_file
+from petals_win.models.quantized_checkpoint import refuse_dtype
+from petals_win.models.transformers_internals import LazyTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,7 +42,7 @@ class Checkpoint(Protocol):
         ...
 
     def content(self) -> Iterable[bytes]:
-        """What copies of this checkpoint have in common and others do not, for petals_win.span.content."""
+        """What copies of this checkpoint have in common and others do not, for petals_win.models.content."""
         ...
 
 

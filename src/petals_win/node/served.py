@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from petals_win.errors import NodeFull, NodeRefused
-from petals_win.span.budget import CacheBudget, Share
+from petals_win.node.budget import CacheBudget, Share
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
 from petals_win.span.span import Session, Span

@@ -26,11 +26,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from petals_win.errors import UserError
 from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
-from petals_win.span.architecture import check_supported, empty_model
-from petals_win.span.content import gguf_file
-from petals_win.span.gguf_metadata import ROPE_DIVISORS, read_config
-from petals_win.span.gguf_tokenizer import GgufTokenizer
-from petals_win.span.transformers_internals import GgufNames, LazyTensor
+from petals_win.models.architecture import check_supported, empty_model
+from petals_win.models.content import gguf_file
+from petals_win.models.gguf_metadata import ROPE_DIVISORS, read_config
+from petals_win.models.gguf_tokenizer import GgufTokenizer
+from petals_win.models.transformers_internals import GgufNames, LazyTensor
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Measurements of this PC, everything side by side in one run."""
