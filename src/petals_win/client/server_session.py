@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -187,13 +188,14 @@ class _Inbox:
     def __bool__(self) -> bool:
         return self.news.is_set()
 
-    async def read(self, answers: AsyncIterator[Any]) -> None:
+    async def read(self, answers: AsyncGenerator[Any, None]) -> None:
         try:
-            async for answer in answers:
-                self._answers.append(answer)
-                self.news.set()
-                if len(self._answers) > _MOST_UNREAD:
-                    raise BadAnswer("A node answers more than it was asked")
+            async with aclosing(answers):
+                async for answer in answers:
+                    self._answers.append(answer)
+                    self.news.set()
+                    if len(self._answers) > _MOST_UNREAD:
+                        raise BadAnswer("A node answers more than it was asked")
             self._end = NodeLost("A node ended the session")
         except Exception as e:
             self._end = e

@@ -6,7 +6,7 @@ Knows hivemind's messages and P2P. Does not know routes or sessions, and imports
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ class NodeRpc:
     def __init__(self, p2p: P2P, peer_id: PeerID):
         self._p2p, self.peer_id = p2p, peer_id
 
-    async def inference(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def inference(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         """Open a session's stream. Its answers end in the order of the requests; a node's error comes as P2PHandlerError."""
-        stream = self._p2p.iterate_protobuf_handler(
+        stream: Any = await self._p2p.iterate_protobuf_handler(
             self.peer_id, f"{_HANDLER}.rpc_inference", requests, messages.ExpertResponse
         )
-        return await stream
+        return stream
 
     async def info(self, uid: str = "") -> dict[str, Any]:
         """What the node tells about itself and, with a block's uid, about that block."""
