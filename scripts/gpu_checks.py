@@ -413,14 +413,15 @@ def _api(model: str, peers: list[str]) -> Iterator[tuple[str, str]]:
     from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings
     from petals_win.engines.petals import PetalsEngine
+    from petals_win.engines.text import TextEngine
 
     settings = Settings(port=0)
     server = ApiServer(settings)
-    engine = PetalsEngine.connect(model, peers)
+    engine = TextEngine(PetalsEngine.connect(model, peers))
     ready = threading.Event()
 
     async def serve() -> None:
-        await engine.watch()
+        await engine.start(lambda why: print(why, file=sys.stderr))
         await server.serve(create_app(engine, settings=settings), ready.set)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), name="API", daemon=True)

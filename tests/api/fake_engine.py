@@ -12,7 +12,7 @@ One word is one token. What it does depends on the last message or prompt:
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from petals_win.engines.base import (
     ContextTooLong,
@@ -28,6 +28,7 @@ from petals_win.engines.base import (
     Usage,
 )
 from petals_win.engines.stopping import StopStrings
+from petals_win.errors import UserError
 
 MODEL = "made-up/fake-model"
 
@@ -43,6 +44,9 @@ class FakeEngine:
         self.completed = 0
         self.cancelled = 0
         self.closed = 0
+
+    async def start(self, on_lost: Callable[[UserError], None]) -> None:
+        """It is never lost."""
 
     def models(self) -> list[ModelCard]:
         return [ModelCard(MODEL, 1_700_000_000, self.context_length)]

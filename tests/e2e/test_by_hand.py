@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from conftest import free_port
-from span.hub import TOKEN, running_hub
+from models.hub import TOKEN, running_hub
 from test_bad_input import assert_sentence, run
 
 from petals_win.host.children import spawn

@@ -19,6 +19,7 @@ from petals_win.engines.base import (
     Usage,
 )
 from petals_win.engines.petals import PetalsEngine
+from petals_win.engines.text import TextEngine
 from petals_win.errors import UserError
 from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
@@ -38,11 +39,11 @@ def swarm() -> Iterator[LocalSwarm]:
 def use(swarm: LocalSwarm):
     """Runs a coroutine function on an engine that follows the swarm, and closes the engine."""
 
-    def run(action: Callable[[PetalsEngine], Awaitable]):
+    def run(action: Callable[[TextEngine], Awaitable]):
         async def within():
-            engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
+            engine = TextEngine(await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers))
             try:
-                await engine.watch()
+                await engine.start(on_lost)
                 return await asyncio.wait_for(action(engine), 120)
             finally:
                 await engine.close()
@@ -52,13 +53,17 @@ def use(swarm: LocalSwarm):
     return run
 
 
+def on_lost(why: UserError) -> None:
+    raise AssertionError(f"the engine was lost: {why}")
+
+
 def request(messages=QUESTION, **settings) -> GenerationRequest:
     if "prompt" in settings:
         messages = None
     return GenerationRequest(**{"model": DEFAULT_MODEL, "messages": messages, "temperature": 0, **settings})
 
 
-async def answer(engine: PetalsEngine, asked: GenerationRequest) -> tuple[str, str, Usage]:
+async def answer(engine: TextEngine, asked: GenerationRequest) -> tuple[str, str, Usage]:
     """Text, reason of the end, usage; and the events are in the order of the protocol."""
     events = [event async for event in engine.generate(asked)]
     *tokens, finished, usage = events
@@ -80,7 +85,7 @@ def test_lengths_and_stop_strings(use):
         stopped = await answer(engine, request(stop=("France", "nowhere")))
         over_tokens = await answer(engine, request(stop=("is Par",)))
         continued = await answer(engine, request(prompt="1, 2, 3, 4, 5, 6,", max_tokens=6))
-        ids = engine._tokenizer("1, 2, 3, 4, 5, 6,")["input_ids"]
+        ids = engine.tokens.language.tokenizer("1, 2, 3, 4, 5, 6,")["input_ids"]
         by_ids = await answer(engine, request(prompt=tuple(ids), max_tokens=6))
         return cut, stopped, over_tokens, continued, by_ids
 
@@ -114,7 +119,7 @@ def test_the_assistants_turn_is_continued(use):
 
 def test_tiny_numbers_penalties_and_biases(use):
     async def ask(engine):
-        ids = engine._tokenizer(" Paris", add_special_tokens=False)["input_ids"]
+        ids = engine.tokens.language.tokenizer(" Paris", add_special_tokens=False)["input_ids"]
         whole = await answer(engine, request(max_tokens=12))
         tiny = await answer(engine, request(max_tokens=12, temperature=1e-38, seed=1))
         biased = await answer(engine, request(max_tokens=12, logit_bias={ids[0]: -100}))
@@ -182,7 +187,7 @@ def test_whoever_stops_reading_ends_the_computation(use, how):
             return count
 
         steps: list[None] = []
-        engine._model.register_forward_hook(lambda *_: steps.append(None))
+        engine.tokens._model.register_forward_hook(lambda *_: steps.append(None))
         generation = engine.generate(request(STORY, max_tokens=1000))
         assert await read(generation, 3) == 0
         before = len(steps)
@@ -196,8 +201,8 @@ def test_whoever_stops_reading_ends_the_computation(use, how):
                 await task
         more = len(steps) - before
         # Nothing of it is left: no thread computes, and the next answer comes as if it had never been.
-        assert not engine._running
-        assert engine._threads._work_queue.empty()
+        assert not engine.tokens._running
+        assert engine.tokens._threads._work_queue.empty()
         text, *_ = await answer(engine, request(max_tokens=32))
         return more, text
 
@@ -227,7 +232,7 @@ def test_requests_that_cannot_be_answered(use):
                 await refusal(engine, request(prompt=(1, token)))
             )
         assert isinstance(await refusal(engine, request(model="gpt-5")), ModelNotFound)
-        assert engine._running == set()
+        assert engine.tokens._running == set()
 
     use(ask)
 
@@ -245,8 +250,8 @@ def test_models_and_status(use):
 
 def test_close_ends_what_is_running(swarm):
     async def run():
-        engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
-        await engine.watch()
+        engine = TextEngine(await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers))
+        await engine.start(on_lost)
         generation = engine.generate(request(STORY, max_tokens=1000))
         await anext(generation)
         await asyncio.wait_for(engine.close(), 30)
@@ -260,9 +265,9 @@ def test_a_node_is_missing():
     """First in the middle of an answer, then for the next question."""
 
     async def run(swarm: LocalSwarm):
-        engine = await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers)
+        engine = TextEngine(await asyncio.to_thread(PetalsEngine.connect, DEFAULT_MODEL, swarm.peers))
         try:
-            await engine.watch()
+            await engine.start(on_lost)
             generation = engine.generate(request(STORY, max_tokens=1000))
             await anext(generation)
             psutil.Process(swarm.nodes[1].child.pid).kill()
@@ -272,7 +277,7 @@ def test_a_node_is_missing():
                     pass
             assert time.monotonic() - began < 120
             assert "no reachable PC serves" in str(refused.value) and "petals-win serve" in str(refused.value)
-            assert not engine._running
+            assert not engine.tokens._running
 
             # The node is forgotten when its announcement ends.
             deadline = time.monotonic() + 120

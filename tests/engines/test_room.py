@@ -22,6 +22,7 @@ from petals_win.engines.base import (
     Usage,
 )
 from petals_win.engines.petals import PetalsEngine
+from petals_win.engines.text import TextEngine
 from petals_win.node import served
 
 CONTEXT = 4096
@@ -45,13 +46,13 @@ def nodes(swarm) -> list[NodeHere]:
     return swarm
 
 
-def use(folder: Path, nodes: list[NodeHere], action: Callable[[PetalsEngine], Awaitable], seconds: float = 100):
+def use(folder: Path, nodes: list[NodeHere], action: Callable[[TextEngine], Awaitable], seconds: float = 100):
     """Run a coroutine function on an engine that follows the swarm; afterwards no node holds anything."""
 
     async def within():
-        engine = await asyncio.to_thread(PetalsEngine.connect, str(folder), [nodes[0].peer])
+        engine = TextEngine(await asyncio.to_thread(PetalsEngine.connect, str(folder), [nodes[0].peer]))
         try:
-            await engine.watch()
+            await engine.start(lambda why: pytest.fail(str(why)))
             result = await asyncio.wait_for(action(engine), seconds)
             assert await soon(lambda: all(taken(node) == 0 for node in nodes)), "memory did not come back"
             return result
@@ -78,7 +79,7 @@ def chat(text: str = "Hello", **settings) -> GenerationRequest:
     return GenerationRequest(model="tiny", messages=({"role": "user", "content": text},), **settings)
 
 
-async def answer(engine: PetalsEngine, asked: GenerationRequest) -> tuple[str, int]:
+async def answer(engine: TextEngine, asked: GenerationRequest) -> tuple[str, int]:
     """Text and number of tokens."""
     text, count = "", 0
     async for event in engine.generate(asked):
@@ -90,14 +91,16 @@ async def answer(engine: PetalsEngine, asked: GenerationRequest) -> tuple[str, i
     return text, count
 
 
-def banned(engine: PetalsEngine) -> list[object]:
-    manager = engine._model.blocks.sequence_manager
+def banned(engine: TextEngine) -> list[object]:
+    manager = engine.tokens._model.blocks.sequence_manager
     return [peer for node in engine.status().peers if (peer := node.peer_id) in manager.state.banned_peers]
 
 
-def routes(engine: PetalsEngine) -> list[int]:
+def routes(engine: TextEngine) -> list[int]:
     """How many servers each block has in the client's view."""
-    return [len(block.servers) for block in engine._model.blocks.sequence_manager.state.sequence_info.block_infos]
+    return [
+        len(block.servers) for block in engine.tokens._model.blocks.sequence_manager.state.sequence_info.block_infos
+    ]
 
 
 def test_four_chats_without_a_limit_and_then_a_fifth(folder, nodes):
@@ -180,7 +183,7 @@ def test_what_the_nodes_hold_is_the_context_that_is_offered(folder, nodes):
         with pytest.raises(ContextTooLong) as refused:
             await answer(engine, chat("x" * 700))
         assert refused.value.context_length == 700
-        assert engine._model.blocks.sequence_manager.state.rpc_info is None, "nothing was computed"
+        assert engine.tokens._model.blocks.sequence_manager.state.rpc_info is None, "nothing was computed"
         assert (await answer(engine, chat("x" * 600, temperature=0)))[1] == 700 - 604
 
     use(folder, nodes, ask)
@@ -204,7 +207,7 @@ def test_a_failure_is_called_a_failure(folder, nodes, monkeypatch):
         raise RuntimeError("the\x1b[31m cable \x00is loose")
 
     async def ask(engine):
-        engine._model.blocks.sequence_manager.config.max_retries = 2
+        engine.tokens._model.blocks.sequence_manager.config.max_retries = 2
         with monkeypatch.context() as within:
             within.setattr(nodes[0]._backend.span, "step", broken)
             with pytest.raises(SwarmFailed, match=r"the \[31m cable is loose"):

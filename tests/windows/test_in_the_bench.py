@@ -26,7 +26,22 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="on Windows the tests need no bench"),
 ]
 
-WITH_THE_WHEEL = {"cli", "daemon", "hivemind", "host", "scripts", "span", "swarm", "upstream", "windows"}
+WITH_THE_WHEEL = {
+    "bench",
+    "cli",
+    "client",
+    "daemon",
+    "dht",
+    "hivemind",
+    "host",
+    "models",
+    "node",
+    "scripts",
+    "span",
+    "swarm",
+    "upstream",
+    "windows",
+}
 WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
 LEFT_OUT = [  # for their time
     "e2e/test_first_pc.py",

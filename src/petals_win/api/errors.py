@@ -11,7 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from petals_win.api.ascii_json import AsciiJson
-from petals_win.engines.base import ContextTooLong, ModelNotFound, SwarmFailed, SwarmFull, SwarmUnavailable
+from petals_win.engines.base import (
+    ContextTooLong,
+    EngineClosed,
+    ModelNotFound,
+    SwarmFailed,
+    SwarmFull,
+    SwarmUnavailable,
+)
 from petals_win.errors import UserError
 
 RETRY_AFTER_S = 10
@@ -56,6 +63,8 @@ def from_engine(error: UserError) -> ApiError:
             return ApiError(503, str(error), code="swarm_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
         case SwarmFull():
             return ApiError(503, str(error), code="swarm_full", headers={"Retry-After": str(RETRY_AFTER_S)})
+        case EngineClosed():
+            return ApiError(503, str(error), code="shutting_down")
         case _:
             return ApiError(400, str(error))
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening
-from petals_win.daemon.process import DaemonLost
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -22,7 +21,7 @@ _LAST_WORDS_S = 1.0
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
     from petals_win.api.server import ApiServer
     from petals_win.api.settings import Settings
-    from petals_win.engines.petals import PetalsEngine
+    from petals_win.engines.base import Engine
 
 
 Threads = Annotated[
@@ -65,39 +64,45 @@ def api(
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
         from petals_win.engines.petals import PetalsEngine
+        from petals_win.engines.text import TextEngine
 
-        engine = PetalsEngine.connect(model, peers, token=token)
+        engine = TextEngine(PetalsEngine.connect(model, peers, token=token))
         answer_until(
             stop, engine, server, settings, on_ready=lambda: typer.echo(f"The API and chat page: {server.url}")
         )
 
 
 def answer_until(
-    stop: threading.Event, engine: PetalsEngine, server: ApiServer, settings: Settings, on_ready: Callable[[], None]
+    stop: threading.Event, engine: Engine, server: ApiServer, settings: Settings, on_ready: Callable[[], None]
 ) -> None:
     """Serve the API in front of `engine` until `stop` is set. Closes the engine.
 
-    Raises DaemonLost when the engine's daemon has ended: nothing can be answered any more.
+    Raises what the engine says if it is lost: nothing can be answered any more.
     """
     from petals_win.api.app import create_app
 
+    lost: list[UserError] = []
+
+    def on_lost(why: UserError) -> None:
+        lost.append(why)
+        # A moment for whoever waits for an answer, or asks whether there may be one, to be told why.
+        threading.Timer(_LAST_WORDS_S, stop.set).start()
+
     async def serve() -> None:
-        await engine.watch()
-        await server.serve(create_app(engine, settings=settings), on_ready)
+        try:
+            await engine.start(on_lost)
+            await server.serve(create_app(engine, settings=settings), on_ready)
+        finally:
+            await engine.close()
 
     def wait_for_stop() -> None:
         stop.wait()
         server.stop()
 
-    def end() -> None:
-        # A moment for whoever waits for an answer, or asks whether there may be one, to be told why.
-        threading.Timer(_LAST_WORDS_S, stop.set).start()
-
     threading.Thread(target=wait_for_stop, name="stop the API", daemon=True).start()
-    engine.on_lost(end)
     asyncio.run(serve())
-    if engine.lost is not None:
-        raise DaemonLost(engine.lost)
+    if lost:
+        raise lost[0]
 
 
 def read_token(file: Path | None) -> str | None:

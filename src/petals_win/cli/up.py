@@ -74,9 +74,10 @@ def up(
         options = [] if threads is None else ["--threads", str(threads)]
         with LocalSwarm(model, spans, options=options, on_line=show, stop=stop) as swarm:
             from petals_win.engines.petals import PetalsEngine
+            from petals_win.engines.text import TextEngine
 
             progress.step("Loading the model's embeddings and head")
-            engine = PetalsEngine.connect(model, swarm.peers)
+            engine = TextEngine(PetalsEngine.connect(model, swarm.peers))
             progress.step("Waiting for the nodes to load their blocks")
             swarm.wait_until_serving()
 

@@ -6,7 +6,7 @@ Does not know HTTP, tokenizers, swarms or tensors.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -119,6 +119,13 @@ Event = Token | Finished | Usage
 class Engine(Protocol):
     """Computes answers. All methods are called on one event loop, and `generate` several times at once."""
 
+    async def start(self, on_lost: Callable[[UserError], None]) -> None:
+        """Begin to follow the state of what answers; returns after the first look. To be called once, before the rest.
+
+        `on_lost` is called, on any thread, as soon as it is known that the engine will never answer again, and why.
+        """
+        ...
+
     def models(self) -> list[ModelCard]:
         """The models that can be asked for. Answers from memory, without waiting."""
         ...
@@ -135,7 +142,8 @@ class Engine(Protocol):
 
         Raises ModelNotFound and ContextTooLong before the first event, as any other UserError about the request
         (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable,
-        SwarmFull, SwarmFailed and SwarmRefused at any time. An exception that is no UserError is a defect of the engine.
+        SwarmFull, SwarmFailed and SwarmRefused at any time; EngineClosed if `close` was called before the answer was
+        complete. An exception that is no UserError is a defect of the engine.
         """
         ...
 
@@ -152,6 +160,13 @@ class ModelNotFound(UserError):
             f"There is no model {model[:100]!r} here. Ask for one of: {', '.join(available) or '(none)'}."
         )
         self.model = model
+
+
+class EngineClosed(UserError):
+    """The engine was closed before the answer was complete."""
+
+    def __init__(self) -> None:
+        super().__init__("petals-win is ending, so this was not answered. Start it again, and ask once more.")
 
 
 class ContextTooLong(UserError):

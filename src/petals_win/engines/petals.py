@@ -1,6 +1,6 @@
 """The engine "petals": a model whose blocks are served by a swarm.
 
-Knows the Petals client, tokenizers and the state of the swarm. Does not know HTTP.
+Knows the Petals client and the state of the swarm. Does not know text or HTTP.
 """
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.client.inference_session import InferenceSession, SessionCancelled
 from petals.client.routing.sequence_manager import MissingBlocksError
 from petals.utils.auto_config import AutoDistributedModelForCausalLM
-from tokenizers.decoders import DecodeStream
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from petals_win.client.looking import LookUpFailed
 from petals_win.client.rooms import Rooms
+from petals_win.daemon.process import DaemonLost
 from petals_win.engines.base import (
-    ContextTooLong,
-    Event,
-    Finished,
     GenerationRequest,
     ModelCard,
-    ModelNotFound,
     PeerStatus,
     SwarmFailed,
     SwarmFull,
@@ -41,14 +37,11 @@ from petals_win.engines.base import (
     SwarmRefused,
     SwarmStatus,
     SwarmUnavailable,
-    Token,
-    Usage,
     block_ranges,
 )
-from petals_win.engines.sampling import check_token_ids, generate_arguments
-from petals_win.engines.stopping import StopStrings, WithoutRepeat
-from petals_win.engines.text import PromptEncoder
-from petals_win.errors import NodeFull, NodeRefused, printable
+from petals_win.engines.sampling import generate_arguments
+from petals_win.engines.tokens import Language
+from petals_win.errors import NodeFull, NodeRefused, UserError, printable
 from petals_win.models.source import ModelSource, open_model
 from petals_win.swarm.revision import check_content
 from petals_win.swarm.state import SwarmState, read_state
@@ -61,13 +54,11 @@ _CONCURRENT = 16  # generations at once; each has its thread
 
 
 class PetalsEngine:
-    """Answers by `generate()` of transformers, with the blocks of the model in the swarm of `dht`."""
+    """A TokenEngine: generates by `generate()` of transformers, with the blocks of the model in the swarm of `dht`."""
 
     def __init__(self, source: ModelSource, model: Any, dht: DHT):
         self._source, self._model, self._dht = source, model, dht
-        self._tokenizer = source.tokenizer()
-        self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-        self._prompts = PromptEncoder(source.name, self._tokenizer, self._vocabulary)
+        self.language = Language.of(source.tokenizer(), model)
         self._card = ModelCard(source.name, int(time.time()), source.context_length)
         self._rooms = Rooms(source.swarm_name)
         self._threads = ThreadPoolExecutor(_CONCURRENT, thread_name_prefix="generate")
@@ -93,26 +84,26 @@ class PetalsEngine:
             raise
         return cls(source, distributed.eval(), dht)
 
-    def models(self) -> list[ModelCard]:
-        return [replace(self._card, context_length=self._context_length())]
-
-    def _context_length(self) -> int:
-        """The model's, or what the nodes of a route have room for."""
-        return min(self._card.context_length, self._rooms.longest(self._state) or self._card.context_length)
+    async def start(self, on_lost: Callable[[UserError], None]) -> None:
+        """Follow the state of the swarm. The engine is lost when its daemon has ended."""
+        self._dht.lost.add_done_callback(lambda lost: on_lost(DaemonLost(lost.result())))
+        await self._look()
+        self._poller = asyncio.create_task(self._follow())
 
     @property
-    def lost(self) -> str | None:
-        """Why this engine will never answer again: its daemon has ended. None while it runs."""
+    def _lost(self) -> str | None:
+        """Why this engine will never answer again, None while it may."""
         return self._dht.lost.result() if self._dht.lost.done() else None
 
-    def on_lost(self, tell: Callable[[], None]) -> None:
-        """Call `tell`, on another thread, as soon as `lost` is known."""
-        self._dht.lost.add_done_callback(lambda _: tell())
+    def card(self) -> ModelCard:
+        """The context is the model's, or what the nodes of a route have room for."""
+        longest = self._rooms.longest(self._state) or self._card.context_length
+        return replace(self._card, context_length=min(self._card.context_length, longest))
 
     def status(self) -> SwarmStatus:
         state = self._state
-        if self.lost is not None:
-            return SwarmStatus(False, self.lost, tuple(range(state.num_blocks)))
+        if self._lost is not None:
+            return SwarmStatus(False, self._lost, tuple(range(state.num_blocks)))
         missing = state.missing_blocks
         peers = tuple(PeerStatus(peer.peer_id, peer.start, peer.end, peer.name) for peer in state.peers if peer.online)
         if missing:
@@ -120,11 +111,6 @@ class PetalsEngine:
         else:
             detail = f"{len(peers)} nodes serve all {state.num_blocks} blocks of {self._card.id}."
         return SwarmStatus(not missing, detail, missing, peers)
-
-    async def watch(self) -> None:
-        """Start to follow the state of the swarm on the running loop; returns after the first look."""
-        await self._look()
-        self._poller = asyncio.create_task(self._follow())
 
     async def _follow(self) -> None:
         while True:
@@ -139,24 +125,13 @@ class PetalsEngine:
             logger.warning("The swarm could not be read: %s", e)
             self._state = SwarmState(self._source.num_blocks, ())
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        if request.model != self._card.id:
-            raise ModelNotFound(request.model, [self._card.id])
-        if self.lost is not None:
-            raise SwarmOutOfReach(self.lost)
-        read = self._prompts.encode(request)
-        prompt = read.tokens
-        check_token_ids(request.logit_bias, self._vocabulary)
-        context_length = self._context_length()
-        room = context_length - len(prompt)
-        if room < 1:
-            raise ContextTooLong(len(prompt), context_length)
+    async def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
+        if self._lost is not None:
+            raise SwarmOutOfReach(self._lost)
         if self._state.missing_blocks:
             await self._look()
             if self._state.missing_blocks:
                 raise SwarmUnavailable(self._state.missing_blocks)
-        limit = min(request.max_tokens or room, room)
-
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
         cancelled = _Cancelling()
@@ -166,30 +141,14 @@ class PetalsEngine:
             loop.call_soon_threadsafe(tokens.put_nowait, token)
 
         work = loop.run_in_executor(self._threads, self._run, prompt, limit, request, put, cancelled)
-        # Some tokenizers leave out the blank before the first word of a text, which this one may not be.
-        text, stops = DecodeStream(ids=read.before, skip_special_tokens=True), StopStrings(request.stop)
-        new = WithoutRepeat(read.blanks)
-        generated, last = 0, None
         try:
-            while not stops.stopped and (token := await tokens.get()) is not None:
-                generated, last = generated + 1, token
-                piece = stops.feed(new.feed(text.step(self._tokenizer.backend_tokenizer, token) or ""))
-                if piece:
-                    yield Token(piece)
-            if not stops.stopped:
-                await work  # its exception, if it failed
-                if rest := stops.flush():
-                    yield Token(rest)
-            yield Finished("stop" if stops.stopped or last in self._end_tokens() else "length")
-            yield Usage(len(prompt), generated)
+            while (token := await tokens.get()) is not None:
+                yield token
+            await work  # its exception, if it failed
         finally:
             cancelled.set()
             self._running.discard(cancelled)
             await asyncio.wait([work])
-
-    def _end_tokens(self) -> set[int]:
-        ends = self._model.generation_config.eos_token_id
-        return set(ends) if isinstance(ends, list) else {ends}
 
     def _run(
         self,
@@ -224,7 +183,7 @@ class PetalsEngine:
         except MissingBlocksError as e:
             raise SwarmUnavailable(e.block_indices) from e
         except (LookUpFailed, P2PDaemonLost) as e:
-            raise SwarmOutOfReach(self.lost or str(e)) from e
+            raise SwarmOutOfReach(self._lost or str(e)) from e
         except P2PHandlerError as e:
             raise SwarmFailed(f"{printable(str(e))}.") from e
         except (TimeoutError, ConnectionError, P2PDaemonError, StopAsyncIteration) as e:

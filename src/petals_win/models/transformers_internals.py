@@ -2,7 +2,7 @@
 
 Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way, and which map
 the names and build the tokenizers of GGUF files. Does not know what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
-breaks here, and tests/span/test_transformers_internals.py says so first.
+breaks here, and tests/models/test_transformers_internals.py says so first.
 """
 
 from __future__ import annotations

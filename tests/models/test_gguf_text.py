@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from span.families import VOCABULARY
 from tokenizers import pre_tokenizers
 
+from models.gguf_writer import BEGIN, CALL, END_OF_TEXT, END_OF_TURN, byte_alphabet, vocabulary, write_gguf
 from petals_win.errors import UserError
 from petals_win.models.default_model import default_model_file
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.source import ModelSource, open_model
-from span.families import VOCABULARY
-from span.gguf_writer import BEGIN, CALL, END_OF_TEXT, END_OF_TURN, byte_alphabet, vocabulary, write_gguf
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from span.families import VOCABULARY
 
+from models.gguf_writer import hyperparameters, llama3_divisors, write_gguf
 from petals_win.errors import UserError
 from petals_win.models import gguf_file
 from petals_win.models.gguf_metadata import read_config
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.span import Span
-from span.families import VOCABULARY
-from span.gguf_writer import hyperparameters, llama3_divisors, write_gguf
 
 IDS = (torch.arange(48)[None] * 7) % VOCABULARY
 

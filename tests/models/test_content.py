@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from span.families import random_model
 
 from petals_win.models.checkpoint import INDEX
 from petals_win.models.content import content_id, gguf_file
 from petals_win.models.source import DEFAULT_MODEL, open_model
-from span.families import random_model
 
 
 @pytest.fixture(scope="module")

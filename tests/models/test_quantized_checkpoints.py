@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load, save_file
 from typer.testing import CliRunner
 
+from models.hub import running_hub
 from petals_win.cli.main import app
 from petals_win.client.hollow import hollow_model
 from petals_win.doctor.findings import Asked
@@ -21,7 +22,6 @@ from petals_win.errors import UserError
 from petals_win.models.checkpoint import INDEX, SINGLE, SafetensorsCheckpoint
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
-from span.hub import running_hub
 
 # What quantization_config says in models of the hub, and the word of it that the user is to read.
 METHODS = {

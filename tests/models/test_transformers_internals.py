@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from span.families import random_model
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils, modeling_utils
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.source import open_model
 from petals_win.models.transformers_internals import GgufNames, Loader, inverse_frequencies, pre_tokenizer_split
-from span.families import random_model
 
 
 def test_the_version_is_one_that_was_tested():

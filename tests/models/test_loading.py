@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
+from span.families import BLOCKS, FAMILIES
 
 from petals_win.errors import UserError
 from petals_win.models import checkpoint as checkpoint_module
@@ -19,7 +20,6 @@ from petals_win.models.checkpoint import INDEX, SINGLE
 from petals_win.models.source import open_model
 from petals_win.span.footprint import block_bytes, model_bytes, model_footprint
 from petals_win.span.span import Span
-from span.families import BLOCKS, FAMILIES
 
 # Their checkpoints keep a tensor for each expert, which are joined on the way into the model.
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")

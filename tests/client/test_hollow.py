@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from span.families import BLOCKS, FAMILIES, VOCABULARY
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,6 @@ from petals_win.client.hollow import RemoteCache, hollow_model
 from petals_win.models.source import open_model
 from petals_win.span import span as span_module
 from petals_win.span.span import Span
-from span.families import BLOCKS, FAMILIES, VOCABULARY
 
 LENGTH = 32
 

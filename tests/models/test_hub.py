@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from models.hub import TOKEN, Hub, running_hub
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import INDEX
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
-from span.hub import TOKEN, Hub, running_hub
 
 MODEL = "someone/small-llama"
 

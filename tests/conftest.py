@@ -1,16 +1,15 @@
-"""Checkpoints of small random models, made once each."""
+"""What tests of several rooms need: checkpoints of small random models, made once each, and an empty home."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from span.families import random_model
-
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    import torch
 
 Checkpoint = Callable[..., Path]
 
@@ -18,6 +17,10 @@ Checkpoint = Callable[..., Path]
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Makes a folder with a model of a family; `shard_size` in bytes cuts it into several files. Not to be changed."""
+    import torch  # here, since most rooms' tests start without it
+    from span.families import random_model
+
+    torch.set_num_threads(1)
     made: dict[object, Path] = {}
 
     def make(family: str, *, shard_size: int | None = None, dtype: torch.dtype = torch.float32, **changes) -> Path:

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from petals_win.engines.base import GenerationRequest
-from petals_win.engines.text import PromptEncoder
+from petals_win.engines.prompts import PromptEncoder
 from petals_win.errors import UserError
 
 CHATML = (

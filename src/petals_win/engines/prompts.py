@@ -1,0 +1,161 @@
+"""From a request to token ids: the chat template, the turn that is continued, the token that begins a text.
+
+Knows tokenizers and what chat templates can show. Does not know how tokens are computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from petals_win.engines.base import GenerationRequest
+from petals_win.errors import UserError
+
+_LONGEST_REASON = 300  # characters of what a template says
+_BLANKS = " \t"
+_END = 8  # tokens; enough for some text before the answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, and how the answer joins on to it.
+
+    tokens: the token ids. before: the last of them, if the answer goes on with their text and does not begin a turn.
+    blanks: with what the caller's text ends, though not the tokens: the answer may repeat it.
+    """
+
+    tokens: list[int]
+    before: list[int]
+    blanks: str
+
+
+class PromptEncoder:
+    """Token ids for the requests to one model. `vocabulary` is how many tokens it has."""
+
+    def __init__(self, name: str, tokenizer: Any, vocabulary: int):
+        self._name = name
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+
+    def encode(self, request: GenerationRequest) -> Prompt:
+        """The prompt of a request. Raises UserError if it is empty, or what the model or its template does not take."""
+        continued, blanks = True, ""
+        if request.messages is not None:
+            tokens, continued, blanks = self._conversation(request, request.messages)
+        elif isinstance(request.prompt, str):
+            tokens = self._plain(request.prompt)
+        else:
+            tokens = list(request.prompt or ())
+        if not tokens:
+            raise UserError("The prompt is empty. Send at least one token of text.")
+        if unknown := [token for token in tokens if not 0 <= token < self._vocabulary]:
+            raise UserError(
+                f"{self._name} has the tokens 0 to {self._vocabulary - 1}, but the prompt has {unknown[0]}."
+            )
+        return Prompt(tokens, self._end_of(tokens) if continued else [], blanks)
+
+    def _end_of(self, tokens: list[int]) -> list[int]:
+        """The last tokens, but none if they end within a character: text can go on behind a whole one only."""
+        end = tokens[-_END:]
+        return [] if self._tokenizer.decode(end, skip_special_tokens=True).endswith("\ufffd") else end
+
+    def _plain(self, text: str) -> list[int]:
+        """A text as it stands. Where it begins with the BOS token itself, the tokenizer must not add another one."""
+        as_it_stands = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if as_it_stands and as_it_stands[0] == self._tokenizer.bos_token_id:
+            return as_it_stands
+        return self._tokenizer(text)["input_ids"]
+
+    def _conversation(
+        self, request: GenerationRequest, messages: Sequence[dict[str, Any]]
+    ) -> tuple[list[int], bool, str]:
+        """Token ids, whether the last turn is continued, and the blanks at its end, which are left out."""
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"{self._name} was not made for chats: it has no chat template. Send a prompt to /v1/completions instead."
+            )
+        messages, continued, begun, blanks = list(messages), request.continue_final, request.generation_prompt, ""
+        if continued:
+            text = messages[-1]["content"]
+            # Models write a blank and the word behind it as one token, so a blank at the end would stand alone.
+            kept = text.rstrip(_BLANKS)
+            blanks = text[len(kept) :]
+            if kept.strip():
+                messages[-1] = {**messages[-1], "content": kept}
+            else:
+                # Nothing to go on with, and templates treat an empty turn in many ways: a turn begins.
+                messages, continued, begun = messages[:-1], False, True
+        how = {"continue_final_message": continued, "add_generation_prompt": begun and not continued}
+        how |= self._variables(request)
+        try:
+            text = self._render(messages, how)
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as e:  # a template is a program of the model's makers, and may raise anything
+            raise UserError(f"The chat template of {self._name} does not take these messages: {_reason(e)}.") from e
+        return tokens, continued, blanks
+
+    def _variables(self, request: GenerationRequest) -> dict[str, Any]:
+        # What is no variable of the template's but an argument of the method would change how it is rendered.
+        reserved = {*inspect.signature(self._tokenizer.apply_chat_template).parameters, "messages"}
+        if taken := reserved & set(request.template):
+            raise UserError(f"chat_template_kwargs: {min(taken)} cannot be set there. Leave it out.")
+        return dict(request.template)
+
+    def _render(self, messages: Sequence[dict[str, Any]], how: dict[str, Any]) -> str:
+        """The text of a conversation; where the template refuses tools or passes over them, with tools told as text."""
+
+        def render(these: Sequence[dict[str, Any]]) -> str:
+            return self._tokenizer.apply_chat_template(list(these), tokenize=False, **how)
+
+        try:
+            text = render(messages)
+        except Exception:
+            if (told := tools_as_text(messages)) == list(messages):
+                raise
+            return render(told)
+        return text if _shows_tools(messages, text) else render(tools_as_text(messages))
+
+
+def _shows_tools(messages: Sequence[dict[str, Any]], rendered: str) -> bool:
+    """Whether what tools said, and that they were called, is in the text: some templates pass over what they do not know."""
+    needed = [message["content"].strip() for message in messages if message["role"] == "tool"]
+    needed += [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+    # Templates may show a text as JSON.
+    return all(text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered for text in needed)
+
+
+def tools_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation for a template that knows no tools: the assistant's calls and, from the user, their results.
+
+    A result and what the user says beside it become one turn, since many templates want user and assistant in turn.
+    """
+    told: list[dict[str, Any]] = []
+    of_tools = False  # whether the last turn told holds a result
+    for message in messages:
+        calls, role, content = message.get("tool_calls", ()), message["role"], message["content"]
+        if calls:
+            lines = [content] if content else []
+            lines += [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            message = {"role": role, "content": "\n".join(lines)}
+        elif role == "tool":
+            name = f" of {message['name']}" if message.get("name") else ""
+            message = {"role": "user", "content": f"Result{name}:\n{content}"}
+        if told and message["role"] == told[-1]["role"] == "user" and (of_tools or role == "tool"):
+            told[-1] = {"role": "user", "content": f"{told[-1]['content']}\n\n{message['content']}"}
+            of_tools = True
+        else:
+            told.append(message)
+            of_tools = role == "tool"
+    return told
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a template says; with the kind of error, unless the template raised it on purpose."""
+    from jinja2 import TemplateError
+
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST_REASON]
+    said = said.encode(errors="replace").decode()  # it may repeat what UTF-8 cannot carry
+    return said if isinstance(error, TemplateError) else f"{said} ({type(error).__name__})"
