@@ -43,6 +43,12 @@ def scheduler(span, compute) -> Scheduler:
 
 
 @pytest.fixture
+def chunks(monkeypatch) -> None:
+    """Chunks of 20 tokens, however long they take."""
+    monkeypatch.setattr(scheduler_module.Chunks, "tokens", lambda *_: 20)
+
+
+@pytest.fixture
 def passes(span, monkeypatch) -> list[list[int]]:
     """How many tokens of each row of which steps went through the span together, pass by pass."""
     seen: list[list[int]] = []
@@ -158,8 +164,7 @@ def test_ranges_beams_and_prompts(span, scheduler, compute):
             chat.check()
 
 
-def test_a_decode_waits_for_one_chunk_at_most(span, scheduler, compute, passes, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "CHUNK_TOKENS", 20)
+def test_a_decode_waits_for_one_chunk_at_most(span, scheduler, compute, passes, chunks):
     chats = [Chat(span, scheduler, seed) for seed in range(3)]
     gate = Gate(compute)
     for chat, tokens in zip(chats, (50, 1, 70), strict=True):
@@ -220,8 +225,7 @@ def test_a_step_that_was_cancelled_before_its_turn(span, scheduler, compute, pas
 
 
 @pytest.mark.parametrize("how", ["cancelled", "closed"])
-def test_a_prefill_that_is_given_up_in_its_middle(span, scheduler, compute, monkeypatch, how):
-    monkeypatch.setattr(scheduler_module, "CHUNK_TOKENS", 20)
+def test_a_prefill_that_is_given_up_in_its_middle(span, scheduler, compute, monkeypatch, chunks, how):
     chat, session = Chat(span, scheduler, 1), span.open(1, 100)
     scheduler.step(session, hidden_states(3)).result(30)
     advance, seen = span.advance, []
@@ -263,8 +267,7 @@ def test_the_end_of_the_compute_thread_ends_all_waiting(source):
             scheduler.step(span.open(1, 10), hidden_states(2))
 
 
-def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, compute, passes, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "CHUNK_TOKENS", 20)
+def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, compute, passes, chunks):
     gate = Gate(compute)
     future = scheduler.step(span.open(1, 100), hidden_states(90))
     between = compute.submit(lambda: len(passes))

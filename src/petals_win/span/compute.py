@@ -5,9 +5,11 @@ Knows calls and priorities. Does not know what they compute.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ class ComputeThread(threading.Thread):
         super().__init__(name="compute", daemon=True)
         self._calls: queue.PriorityQueue[tuple[float, int, Any]] = queue.PriorityQueue()
         self._order = itertools.count()
+        self._later: list[tuple[float, int, Any]] = []  # a heap by time, of this thread alone
         self._stopped = False
         self._lock = threading.Lock()  # no call may be queued behind the one that says stop
 
@@ -46,9 +49,28 @@ class ComputeThread(threading.Thread):
             self._calls.put((priority, next(self._order), (future, function, args, kwargs)))
         return future
 
+    def submit_later(self, seconds: float, function: Callable[[], T], priority: float = 0.0) -> AwaitableFuture[T]:
+        """As `submit`, after so many seconds. Only for calls that run on this thread: they need not wake it."""
+        assert threading.current_thread() is self
+        future: AwaitableFuture[T] = AwaitableFuture()
+        due = (priority, next(self._order), (future, function, (), {}))
+        heapq.heappush(self._later, (time.monotonic() + seconds, due[1], due))
+        return future
+
+    def _next(self) -> tuple[float, int, Any]:
+        """Wait for a call."""
+        while True:
+            now = time.monotonic()
+            while self._later and self._later[0][0] <= now:
+                self._calls.put(heapq.heappop(self._later)[2])
+            try:
+                return self._calls.get(timeout=self._later[0][0] - now if self._later else None)
+            except queue.Empty:
+                continue
+
     def run(self) -> None:
         while True:
-            _priority, _order, call = self._calls.get()
+            _priority, _order, call = self._next()
             if call is None:
                 break
             future, function, args, kwargs = call
@@ -75,6 +97,8 @@ class ComputeThread(threading.Thread):
             self.join(timeout)
 
     def _cancel_the_rest(self) -> None:
+        for _time, _order, (_priority, _same_order, call) in self._later:
+            call[0].cancel()
         while True:
             try:
                 _priority, _order, call = self._calls.get_nowait()

@@ -46,8 +46,9 @@ class CutDecoder:
         return self._layers
 
     @property
-    def hidden_size(self) -> int:
-        return self._config.hidden_size
+    def config(self) -> PreTrainedConfig:
+        """Of the decoder as a whole."""
+        return self._config
 
     def to(self, device: torch.device) -> None:
         """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
@@ -191,6 +192,12 @@ def _buffers_on_meta(*roots: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in held:
             module._buffers[name] = buffer
+        for module in {module for root in roots for module in root.modules()}:
+            # What a rotary embedding of several tables keeps beside its buffers, to be made anew.
+            for name in [
+                name for name, kept in vars(module).items() if isinstance(kept, torch.Tensor) and kept.is_meta
+            ]:
+                delattr(module, name)
 
 
 def _with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -39,12 +39,14 @@ class JointPass:
         self._decoder = decoder
         self._device, self._dtype = device, dtype
         self.works = False
+        # Beyond so many positions a session's rotary table is one of its own, which cannot serve the others of a pass.
+        self.longest = _positions_of_one_table(decoder.config)
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
         try:
             with torch.inference_mode():
-                self.works = agrees(self._decoder, shapes, self.run, self._device, exact)
+                self.works = agrees(self._decoder, shapes, self.run, self._device, exact, self.longest)
         except Exception as e:  # whatever a model raises whose attention does not go through the interface
             logger.debug("A joint pass fails", exc_info=True)
             logger.info("Sessions are computed one by one: %s", e)
@@ -71,6 +73,18 @@ class JointPass:
         rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
         outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
         return [outputs[index] for index in range(len(parts))]
+
+
+def _positions_of_one_table(config: PreTrainedConfig) -> int | None:
+    """Up to how many positions the rotary table does not depend on the longest one that it is made for; None: never."""
+    given = getattr(config, "rope_parameters", None) or {}
+    tables = [given, *(each for each in given.values() if isinstance(each, dict))]
+    limits = [
+        table.get("original_max_position_embeddings") or config.max_position_embeddings
+        for table in tables
+        if table.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
 
 
 def _rows_of(hidden: torch.Tensor) -> int:

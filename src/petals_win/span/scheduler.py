@@ -1,14 +1,15 @@
 """The steps of all sessions of a span, computed together: each turn of the compute thread takes what waits.
 
 A turn is one call of the compute thread, so that other calls (opening, forward and backward passes) go between turns. It computes
-every waiting step of few tokens, and of the long ones (prefills) as many tokens as one chunk has. Nothing waits for company: what
-arrives while a turn is in work makes up the next one. Knows spans and the compute thread. Does not know networks or budgets.
+every waiting step of few tokens (decodes), and of the long ones (prefills) as many tokens as one chunk has. What arrives while a turn is
+in work makes up the next one. Knows spans and the compute thread. Does not know networks or budgets.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,6 +17,8 @@ from contextlib import suppress
 import torch
 
 from petals_win.host.futures import AwaitableFuture
+from petals_win.span.chunks import Chunks
+from petals_win.span.company import Company
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
 from petals_win.span.session import Session, Step
@@ -63,6 +66,8 @@ class Scheduler:
         self._asked: float | None = None  # the priority of the turn that is on its way
         self._waiting: list[_Waiting] = []  # the oldest first; on the compute thread only, as is:
         self._turns = 0
+        self._chunks = Chunks(CHUNK_TOKENS)
+        self._company = Company()
 
     def step(
         self,
@@ -80,6 +85,7 @@ class Scheduler:
         the compute thread. Raises RuntimeError once that has been stopped.
         """
         waiting = _Waiting(session, hidden, prompts, hypo_ids, priority)
+        self._company.came(session, time.monotonic())
         with self._lock:
             self._arrived.append(waiting)
         self._ask_for_a_turn(priority)
@@ -117,34 +123,54 @@ class Scheduler:
             self._waiting += self._arrived
             self._arrived = []
             self._asked = None
-        self._turns += 1
         for waiting in [each for each in self._waiting if each.future.cancelled()]:
             self._drop(waiting)
+        if not self._waiting:
+            return
+        decodes, prefills = self._candidates()
+        began = time.monotonic()
+        wait = self._company.wait({each.session for each in decodes}, began)
+        if wait <= 0:
+            self._compute_turn(decodes, prefills, began)
+        if not self._waiting:
+            return
+        priority = min(each.priority for each in self._waiting)
+        if wait > 0:
+            self._compute.submit_later(wait, self._turn, priority=priority).add_done_callback(self._turned)
+        else:
+            with suppress(RuntimeError):  # the thread was told to stop, and nobody waits any more
+                self._ask_for_a_turn(priority)
+
+    def _candidates(self) -> tuple[list[_Waiting], list[_Waiting]]:
+        """Of each session the oldest step: decodes, and prefills with those first whose last turn is longest ago."""
+        oldest: dict[int, _Waiting] = {}
+        for waiting in self._waiting:
+            oldest.setdefault(id(waiting.session), waiting)
+        decodes = [each for each in oldest.values() if not each.is_prefill]
+        prefills = [each for each in oldest.values() if each.is_prefill]
+        return decodes, sorted(prefills, key=lambda each: each.last_turn)
+
+    def _compute_turn(self, decodes: Sequence[_Waiting], prefills: Sequence[_Waiting], began: float) -> None:
+        self._turns += 1
+        chosen = [(each, each.left) for each in decodes]
+        whole = left = self._chunks.tokens(bool(decodes))
+        for prefill in prefills:
+            if left < prefill.rows and left < whole:
+                break
+            tokens = min(max(1, left // prefill.rows), prefill.left)
+            chosen.append((prefill, tokens))
+            left -= prefill.rows * tokens
         groups: dict[object, list[tuple[_Waiting, Step, int]]] = {}
-        for waiting, tokens in self._chosen():
+        for waiting, tokens in chosen:
             if (step := self._ready(waiting, tokens)) is not None:
                 groups.setdefault(self._span.companions(step) or waiting, []).append((waiting, step, tokens))
         for group in groups.values():
             self._compute_group(group)
-        if self._waiting:
-            with suppress(RuntimeError):  # the thread was told to stop, and nobody waits any more
-                self._ask_for_a_turn(min(each.priority for each in self._waiting))
-
-    def _chosen(self) -> list[tuple[_Waiting, int]]:
-        """The steps of this turn, at most one of each session, and how many tokens of each row."""
-        oldest: dict[int, _Waiting] = {}
-        for waiting in self._waiting:
-            oldest.setdefault(id(waiting.session), waiting)
-        chosen = [(each, each.left) for each in oldest.values() if not each.is_prefill]
-        budget = CHUNK_TOKENS
-        # Those whose last turn is longest ago come first, so that prefills go round.
-        for prefill in sorted((each for each in oldest.values() if each.is_prefill), key=lambda each: each.last_turn):
-            if budget < prefill.rows and budget < CHUNK_TOKENS:
-                break
-            tokens = min(max(1, budget // prefill.rows), prefill.left)
-            chosen.append((prefill, tokens))
-            budget -= prefill.rows * tokens
-        return chosen
+        ended = time.monotonic()
+        # A chunk that a prompt did not fill says little about what a whole one takes.
+        if left <= 0 or not prefills:
+            self._chunks.took(bool(decodes), whole - left, ended - began)
+        self._company.turned((each.session for each in decodes), began, ended)
 
     def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
         """The step, begun now at the latest and not to be cancelled from its last tokens on; None if it is over."""

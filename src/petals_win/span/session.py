@@ -13,7 +13,7 @@ from petals_win.span.cache import SessionCache
 from petals_win.span.decoder import Prompts
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end).
 
@@ -65,6 +65,11 @@ class Step:
     def left(self) -> int:
         """How many tokens of each row have not been computed yet."""
         return self._hidden.shape[1] - self._done
+
+    @property
+    def end(self) -> int:
+        """How many tokens the session has seen after the step."""
+        return self._began + self._hidden.shape[1]
 
     def piece(self, tokens: int) -> tuple[torch.Tensor, Prompts | None]:
         """The next tokens of each row, [batch, at most `tokens`, hidden], and what is left of the prompts for them."""

@@ -238,6 +238,8 @@ class Span:
         """Steps for which this is equal can be computed together; None: the step can only be computed alone."""
         if not self._joint.works or step.prompts is not None:
             return None
+        if self._joint.longest is not None and step.end >= self._joint.longest:
+            return None
         return step.session.start, step.session.end, step.session.adapter
 
     def advance(self, pieces: Sequence[tuple[Step, int]]) -> None:

@@ -1,0 +1,53 @@
+"""Whether a turn of the scheduler is worth a moment's wait, since sessions that were answered together mostly come again together.
+
+Without it the first one back starts a turn for itself, and all others the next one: two passes for one token of each, time and again.
+With passes of 50 ms and 8 more for each session, 8 sessions that came again after 4 ms made 63 steps a second instead of 48, two made 26
+instead of 17. Knows sessions and times. Does not know what is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+from weakref import WeakKeyDictionary
+
+from petals_win.span.session import Session
+
+# A wait is at most this part of what the turn before has taken: for decodes that wait, and for prefills alone.
+_OF_DECODES, _OF_PREFILLS = 0.15, 0.5
+_PAUSE_S = 1.0  # who comes again later than this was not waited for: a user thinks, or a client is through
+_RECENT = 0.2  # of the last one in the mean time to come again
+
+
+class Company:
+    """The sessions of the last turn, and how long sessions take from an answer to their next step."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answered: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        self._expected: list[Session] = []
+        self._returns_s = 0.0
+        self._ended = self._seconds = 0.0
+
+    def came(self, session: Session, now: float) -> None:
+        """A step of the session has arrived; in any thread."""
+        with self._lock:
+            seconds = now - self._answered.pop(session, -_PAUSE_S)
+            if seconds < _PAUSE_S:
+                self._returns_s += _RECENT * (seconds - self._returns_s)
+
+    def turned(self, decoded: Iterable[Session], began: float, ended: float) -> None:
+        """A turn has computed decodes of these sessions."""
+        self._expected = list(decoded)
+        self._seconds, self._ended = ended - began, ended
+        with self._lock:
+            self._answered.update(dict.fromkeys(self._expected, ended))
+
+    def wait(self, decodes: Collection[Session], now: float) -> float:
+        """For how many seconds it is worth to wait; `decodes` are the sessions whose decodes wait already."""
+        longest = self._seconds * (_OF_DECODES if decodes else _OF_PREFILLS)
+        if self._returns_s > longest:
+            return 0.0
+        if not any(session.cache is not None and session not in decodes for session in self._expected):
+            return 0.0
+        return self._ended + min(2 * self._returns_s + longest / 4, longest) - now
