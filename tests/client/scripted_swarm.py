@@ -97,10 +97,11 @@ class Swarm:
         self.config = SimpleNamespace(
             max_retries=max_retries, request_timeout=request_timeout, connect_timeout=1.0, use_server_to_server=True
         )
-        self.state = SimpleNamespace(p2p=self, rpc_info=None)
+        self.state = SimpleNamespace(p2p=self, rpc_info=None, sequence_info=self)
         self.block_uids = tuple(f"model.{block}" for block in range(BLOCKS))
         self.look_up: Callable[[], None] = lambda: None
         self.avoided: set[PeerID] = set()
+        self.returns = False  # whether a node that is avoided is found again where it is the only one
 
     # The sequence manager.
 
@@ -111,13 +112,16 @@ class Swarm:
         self.look_up()
         spans, block = [], start
         while block < end:
-            found = [n for n in self.nodes if n.start <= block < n.end and n.peer_id not in self.avoided]
+            found = self.spans_of(block)
             if not found:
                 raise RuntimeError(f"Nobody holds the block {block}")
             info = SimpleNamespace(content_id=None)
             spans.append(SimpleNamespace(peer_id=found[0].peer_id, start=block, end=found[0].end, server_info=info))
             block = found[0].end
         return spans
+
+    def spans_of(self, block: int) -> list[Node]:
+        return [n for n in self.nodes if n.start <= block < n.end and n.peer_id not in self.avoided]
 
     def get_retry_delay(self, attempt: int) -> float:
         return 0.0 if attempt == 0 else 0.01
@@ -128,9 +132,15 @@ class Swarm:
     def on_request_failure(self, peer_id) -> None:
         self.failures.append(None if peer_id is None else self._node(peer_id).name)
         self.avoided.add(peer_id)
+        if not all(self.spans_containing_block):  # as the manager does: whoever is left is better than nobody
+            self.avoided = {peer for peer in self.avoided if not self.returns}
 
     def on_request_success(self, peer_id) -> None:
         self.avoided.discard(peer_id)
+
+    @property
+    def spans_containing_block(self) -> list[list[Node]]:
+        return [self.spans_of(block) for block in range(BLOCKS)]
 
     # The P2P.
 

@@ -6,16 +6,18 @@ import asyncio
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hivemind.p2p import P2PHandlerError
-from scripted_swarm import BLOCKS, HIDDEN, Node, Swarm, blocks_of
+from scripted_swarm import BLOCKS, HIDDEN, NONE, Node, Swarm, blocks_of
 
 from petals_win.client import pieces, server_session
 from petals_win.client import session as remote_session
 from petals_win.client.blocking import InferenceSession, SessionCancelled
 from petals_win.client.looking import LookUpFailed
+from petals_win.client.routes import BlocksLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.errors import NodeFull, NodeRefused
 
@@ -254,6 +256,34 @@ def test_a_node_that_lives_and_never_ends_is_given_up():
     swarm = Swarm(*nodes, Node("d", 2, BLOCKS), request_timeout=0.5)
     run(check_steps(swarm))
     assert swarm.failures == ["b"] and nodes[1].pings > 1
+
+
+def test_the_only_node_of_its_blocks_may_be_silent_for_longer():
+    """There is nobody to go to; a PC that is very busy is waited for, one that is frozen is named."""
+    first, second = two()
+
+    async def silent_for_a_while(request):
+        second.alive = request.number != 1
+        if request.number == 1:
+            await asyncio.sleep(0.3)
+
+    second.script = silent_for_a_while
+    swarm = Swarm(first, second)
+    run(check_steps(swarm, (8, 1, 1)))
+    assert swarm.failures == []
+
+    second.alive, second.script = False, failing_at(len(second.requests))
+    swarm = Swarm(first, second, max_retries=None, request_timeout=60)
+    swarm.state.rpc_info, swarm.returns = {"inference_schema": ((SimpleNamespace(compression=NONE),),)}, True
+
+    async def ask():
+        session = opened(swarm)
+        with pytest.raises(BlocksLost, match="blocks 2 to 3"):
+            await session.step(tokens(3))
+        await session.close()
+
+    run(ask(), 3)
+    assert swarm.failures == ["b"]
 
 
 def test_a_frozen_node_does_not_stall_the_first_question_of_all(monkeypatch):

@@ -41,6 +41,7 @@ def processes(node: LocalNode, with_p2pd: bool) -> list[psutil.Process]:
     return [process, *(process.children(recursive=True) if with_p2pd else [])]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("with_p2pd", [False, True], ids=["its Python", "with its p2pd"])
 @torch.inference_mode()
 def test_a_node_freezes_in_the_middle_of_a_text(checkpoint, with_p2pd):

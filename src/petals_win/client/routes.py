@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from hivemind import PeerID
@@ -117,11 +118,17 @@ class Routes:
                 compression=compression_of(manager.state.rpc_info),
                 metadata={**metadata, "max_length": max_length},
                 answer_seconds=manager.config.request_timeout,
+                alone=partial(self._alone, span.peer_id, span.start, span.end),
             )
             await session.open(manager.config.connect_timeout)
         except Exception as e:
             raise NodeFailure(span.peer_id, (span.start, span.end), e) from e
         return session
+
+    def _alone(self, peer_id: PeerID, start: int, end: int) -> bool:
+        """Whether no other node is known for some of the blocks."""
+        known = self._manager.state.sequence_info.spans_containing_block[start:end]
+        return not all(any(span.peer_id != peer_id for span in spans) for spans in known)
 
     def failed(self, failure: NodeFailure) -> None:
         """Avoid the node that failed. Raises the cause if trying again is of no use."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,17 @@ logger = logging.getLogger(__name__)
 
 SILENT_SECONDS = 2.0  # without an answer, after which a node is asked whether it is there
 PING_SECONDS = 2.0  # that it has to say so
+_PINGS_ALONE = 3  # without an answer, where no other node has the blocks
 _MOST_UNREAD = 16  # answers; no more chunks than a few are ever in flight
 _CLOSE_SECONDS = 3.0  # for a node's last word; it frees the session anyway when the stream ends
 
 
 class NodeLost(ConnectionError):
     """A node is not there any more, or its session is not."""
+
+
+class NodeSilent(NodeLost):
+    """A node says nothing at all, though it is connected."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class ServerSession:
     :param uid: the blocks, as requests to this node name them
     :param metadata: what goes along with the first request
     :param answer_seconds: how long a node that lives may compute one chunk
+    :param alone: tells whether no other node has the blocks, so that this one may be silent for longer
     """
 
     def __init__(
@@ -56,12 +62,14 @@ class ServerSession:
         compression: Any,
         metadata: dict[str, Any],
         answer_seconds: float,
+        alone: Callable[[], bool],
     ):
         self.peer_id, self.start, self.end = rpc.peer_id, start, end
         self.sent = self.answered = 0
         self.hypo_ids: torch.Tensor | None = None  # that the next chunk brings along
         self.closed = False
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
+        self._alone = alone
         self._session_id = str(uuid4())
         self._metadata = metadata
         self._in_flight: deque[_Sent] = deque()
@@ -138,16 +146,24 @@ class ServerSession:
 
     async def _see_whether_it_lives(self) -> None:
         """Returns when the node says so, or answers. Raises NodeLost if it does neither in time."""
+        silent = SILENT_SECONDS
+        for _ in range(_PINGS_ALONE):
+            if await self._says_something():
+                return
+            silent += PING_SECONDS
+            if not self._alone():
+                break
+        raise NodeSilent(f"A node said nothing for {silent:.0f} s")
+
+    async def _says_something(self) -> bool:
+        """Whether the node answers, if only a ping. Raises NodeLost if it cannot be reached."""
         ping = asyncio.ensure_future(self._rpc.ping())
         news = asyncio.ensure_future(self._inbox.news.wait())
         try:
             done, _ = await asyncio.wait({ping, news}, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if news in done:
-                return
-            if not done:
-                raise NodeLost(f"A node said nothing for {SILENT_SECONDS + PING_SECONDS:.0f} s")
-            if (error := ping.exception()) is not None:
+            if news not in done and ping in done and (error := ping.exception()) is not None:
                 raise NodeLost(f"A node cannot be reached any more: {error}") from error
+            return bool(done)
         finally:
             for waiting in (ping, news):
                 waiting.cancel()

@@ -19,8 +19,8 @@ from hivemind.p2p import P2PHandlerError
 
 from petals_win.client.history import Track
 from petals_win.client.pieces import chunk_end, chunk_tokens, may_be_pushed
-from petals_win.client.routes import NodeFailure, Routes
-from petals_win.client.server_session import ServerSession
+from petals_win.client.routes import BlocksLost, NodeFailure, Routes
+from petals_win.client.server_session import NodeSilent, ServerSession
 from petals_win.errors import NodeFull, NodeRefused, node_error
 from petals_win.host.futures import AwaitableFuture
 
@@ -190,6 +190,7 @@ class _Step:
         self._size = 0
         self._deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
         self._furthest: dict[int, int] = {}  # tokens by block: how many have ever come there
+        self._silent: set[PeerID | None] = set()  # nodes that were given up because they said nothing
         self._further = False  # whether more have come since the last failure
         self._progress = asyncio.Condition()
 
@@ -213,6 +214,8 @@ class _Step:
                 fulls, failures = fulls + 1, 0
                 await asyncio.sleep(pause)
                 continue
+            if isinstance(cause, NodeSilent):
+                self._silent.add(failure.peer_id)
             self._drop(failure)
             routes.failed(failure)
             failures = 1 if self._further else failures + 1
@@ -254,6 +257,11 @@ class _Step:
         session = self._session
         while (gap := self._first_gap()) is not None:
             opened = await self._routes.open(*gap, session._max_length)
+            for server in opened:
+                if server.peer_id in self._silent:  # it is the only one there is, and was waited for
+                    for other in opened:
+                        other.abort()
+                    raise BlocksLost(range(server.start, server.end))
             session._servers = sorted([*session._servers, *opened], key=lambda server: server.start)
         session._tracks = {server.start: session._tracks.get(server.start) or Track() for server in session._servers}
         self._size = self._size or chunk_tokens(self._hidden, len(session._servers))
