@@ -83,11 +83,11 @@ def test_peers_mean_a_swarm():
 
 def test_what_fits_one_pc_is_not_split(model, monkeypatch):
     choice = choose_engine("auto", EngineSettings(model))
-    assert choice.name == "local" and "MiB of tiny" in choice.why
+    assert choice.name == "local" and "since tiny fits into this PC" in choice.why
     monkeypatch.setattr("petals_win.engines.local.available_bytes", lambda *_: 100_000)
-    with pytest.raises(UserError, match="of tiny .* do not fit into this PC alone.*petals-win serve.*--peers"):
+    with pytest.raises(UserError, match="tiny does not fit into this PC alone: it takes .*petals-win serve.*--peers"):
         choose_engine("auto", EngineSettings(model))
-    with pytest.raises(UserError, match="do not fit into this PC"):
+    with pytest.raises(UserError, match="tiny does not fit into this PC: it takes"):
         find_engine("local")(EngineSettings(model))
 
 

@@ -32,8 +32,8 @@ def choose_engine(asked: str, settings: EngineSettings) -> Choice:
 
     here = whole_model_here(settings)
     if here.fits:
-        return Choice("local", f"since {here} fit into this PC, and no --peers name a swarm")
+        return Choice("local", f"since {here.source.name} fits into this PC and no --peers name a swarm: {here.sizes}")
     raise UserError(
-        f"{here} do not fit into this PC alone. Start 'petals-win serve' with the same --model on several PCs, "
-        "and give --peers with the address that it prints."
+        f"{here.source.name} does not fit into this PC alone: {here.sizes}. Start 'petals-win serve' with the same --model on "
+        "several PCs, and give --peers with the address that it prints."
     )

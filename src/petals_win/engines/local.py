@@ -43,13 +43,15 @@ def open_engine(settings: EngineSettings) -> TextEngine:
         )
     here = whole_model_here(settings)
     if not here.fits:
-        raise UserError(f"{here} do not fit into this PC. Close other programs, or choose a smaller model.")
+        raise UserError(
+            f"{here.source.name} does not fit into this PC: {here.sizes}. Close other programs, or choose a smaller model."
+        )
     return TextEngine(LocalEngine.load(here))
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A model as this PC would compute it alone. As a string: how much memory it takes, and how much is free."""
+    """A model as this PC would compute it alone."""
 
     source: ModelSource
     device: torch.device
@@ -70,12 +72,14 @@ class WholeModel:
         tokens = min(self.source.context_length, self.needs.cache_tokens)
         return sum(self.needs.block_bytes) + tokens * sum(self.needs.cache_bytes_per_token)
 
-    def __str__(self) -> str:
-        size = self._on_device + self.needs.outside_bytes
-        free = available_bytes(self.device)
+    @property
+    def sizes(self) -> str:
+        """How much memory the model takes, and how much there is, as part of a sentence."""
+        size = (self._on_device + self.needs.outside_bytes) / _MIB
+        free = available_bytes(self.device) / _MIB
         return (
-            f"the {size / _MIB:,.0f} MiB of {self.source.name} with room for a conversation "
-            f"({free / _MIB:,.0f} MiB are free on {self.device})"
+            f"it takes {size:,.0f} MiB with room for a conversation, and of the {free:,.0f} MiB that are free on {self.device} "
+            "a tenth is spared"
         )
 
 
@@ -118,7 +122,7 @@ class LocalEngine:
     def load(cls, whole: WholeModel) -> LocalEngine:
         """Load everything; blocks until done. Raises UserError for a checkpoint that is damaged or leaves no room."""
         source, device = whole.source, whole.device
-        language_of = source.tokenizer()  # before anything slow: it may be missing
+        tokenizer = source.tokenizer()  # before anything slow: it may be missing
         compute = ComputeThread()
         compute.start()
         try:
@@ -134,7 +138,7 @@ class LocalEngine:
         except BaseException:
             compute.stop()
             raise
-        return cls(source, Language.of(language_of, model), model, decode, span, compute, budget)
+        return cls(source, Language.of(tokenizer, model), model, decode, span, compute, budget)
 
     async def start(self, on_lost: Callable[[UserError], None]) -> None:
         """There is nothing to follow, and nothing that could be lost."""

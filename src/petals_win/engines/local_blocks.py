@@ -18,6 +18,7 @@ from petals_win.span.scheduler import Scheduler
 from petals_win.span.session import Session
 from petals_win.span.span import Span
 
+_ENDING = "The session was given up: this process is ending"
 _PATIENCE_S = 300.0  # that an answer waits in the line for memory
 
 
@@ -28,6 +29,7 @@ class LocalBlocks:
         self._span, self._compute, self._budget = span, compute, budget
         self._scheduler = Scheduler(span, compute)
         self._open: set[LocalSession] = set()
+        self._given_up = False
 
     @property
     def longest(self) -> int:
@@ -40,7 +42,8 @@ class LocalBlocks:
         return session
 
     def give_up(self) -> None:
-        """End all steps, also those that wait for memory."""
+        """End all steps, also those that wait for memory, and let none begin any more."""
+        self._given_up = True
         for session in list(self._open):
             session.give_up()
 
@@ -73,7 +76,6 @@ class LocalSession:
             patience=_PATIENCE_S,
         )
         self._stepping: asyncio.Task[object] | None = None
-        self._given_up = False
 
     @property
     def position(self) -> int:
@@ -82,21 +84,22 @@ class LocalSession:
     async def step(
         self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self._blocks._given_up:
+            raise RuntimeError(_ENDING)
         self._stepping = asyncio.current_task()
         try:
             return await self._served.step(
                 hidden, prompts=None if prompts is None else list(prompts), hypo_ids=hypo_ids, priority=0.0
             )
         except asyncio.CancelledError:
-            if self._given_up:
-                raise RuntimeError("The session was given up: this process is ending") from None
+            if self._blocks._given_up:
+                raise RuntimeError(_ENDING) from None
             raise
         finally:
             self._stepping = None
 
     def give_up(self) -> None:
-        """End the step in work by a RuntimeError."""
-        self._given_up = True
+        """End the step in work; as all blocks are given up, by a RuntimeError."""
         if self._stepping is not None:
             self._stepping.cancel()
 
