@@ -14,6 +14,7 @@ from petals.server.server import Server
 
 from petals_win.models.source import open_model
 from petals_win.node.budget import CacheBudget
+from petals_win.node.service import BlockService
 
 
 @dataclass
@@ -26,19 +27,17 @@ class NodeHere:
         return str(self.server.dht.get_visible_maddrs()[0])
 
     @property
-    def _backend(self):
-        return next(iter(self.server.module_container.handler.module_backends.values()))
+    def service(self) -> BlockService:
+        assert self.server.container is not None
+        return self.server.container.service
 
     @property
     def budget(self) -> CacheBudget:
-        return self._backend.memory_cache
+        return self.service.budget
 
     def make_room_for(self, tokens: int) -> None:
         """Give the node memory for so many tokens of all sessions together, as if it had no more."""
-        backend = self._backend
-        self.budget.total_bytes = tokens * backend.span.cache_bytes_per_token
-        for backend in self.server.module_container.handler.module_backends.values():
-            backend.session_tokens = min(self.server.inference_max_length, tokens)
+        self.budget.total_bytes = tokens * self.service.span.cache_bytes_per_token
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def nodes_here(folder: Path, spans: Sequence[str]) -> Iterator[list[NodeHere]]:
             ends.callback(server.shutdown)
             thread.start()
             nodes.append(NodeHere(server, thread))
-            while server.module_container is None:
+            while server.container is None:
                 assert thread.is_alive(), f"the node {span} ended"
                 thread.join(0.02)
         yield nodes

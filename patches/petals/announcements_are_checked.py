@@ -1,14 +1,13 @@
-"""Make routes of announcements that make sense, and go on announcing whatever happens.
+"""Make routes of announcements that make sense.
 
 Why: one announcement with a peer that is none ("AttributeError: 'int' object has no attribute …"), a speed of 0
-    ("ZeroDivisionError") or blocks in the wrong order failed every client's and every node's look-up. The thread that announces a
-    node ended with the first exception, and the node left the swarm a minute later, without a word.
+    ("ZeroDivisionError") or blocks in the wrong order failed every client's and every node's look-up.
 Status: pending
 Upstream-issue: none
-Drop-when: upstream checks announcements, and its announcer survives a failure.
+Drop-when: upstream checks announcements.
 """
 
-from petals_win.upstream.declare import add, add_import, replace, swap_call
+from petals_win.upstream.declare import add, add_import, replace
 
 add_import("petals.utils.dht", "from petals_win.swarm.records import read_servers")
 
@@ -50,43 +49,3 @@ def compute_spans(module_infos: List[RemoteModuleInfo], *, min_state: ServerStat
             elif block == span.end:  # not beyond: what lies between is another server's
                 span.end = end
     return spans
-
-
-add_import("petals.server.server", "from petals_win.node.announcing import repeat")
-
-
-@replace("petals.server.server:ModuleAnnouncerThread.run", digest="8aedbabe2cd1f09c")
-def run(self) -> None:
-    leaving = lambda: self.server_info.state == ServerState.OFFLINE  # noqa: E731
-    repeat(self._announce_once, "announce its blocks", self.update_period, self.trigger, leaving)
-
-
-@add("petals.server.server:ModuleAnnouncerThread")
-def _announce_once(self) -> None:
-    """Tell the swarm about these blocks."""
-    leaving = self.server_info.state == ServerState.OFFLINE
-    self.server_info.cache_tokens_left = max(0, self.memory_cache.bytes_left // self.bytes_per_token)
-    self.server_info.next_pings = None
-    if not leaving:
-        self._ping_next_servers()
-        pings = self.ping_aggregator.to_dict().items()
-        self.server_info.next_pings = {peer_id.to_base58(): seconds for peer_id, seconds in pings}
-    ends = get_dht_time() + self.expiration
-    declare_active_modules(self.dht, self.module_uids, self.server_info, expiration_time=ends)
-    if not leaving and not self.dht_prefix.startswith("_"):  # that is how a private model's name begins
-        self.dht.store("_petals.models", self.model_info.to_dict(), ends, subkey=self.dht_prefix)
-
-
-swap_call(
-    "petals.server.server:Server._should_choose_other_blocks",
-    "block_selection.should_choose_other_blocks",
-    "_may_choose_other_blocks",
-    digest="e1a8b4438adc7d04",
-)
-
-
-@add("petals.server.server")
-def _may_choose_other_blocks(peer_id, module_infos, balance_quality) -> bool:
-    """False as long as this node's own announcement is not found: it may be late."""
-    known = any(peer_id in info.servers for info in module_infos)
-    return known and block_selection.should_choose_other_blocks(peer_id, module_infos, balance_quality)

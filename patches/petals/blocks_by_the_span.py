@@ -3,7 +3,8 @@
 Why: petals.models and its helpers are written against transformers 4.32 to 4.34 ("ImportError: cannot import name
     'get_file_from_repo' from 'transformers.utils'"), import tensor_parallel (unmaintained, no release since 2023) and
     bitsandbytes unconditionally ("ModuleNotFoundError: No module named 'bitsandbytes'"), lock files with fcntl, which
-    Windows lacks, and cover three model families.
+    Windows lacks, and cover three model families. Its backends, caches and pools of tasks are shared between processes, and its
+    speed test asks a stranger's server.
 Status: superseded-by petals_win.span
 Upstream-issue: none
 Drop-when: never; this is the distribution's own engine.
@@ -21,3 +22,9 @@ remove_module("petals.server.task_pool", digest="23adb24acc5c309a")
 remove_module("petals.utils.cuda_graphs", digest="0c6b27f3651af9cb")
 remove_module("petals.utils.disk_cache", digest="d8c16690e955eb30")
 remove_module("petals.utils.peft", digest="6838f27d780bcaa9")
+remove_module("petals.server.backend", digest="13a446726d49bcea")
+remove_module("petals.server.block_functions", digest="61aba022009e4cbd")
+remove_module("petals.server.block_utils", digest="545a28888250d1bd")
+remove_module("petals.server.memory_cache", digest="f1dbfb4c2286adf7")
+remove_module("petals.server.task_prioritizer", digest="a01dc0c7a2db34a7")
+remove_module("petals.server.throughput", digest="dc8d560bbe8cf4e5")

@@ -2,8 +2,7 @@
 
 Why: blocks were announced under the model's name alone, which is its folder's: of one model in the folders Tiny and tiny two
     swarms came to be, and nodes of two revisions answered one question together. petals_win.swarm.naming tells how nodes of this
-    version, of older ones and of upstream meet. Pushed outputs are known by their session, for the node that pushes may call
-    the blocks otherwise.
+    version, of older ones and of upstream meet.
 Status: pending
 Upstream-issue: none
 Drop-when: upstream names a model by its content.
@@ -18,7 +17,6 @@ add_import("petals.utils.dht", "from petals_win.swarm.naming import MODELS, keys
 add_import("petals.client.sequential_autograd", "from petals_win.swarm.naming import chain_for")
 add_import("petals.client.routing.sequence_manager", "from petals_win.swarm.naming import chain_for")
 add_import("petals.client.routing.sequence_manager", "from petals_win.swarm.protocol import PROTOCOL")
-add_import("petals.server.handler", "from petals_win.swarm.protocol import PROTOCOL, mismatch")
 swap_call(
     "petals.client.sequential_autograd:sequential_forward",
     "CHAIN_DELIMITER.join",
@@ -36,12 +34,6 @@ swap_call(
     "runtime_pb2.ExpertUID",
     "self._first_block_at(peer_id)",
     digest="e8d89c048085303c",
-)
-swap_call(
-    "petals.server.handler:TransformerConnectionHandler.rpc_info",
-    "MSGPackSerializer.dumps",
-    "self._dump_with_protocol",
-    digest="06a141617d5c0c29",
 )
 
 
@@ -95,29 +87,3 @@ def get_request_metadata(self, protocol: str, args_structure: Any = None, *args,
         "active_adapter": self.config.active_adapter,
         "args_structure": args_structure,
     }
-
-
-@replace("petals.server.handler:TransformerConnectionHandler._get_active_adapter", digest="771dd42b2da1d6d8")
-def _get_active_adapter(self, metadata: dict) -> str:
-    """The adapter that a request asks for. Refuses requests of another protocol, and adapters that are not served."""
-    reason = mismatch(metadata.get("protocol"), "This client")
-    if reason is not None:
-        raise ValueError(reason)
-    adapter = metadata.get("active_adapter") or ""
-    if adapter and adapter not in self.adapters:
-        raise KeyError(f"adapter {adapter} not found")
-    return adapter
-
-
-@replace("petals.server.handler:TransformerConnectionHandler.rpc_push", digest="5d691604bc090fb6")
-async def rpc_push(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
-    """Take the outputs of the blocks before, sent by their server, for a session that is open here."""
-    session_id = MSGPackSerializer.loads(request.metadata)["session_id"]
-    self._log_request("rpc_push", request.uid.split(CHAIN_DELIMITER), context, debug=f"session_id={session_id}")
-    self._put_into_session_queue(session_id, request)
-    return runtime_pb2.ExpertResponse()
-
-
-@add("petals.server.handler:TransformerConnectionHandler")
-def _dump_with_protocol(self, info: Dict[str, Any]) -> bytes:
-    return MSGPackSerializer.dumps({**info, "protocol": PROTOCOL, "content_id": self.content_id})

@@ -13,8 +13,6 @@ replace_module("petals.utils.convert_block", digest="da54385bda420fbf")
 
 from enum import Enum
 
-from petals_win.errors import UserError
-
 
 class QuantType(Enum):
     """How a node stores its weights; the lower-case name is what it announces."""
@@ -22,10 +20,3 @@ class QuantType(Enum):
     NONE = 0
     INT8 = 1
     NF4 = 2
-
-
-def check_device_balance(devices) -> None:
-    """A node owns one device. Raises UserError for several."""
-    raise UserError(
-        f"A node serves on one device, but {len(devices)} were given. Start one node for each GPU instead."
-    )

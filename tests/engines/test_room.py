@@ -193,7 +193,7 @@ def test_a_refusal_is_told_at_once_and_bans_nobody(folder, nodes, monkeypatch):
     """The node holds less than the client was told."""
 
     async def ask(engine):
-        nodes[1].budget.total_bytes = 300 * nodes[1]._backend.span.cache_bytes_per_token
+        nodes[1].budget.total_bytes = 300 * nodes[1].service.span.cache_bytes_per_token
         with pytest.raises(SwarmRefused, match="at most 300 tokens of one conversation, but 504 came"):
             await answer(engine, chat("x" * 500, max_tokens=5))
         assert banned(engine) == [] and min(routes(engine)) == 1
@@ -209,7 +209,7 @@ def test_a_failure_is_called_a_failure(folder, nodes, monkeypatch):
     async def ask(engine):
         engine.tokens._model.blocks.sequence_manager.config.max_retries = 2
         with monkeypatch.context() as within:
-            within.setattr(nodes[0]._backend.span, "step", broken)
+            within.setattr(nodes[0].service.span, "step", broken)
             with pytest.raises(SwarmFailed, match=r"the \[31m cable is loose"):
                 await answer(engine, chat(max_tokens=5))
 
@@ -253,7 +253,7 @@ def test_memory_that_runs_out_on_the_device_is_no_failure(folder, nodes, monkeyp
 
     async def ask(engine):
         with monkeypatch.context() as within:
-            within.setattr(nodes[0]._backend.span, "open", no_memory)
+            within.setattr(nodes[0].service.span, "open", no_memory)
             with pytest.raises(SwarmFull, match="no memory left"):
                 await answer(engine, chat(max_tokens=5))
         assert banned(engine) == []

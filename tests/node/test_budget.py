@@ -15,7 +15,6 @@ from petals_win.models.source import open_model
 from petals_win.node import served
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import PIECE_TOKENS, ServedSession, room_for
-from petals_win.span.compute import ComputeThread
 from petals_win.span.span import Span
 
 
@@ -220,14 +219,6 @@ def span(checkpoint) -> Span:
     return Span.load(open_model(str(checkpoint("llama"))), 0, 4)
 
 
-@pytest.fixture
-def compute():
-    thread = ComputeThread()
-    thread.start()
-    yield thread
-    thread.stop()
-
-
 def session_of(span, compute, budget, *, max_length=5000, batch_size=1, patience=0.0) -> ServedSession:
     return ServedSession(
         span, compute, budget, batch_size=batch_size, max_length=max_length, blocks=(0, 4), patience=patience
@@ -239,7 +230,7 @@ def hidden(tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 async def step(session: ServedSession, states: torch.Tensor) -> torch.Tensor:
-    return await session.step(states, prompts=None, hypo_ids=None, priority=1.0)
+    return await session.step(states, prompts=None, hypo_ids=None)
 
 
 async def freed(budget: CacheBudget) -> None:

@@ -14,7 +14,7 @@ from petals_win.node.node import Node, NodeSettings
 
 
 def node_whose_server(raises: Exception, lost: MPFuture) -> Node:
-    def run() -> None:
+    def run(_on_serving: object) -> None:
         raise raises
 
     node = Node(NodeSettings(model="any"))

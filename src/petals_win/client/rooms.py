@@ -14,9 +14,8 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
 from hivemind.proto import runtime_pb2
 from petals.data_structures import UID_DELIMITER
-from petals.server.handler import TransformerConnectionHandler
 
-from petals_win.node.served import SESSION_TOKENS
+from petals_win.node.petals_rpc import SESSION_TOKENS, TransformerConnectionHandler
 from petals_win.swarm.naming import chain_for
 from petals_win.swarm.state import PeerState, SwarmState
 

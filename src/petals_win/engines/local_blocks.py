@@ -89,7 +89,7 @@ class LocalSession:
         self._stepping = asyncio.current_task()
         try:
             return await self._served.step(
-                hidden, prompts=None if prompts is None else list(prompts), hypo_ids=hypo_ids, priority=0.0
+                hidden, prompts=None if prompts is None else list(prompts), hypo_ids=hypo_ids
             )
         except asyncio.CancelledError:
             if self._blocks._given_up:

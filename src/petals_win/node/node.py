@@ -1,6 +1,6 @@
-"""One node: checks what it was asked for, then runs petals' Server until a signal ends it.
+"""One node: checks what it was asked for, then runs a Server until a signal ends it.
 
-Knows petals' server, models and this PC's memory. Does not know the command line.
+Knows servers, models and this PC's memory. Does not know the command line.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from hivemind.dht.routing import DHTID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.server.reachability import check_direct_reachability
-from petals.server.server import ModuleContainer, Server
-from petals.utils.convert_block import QuantType
 
 from petals_win.daemon.process import DaemonLost
 from petals_win.dht.joining import CANNOT_BE_REACHED
@@ -25,6 +23,8 @@ from petals_win.host.addresses import is_loopback, listen_maddr, most_useful
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
 from petals_win.models.source import ModelSource, open_model
+from petals_win.node.server import Server
+from petals_win.node.settings import ServerSettings
 from petals_win.span.choices import choose_device, choose_dtype, choose_quant
 from petals_win.span.needs import check_fits, needs_of
 from petals_win.swarm.identity import Identity, hold_identity
@@ -54,23 +54,6 @@ class NodeSettings:
     token: str | None = field(default=None, repr=False)
     internet: bool = False  # open a port on the router, use relays and be one
     fresh: bool = False  # another address than last time, and a swarm of its own if there are no peers
-
-
-class _Server(Server):
-    """Petals' server, which tells when it has loaded blocks, the first time and after it moved to others."""
-
-    on_serving: Callable[[str], None] | None = None
-    _container: ModuleContainer | None = None
-
-    @property
-    def module_container(self) -> ModuleContainer | None:
-        return self._container
-
-    @module_container.setter
-    def module_container(self, container: ModuleContainer | None) -> None:
-        self._container = container
-        if container is not None and self.on_serving is not None:
-            self.on_serving(container.blocks)
 
 
 class Node:
@@ -111,27 +94,30 @@ class Node:
         listen = [listen_maddr(settings.host, port)]
         if settings.peers and not on_this_pc and not settings.internet:
             check_reachable(settings.peers, listen)
-        self._server = _Server(
-            initial_peers=list(settings.peers),
+        asked = ServerSettings(
+            initial_peers=settings.peers,
             dht_prefix=source.swarm_name,
             converted_model_name_or_path=settings.model,
             public_name=settings.name,
-            throughput="auto",
             block_indices=settings.blocks,
             torch_dtype=str(dtype).removeprefix("torch."),
             device=device,
-            quant_type=QuantType[quant.upper()],
+            quant_type=quant,
             token=settings.token,
             adapters=settings.adapters,
             update_period=_UPDATE_SECONDS,
             expiration=3 * _UPDATE_SECONDS,
             inference_max_length=source.context_length,
-            host_maddrs=listen,
-            startup_timeout=60,
             # A peer behind a NAT is found out by asking the others to dial it; the first one has nobody to ask.
             reachable_via_relay=None if settings.internet and settings.peers else False,
             use_relay=not on_this_pc,
             use_auto_relay=settings.internet,
+        )
+        self._server = Server(
+            asked,
+            stop=self._stop,
+            host_maddrs=listen,
+            startup_timeout=60,
             nat_port_map=settings.internet,
             **identity_arguments(identity),
         )
@@ -174,10 +160,9 @@ class Node:
 
         Raises DaemonLost at the end if the node's daemon has ended meanwhile.
         """
-        self._server.stop, self._server.on_serving = self._stop, on_serving
         lost = self._server.dht.lost
         try:
-            self._server.run()
+            self._server.run(on_serving)
         except (P2PDaemonLost, ConnectionError, EOFError):
             # A broken connection to the daemon is seen before its end is.
             try:

@@ -23,9 +23,6 @@ from petals_win.span.span import Session, Span
 
 logger = logging.getLogger(__name__)
 
-# By this name a node tells how many tokens one conversation may have there, prompt and answer together.
-SESSION_TOKENS = "session_tokens"
-
 # A session grows by a quarter of its length, but by no fewer tokens than this: what is held is copied then.
 PIECE_TOKENS = 256
 _ROUND_TOKENS = 64
@@ -59,11 +56,13 @@ class ServedSession:
         max_length: int,
         blocks: tuple[int, int],
         patience: float,
+        adapter: str = "",
+        priority: float = 0.0,
     ):
         if batch_size < 1 or max_length < 1:
             raise NodeRefused(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}.")
         self._span, self._compute, self._budget = span, compute, budget
-        self.batch_size, self.adapter, self._blocks = batch_size, "", blocks
+        self.batch_size, self._adapter, self._blocks, self._priority = batch_size, adapter, blocks, priority
         self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
         self._max_length = max_length
         self.longest = min(max_length, budget.total_bytes // self._token_bytes)
@@ -95,7 +94,7 @@ class ServedSession:
         )
 
     async def step(
-        self, hidden: torch.Tensor, *, prompts: Prompts | None, hypo_ids: torch.Tensor | None, priority: float
+        self, hidden: torch.Tensor, *, prompts: Prompts | None = None, hypo_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As Span.step, with the result on the CPU; no tokens at all only ask whether there is room.
 
@@ -106,7 +105,7 @@ class ServedSession:
         if hidden.shape[1] == 0:
             return hidden
         try:
-            return await self._submit(session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=priority)
+            return await self._submit(session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=self._priority)
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
         except RuntimeError as e:
@@ -123,7 +122,7 @@ class ServedSession:
             if self._share is None:
                 self._share = await self._budget.admit(room * self._token_bytes, promise, piece, self._patience)
             opening = self._compute.submit(
-                self._span.open, self.batch_size, self.longest, *self._blocks, self.adapter, room=room
+                self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, room=room
             )
             try:
                 self._session = await opening

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 PROTOCOL = 1
 OLDEST_PROTOCOL = 1
 
+PETALS = "2.2.0.post1"  # whose RPCs and records these are: nodes announce it as their version
+
 
 @dataclass(kw_only=True)
 class Announced:

@@ -1,0 +1,161 @@
+"""What a node does for its clients: sessions over the blocks that it holds, and forward and backward passes without one.
+
+Requests are checked here, sizes before they take memory. Knows spans, the compute thread and the budget for sessions. Does not
+know messages or networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_win.errors import NodeRefused
+from petals_win.node.budget import CacheBudget
+from petals_win.node.served import ServedSession
+from petals_win.span.compute import ComputeThread
+from petals_win.span.span import Span
+
+# What comes first on the compute thread: somebody reads along with a session, nobody with fine-tuning.
+_STEP_PRIORITY, _PASS_PRIORITY = 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """What a client must know before it asks."""
+
+    session_tokens: int  # of one conversation, prompt and answer together
+    tokens_left: int  # that the memory for sessions has room for now, in one block
+    dtype: torch.dtype
+    hidden_size: int
+
+
+class BlockService:
+    """The blocks of a span. All coroutines run on one event loop; results are on the CPU.
+
+    :param context_length: tokens that a session may have at most
+    :param request_tokens: tokens of all rows that one forward or backward pass may have
+    :param adapters: names of those that the span has loaded
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        compute: ComputeThread,
+        budget: CacheBudget,
+        *,
+        context_length: int,
+        request_tokens: int,
+        adapters: tuple[str, ...] = (),
+    ):
+        self.span, self.budget = span, budget
+        self.context_length, self.request_tokens = context_length, request_tokens
+        self._compute, self._adapters = compute, adapters
+
+    def info(self) -> ServiceInfo:
+        """Of this moment."""
+        span = self.span
+        return ServiceInfo(
+            session_tokens=min(self.context_length, self.budget.total_bytes // span.cache_bytes_per_token),
+            tokens_left=max(0, self.budget.bytes_left) // span.block_cache_bytes_per_token,
+            dtype=span.dtype,
+            hidden_size=span.hidden_size,
+        )
+
+    def open(
+        self, start: int, end: int, *, batch_size: int, max_length: int, adapter: str = "", patience: float = 0.0
+    ) -> ServedSession:
+        """A session of `batch_size` rows over the blocks [start, end); whoever opens it closes it.
+
+        :param max_length: tokens that the client promises not to exceed; nothing is taken for it
+        :param patience: seconds that its first step may wait in the line for memory
+        """
+        self._check(start, end, adapter)
+        return ServedSession(
+            self.span,
+            self._compute,
+            self.budget,
+            batch_size=batch_size,
+            max_length=min(max_length, self.context_length),
+            blocks=(start, end),
+            adapter=adapter,
+            patience=patience,
+            priority=_STEP_PRIORITY,
+        )
+
+    def check_hidden(self, shape: Sequence[int]) -> None:
+        """Raise NodeRefused for hidden states of a shape that no pass takes."""
+        if len(shape) != 3 or shape[-1] != self.span.hidden_size or min(shape) < 0:
+            raise NodeRefused(
+                f"Hidden states must have the shape [batch, tokens, {self.span.hidden_size}], got {tuple(shape)}"
+            )
+        tokens = shape[0] * shape[1]
+        if tokens > self.request_tokens:
+            raise NodeRefused(f"A request may have {self.request_tokens} tokens on this node, got {tokens}")
+
+    async def forward(
+        self, hidden: torch.Tensor, start: int, end: int, *, prompts: torch.Tensor | None = None, adapter: str = ""
+    ) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] after the blocks [start, end).
+
+        :param prompts: deep prompts [blocks, batch or 1, prefix, hidden], added to the first tokens of each block's input
+        """
+        self._check(start, end, adapter)
+        self.check_hidden(hidden.shape)
+        own = prompts_of_blocks(prompts, end - start)
+        return await self._run(_forward, self.span, hidden, start, end, prompts=own, adapter=adapter)
+
+    async def backward(
+        self,
+        hidden: torch.Tensor,
+        grad_out: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        prompts: torch.Tensor | None = None,
+        adapter: str = "",
+    ) -> list[torch.Tensor]:
+        """Gradients with respect to the inputs of `forward` and, if there were prompts, to them, in their shapes."""
+        self._check(start, end, adapter)
+        self.check_hidden(hidden.shape)
+        if grad_out.shape != hidden.shape:
+            raise NodeRefused(f"Gradients of the shape {list(grad_out.shape)} do not fit {list(hidden.shape)}")
+        own = prompts_of_blocks(prompts, end - start)
+        return await self._run(_backward, self.span, hidden, grad_out, start, end, prompts=own, adapter=adapter)
+
+    async def _run(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        try:
+            return await self._compute.submit(function, *args, priority=_PASS_PRIORITY, **more)
+        except ValueError as e:
+            raise NodeRefused(f"{e}.") from e
+
+    def _check(self, start: int, end: int, adapter: str) -> None:
+        """Raises ValueError: another node may have what this one lacks."""
+        if not self.span.start <= start < end <= self.span.end:
+            raise ValueError(f"This node has the blocks {self.span.start}:{self.span.end}, not {start}:{end}")
+        if adapter and adapter not in self._adapters:
+            raise ValueError(f"This node has no adapter {adapter!r}")
+
+
+def prompts_of_blocks(prompts: torch.Tensor | None, blocks: int) -> list[torch.Tensor] | None:
+    """Deep prompts [blocks, batch or 1, prefix, hidden] as one tensor for each block."""
+    if prompts is None:
+        return None
+    if prompts.ndim != 4 or len(prompts) != blocks:
+        raise NodeRefused(f"Deep prompts have the shape {tuple(prompts.shape)}, but {blocks} blocks were asked for")
+    return list(prompts.unbind(0))
+
+
+def _forward(span: Span, hidden: torch.Tensor, start: int, end: int, **more: Any) -> torch.Tensor:
+    # To the CPU on the compute thread: waiting for a GPU must not hold up the event loop.
+    return span.forward(hidden, start, end, **more).cpu()
+
+
+def _backward(span: Span, hidden: torch.Tensor, grad: torch.Tensor, start: int, end: int, **more: Any) -> list:
+    grad_hidden, grad_prompts = span.backward(hidden, grad, start, end, **more)
+    grads = [grad_hidden.cpu()]
+    if grad_prompts is not None:
+        grads.append(torch.stack([prompt.cpu() for prompt in grad_prompts if prompt is not None]))
+    return grads

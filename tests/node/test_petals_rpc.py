@@ -1,0 +1,477 @@
+"""Petals' RPCs with a stream of requests that is made up, and no network: order, steps that come twice, refusals, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import petals
+import pytest
+import torch
+from hivemind import MSGPackSerializer, PeerID, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.compression import deserialize_tensor_stream
+from hivemind.proto import runtime_pb2
+from hivemind.utils.streaming import split_for_streaming
+from petals.server.handler import TransformerConnectionHandler as UnderUpstreamsName
+from petals.utils.packaging import pack_args_kwargs
+
+from petals_win.errors import NodeFull, NodeRefused, node_error
+from petals_win.models.source import open_model
+from petals_win.node import inbox
+from petals_win.node.budget import CacheBudget
+from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, TransformerConnectionHandler
+from petals_win.node.service import BlockService
+from petals_win.span.span import Span
+from petals_win.swarm.protocol import PETALS, PROTOCOL
+
+CONTEXT = SimpleNamespace(remote_id="12D3KooWstranger")
+PEER = PeerID.from_base58("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY")
+NONE, NO_IDS = torch.empty(0), torch.empty(0, dtype=torch.int64)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def span(checkpoint) -> Span:
+    return Span.load(open_model(str(checkpoint("llama"))), 0, 4)
+
+
+@pytest.fixture
+def service(span, compute) -> BlockService:
+    return BlockService(span, compute, CacheBudget(8 * MIB), context_length=512, request_tokens=64)
+
+
+def rpc_of(service: BlockService, **deadlines: float) -> TransformerConnectionHandler:
+    rpc = TransformerConnectionHandler(service, Served("tiny-hf", "llama-0", PETALS, 0, 4), Deadlines(**deadlines))
+    rpc._dht = SimpleNamespace(client_mode=False)
+    return rpc
+
+
+@pytest.fixture
+def rpc(service) -> TransformerConnectionHandler:
+    return rpc_of(service)
+
+
+def uid(start: int = 0, end: int = 4, name: str = "tiny-hf") -> str:
+    return " ".join(f"{name}.{block}" for block in range(start, end))
+
+
+def request(*tensors: torch.Tensor, blocks: str = uid(), **metadata: Any) -> Any:
+    flat, structure = pack_args_kwargs(*tensors)
+    metadata = {"args_structure": structure, **metadata} if tensors else metadata
+    return runtime_pb2.ExpertRequest(
+        uid=blocks, tensors=[serialize_torch_tensor(each) for each in flat], metadata=MSGPackSerializer.dumps(metadata)
+    )
+
+
+def step(hidden: torch.Tensor, prompts: torch.Tensor = NONE, hypo_ids: torch.Tensor = NO_IDS, **metadata: Any) -> Any:
+    return request(hidden, prompts, hypo_ids, **{"max_length": 100, **metadata})
+
+
+def states(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Client:
+    """A client's stream of requests, which it can add to and end."""
+
+    def __init__(self, *requests: Any):
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        for each in requests:
+            self._queue.put_nowait(each)
+
+    def send(self, *requests: Any) -> None:
+        for each in requests:
+            self._queue.put_nowait(each)
+
+    def end(self) -> None:
+        self._queue.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (each := await self._queue.get()) is not None:
+            yield each
+
+
+def answers(rpc: TransformerConnectionHandler, client: Client) -> AsyncIterator[Any]:
+    return rpc.rpc_inference(client.__aiter__(), CONTEXT)  # type: ignore[arg-type]
+
+
+def tensor_of(answer: Any) -> torch.Tensor:
+    (tensor,) = answer.tensors
+    return deserialize_torch_tensor(tensor)
+
+
+async def freed(service: BlockService, seconds: float = 1.0) -> None:
+    async with asyncio.timeout(seconds):
+        while service.budget.bytes_left < service.budget.total_bytes:
+            await asyncio.sleep(0.01)
+
+
+def run(coroutine, seconds: float = 30):
+    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+
+
+def test_the_names_on_the_wire_are_upstream_s():
+    assert UnderUpstreamsName is TransformerConnectionHandler
+    named = {"info", "forward", "forward_stream", "backward", "backward_stream", "inference", "push"}
+    TransformerConnectionHandler._collect_rpc_handlers()
+    handlers = {each.method_name: each for each in TransformerConnectionHandler._rpc_handlers}
+    assert handlers.keys() == {f"rpc_{name}" for name in named}
+    get_name = TransformerConnectionHandler._get_handle_name
+    assert get_name(None, "rpc_inference") == "TransformerConnectionHandler.rpc_inference"
+    streams = {name for name, each in handlers.items() if each.stream_output}
+    assert streams == {"rpc_forward_stream", "rpc_backward_stream", "rpc_inference"}
+    assert PETALS == petals.__version__
+
+
+def test_what_a_node_tells_about_itself(rpc, service):
+    async def ask(block: str) -> dict:
+        return MSGPackSerializer.loads((await rpc.rpc_info(runtime_pb2.ExpertUID(uid=block), CONTEXT)).serialized_info)
+
+    about = run(ask("tiny-hf.2"))
+    assert about == run(ask("llama-0.2")) and about["protocol"] == PROTOCOL and about["content_id"] == "llama-0"
+    assert about["version"] == PETALS and about["dht_client_mode"] is False and about[SESSION_TOKENS] == 512
+    assert about["cache_tokens_available"] == 8 * MIB // service.span.block_cache_bytes_per_token
+    (hidden,), named = about["forward_schema"]
+    assert (hidden.shape[-1], hidden.dtype, named) == (64, torch.float32, {})
+    assert len(about["inference_schema"][0]) == 3 and about["outputs_schema"] == (hidden,)
+    assert about.keys() - run(ask("")).keys() == {SESSION_TOKENS, "forward_schema", "outputs_schema"} | {
+        "keyword_names",
+        "inference_schema",
+    }
+    with pytest.raises(ValueError, match="does not serve tiny-hf.7"):
+        run(ask("tiny-hf.7"))
+
+
+def test_answers_come_in_the_order_of_the_requests(rpc, service, span):
+    hidden = states(2, 12, 64)
+    wanted = span.forward(hidden, 1, 3)
+    where = {"blocks": uid(1, 3, "llama-0")}
+
+    async def ask():
+        client = Client(*(step(piece, **where) for piece in hidden.split([7, 1, 1, 3], dim=1)))
+        client.end()
+        got = [tensor_of(answer) async for answer in answers(rpc, client)]
+        await freed(service)
+        return got
+
+    got = run(ask())
+    assert [piece.shape[1] for piece in got] == [7, 1, 1, 3]
+    assert torch.allclose(torch.cat(got, dim=1), wanted, atol=1e-5)
+
+
+def test_beams_and_deep_prompts(rpc, span):
+    hidden, prompts, beams = states(2, 3, 64), states(4, 1, 2, 64, seed=1), torch.tensor([1, 0])
+
+    async def ask():
+        client = Client(step(hidden, prompts), step(hidden[:, :1], hypo_ids=beams), request())
+        return [tensor_of(answer) async for answer in answers(rpc, client)]
+
+    session = span.open(2, 100)
+    first = span.step(session, hidden, prompts=list(prompts))
+    assert torch.allclose(torch.stack(list(run(ask())[0])), first, atol=1e-6)
+    second = span.step(session, hidden[:, :1], hypo_ids=beams)
+    assert torch.allclose(run(ask())[1], second, atol=1e-6)
+
+
+def test_a_step_that_is_pushed_and_asked_for_is_made_once(rpc, span):
+    hidden = states(1, 3, 64)
+    wanted = span.forward(hidden, 0, 4)
+
+    async def ask():
+        client = Client(step(hidden[:, :1], session_id="a", step_id="1"))
+        stream = answers(rpc, client)
+        got = [tensor_of(await anext(stream))]
+        # The push is first at the second step, the client at the third.
+        await rpc.rpc_push(step(hidden[:, 1:2], session_id="a", step_id="2", pushed=True), CONTEXT)
+        got.append(tensor_of(await anext(stream)))
+        client.send(step(hidden[:, 1:2], step_id="2"), step(hidden[:, 2:], step_id="3"))
+        got.append(tensor_of(await anext(stream)))
+        await rpc.rpc_push(step(hidden[:, 2:], session_id="a", step_id="3", pushed=True), CONTEXT)
+        client.end()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert rpc._inboxes == {}
+        await rpc.rpc_push(step(hidden, session_id="a", step_id="4"), CONTEXT)  # late: nobody minds
+        return torch.cat(got, dim=1)
+
+    assert torch.allclose(run(ask()), wanted, atol=1e-5)
+
+
+def test_pushes_beyond_measure_are_dropped_and_the_client_s_own_requests_make_good_for_them(rpc, span):
+    hidden = states(1, 4, 64)
+
+    async def ask():
+        client = Client(step(hidden[:, :1], session_id="a", step_id="1"))
+        stream = answers(rpc, client)
+        await anext(stream)
+        for _ in range(10 * inbox._MOST_AHEAD):
+            await rpc.rpc_push(step(hidden[:, 1:2], session_id="a", step_id="2"), CONTEXT)
+        assert rpc._inboxes["a"]._waiting.qsize() == inbox._MOST_AHEAD
+        client.send(step(hidden[:, 1:2], step_id="2"), step(hidden[:, 2:], step_id="3"))
+        client.end()
+        return torch.cat([tensor_of(answer) async for answer in stream], dim=1)
+
+    assert torch.allclose(run(ask()), span.forward(hidden, 0, 4)[:, 1:], atol=1e-5)
+
+
+def test_an_id_of_a_session_is_not_taken_from_its_owner(rpc, service):
+    async def ask():
+        client, thief = Client(step(states(1, 1, 64), session_id="a")), Client(step(states(1, 1, 64), session_id="a"))
+        stream = answers(rpc, client)
+        await anext(stream)
+        with pytest.raises(ValueError, match="open already"):
+            await anext(answers(rpc, thief))
+        assert "a" in rpc._inboxes
+        client.end()
+        assert [answer async for answer in stream] == []
+        await freed(service)
+
+    run(ask())
+
+
+class NextServer:
+    """In the place of the stub of a peer."""
+
+    def __init__(self, delays: list[float]):
+        self.delays, self.got = delays, []
+
+    async def rpc_push(self, pushed: Any, timeout: float) -> None:
+        await asyncio.sleep(self.delays.pop(0))
+        self.got.append(pushed)
+
+
+def test_outputs_are_pushed_on_in_order_with_all_that_came_along(rpc, service, monkeypatch):
+    next_server = NextServer([0.05, 0.0])
+    asked = []
+    monkeypatch.setattr(rpc, "_stub_of", lambda peer: asked.append(peer) or next_server)
+    after = [(PEER.to_base58(), "b", 4, 6), ("peer of the last", "c", 6, 8)]
+
+    async def ask():
+        client = Client(
+            step(states(1, 2, 64), session_id="a", step_id="1"),
+            step(states(1, 1, 64), hypo_ids=torch.tensor([0]), session_id="a", step_id="2", next_servers=after),
+            step(states(1, 1, 64), session_id="a", step_id="3", next_servers=after),
+            step(states(1, 1, 64), session_id="a", step_id="4", next_servers=[(PEER.to_base58(), "b", 4, 10**12)]),
+        )
+        stream = answers(rpc, client)
+        got = [tensor_of(await anext(stream)) for _ in range(4)]
+        async with asyncio.timeout(5):
+            while len(next_server.got) < 2:
+                await asyncio.sleep(0.01)
+        client.end()
+        assert [answer async for answer in stream] == []
+        return got
+
+    _, *got = run(ask())
+    assert asked == [PEER, PEER]
+    for number, pushed in enumerate(next_server.got):
+        about = MSGPackSerializer.loads(pushed.metadata)
+        assert pushed.uid == "tiny-hf.4 tiny-hf.5" and about["pushed"] is True
+        assert (about["session_id"], about["step_id"]) == ("b", f"{number + 2}")
+        assert [list(server) for server in about["next_servers"]] == [list(after[1])]
+        assert torch.equal(deserialize_torch_tensor(pushed.tensors[0]), got[number])
+    assert deserialize_torch_tensor(next_server.got[0].tensors[2]).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (step(states(1, 1, 63)), "1, tokens, 64"),
+        (step(states(1, 64)), "1, tokens, 64"),
+        (step(states(1, 101, 64)), "opened for 100 tokens"),
+        (step(states(1, 1, 64), max_length=-3), "at least one sequence"),
+        (step(states(1, 1, 64), max_length="many"), "max_length"),
+        (step(states(1, 1, 64), alloc_timeout=float("nan")), "alloc_timeout"),
+        (step(states(1, 1, 64), states(3, 1, 1, 64)), "4 blocks were asked for"),
+        (step(states(1, 1, 64), hypo_ids=torch.tensor([1])), "rows of the session"),
+        (step(states(1, 1, 64), args_structure=[[b"__T7"], {}]), "args_structure"),
+        (step(states(1, 1, 64), args_structure=3), "args_structure"),
+        (step(states(1, 1, 64), active_adapter=3), "adapter"),
+        (step(states(1, 1, 64), blocks=f"{uid(0, 1)} {uid(2, 3)}"), "follow one another"),
+        (runtime_pb2.ExpertRequest(uid=uid(), tensors=step(states(1, 1, 64)).tensors, metadata=b"\xc1"), "metadata"),
+    ],
+)
+def test_what_no_node_would_do_is_refused_with_the_mark_that_clients_look_for(rpc, service, first, why):
+    async def ask():
+        with pytest.raises(NodeRefused, match=why) as refused:
+            await anext(answers(rpc, Client(first)))
+        assert isinstance(node_error(str(refused.value)), NodeRefused)
+        await freed(service)
+        assert rpc._inboxes == {}
+
+    run(ask())
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (step(states(1, 1, 64), blocks=uid(3, 5)), "does not serve tiny-hf.4"),
+        (step(states(1, 1, 64), active_adapter="pirate"), "no adapter"),
+        (step(states(1, 1, 64), protocol=PROTOCOL + 1), "Update petals-win on this PC"),
+    ],
+)
+def test_what_another_node_may_do_is_a_failure_here(rpc, first, why):
+    async def ask():
+        with pytest.raises(ValueError, match=why) as failed:
+            await anext(answers(rpc, Client(first)))
+        assert node_error(str(failed.value)) is None
+
+    run(ask())
+
+
+def test_bytes_that_are_no_tensor_never_become_one(rpc):
+    huge = step(states(1, 1, 64))
+    huge.tensors[0].size[:] = [1, 2**31 - 1, 64]
+    torn = step(states(1, 2, 64))
+    torn.tensors[0].size[:] = [1, 3, 64]
+    for first in (huge, torn):
+        with pytest.raises(NodeRefused):
+            run(anext(answers(rpc, Client(first))))
+
+
+def test_a_full_node_says_so_after_the_client_s_patience(rpc, service):
+    service.budget.total_bytes = 300 * service.span.cache_bytes_per_token
+
+    async def ask():
+        client = Client(step(states(1, 1, 64), max_length=300))
+        stream = answers(rpc, client)
+        await anext(stream)
+        with pytest.raises(NodeFull):
+            await anext(answers(rpc, Client(step(states(1, 1, 64), max_length=300, alloc_timeout=0.05))))
+        client.end()
+        assert [answer async for answer in stream] == []
+        await freed(service)
+
+    run(ask())
+
+
+def test_a_client_that_goes_away_in_the_middle_of_a_step_frees_its_session(rpc, service, compute):
+    gate = threading.Event()
+
+    async def ask():
+        client = Client(step(states(1, 1, 64), session_id="a"))
+        stream = answers(rpc, client)
+        await anext(stream)
+        compute.submit(gate.wait, 10)
+        client.send(step(states(1, 50, 64)))
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert rpc._inboxes == {}
+        gate.set()
+        await freed(service)
+
+    run(ask())
+
+
+def test_a_client_that_goes_away_between_two_steps_frees_its_session(rpc, service):
+    async def ask():
+        stream = answers(rpc, Client(step(states(1, 1, 64), session_id="a")))
+        await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]
+        await freed(service)
+        assert rpc._inboxes == {}
+
+    run(ask())
+
+
+@pytest.mark.parametrize("which", ["step", "session"])
+def test_a_session_that_nobody_goes_on_with_ends(service, which):
+    rpc = rpc_of(service, **{which: 0.1})
+
+    async def ask():
+        assert len([answer async for answer in answers(rpc, Client(step(states(1, 1, 64))))]) == 1
+        await freed(service)
+        if which == "step":
+            assert [answer async for answer in answers(rpc, Client())] == []
+
+    run(ask())
+
+
+async def streamed(call: Any, asked: Any, piece: int = 200) -> list[torch.Tensor]:
+    """The tensors of a call whose request, and answer, come in pieces."""
+
+    async def parts() -> AsyncIterator[Any]:
+        for tensor in asked.tensors:
+            for part in split_for_streaming(tensor, piece):
+                yield runtime_pb2.ExpertRequest(uid=asked.uid, tensors=[part], metadata=asked.metadata)
+
+    return await deserialize_tensor_stream(message.tensors async for message in call(parts(), CONTEXT))
+
+
+def test_forward_and_backward_whole_and_in_pieces(rpc, span):
+    hidden, grads, prompts = states(2, 5, 64), states(2, 5, 64, seed=1), states(2, 2, 1, 64, seed=2)
+    where = {"blocks": uid(1, 3)}
+    wanted = span.forward(hidden, 1, 3, prompts=list(prompts))
+    grad, grad_prompts = span.backward(hidden, grads, 1, 3, prompts=list(prompts))
+
+    async def ask():
+        forward, backward = request(hidden, prompts, **where), request(hidden, grads, prompts, **where)
+        whole = await rpc.rpc_forward(forward, CONTEXT), await rpc.rpc_backward(backward, CONTEXT)
+        outputs, gradients = ([deserialize_torch_tensor(each) for each in answer.tensors] for answer in whole)
+        return (
+            (outputs, await streamed(rpc.rpc_forward_stream, forward)),
+            (gradients, await streamed(rpc.rpc_backward_stream, backward)),
+        )
+
+    outputs, gradients = run(ask())
+    for (output,) in outputs:
+        assert torch.equal(output, wanted)
+    for got in gradients:
+        assert torch.equal(got[0], grad) and torch.equal(got[1], torch.stack(grad_prompts))
+
+
+def test_answers_in_the_compression_that_is_asked_for(rpc, span):
+    hidden = states(1, 5, 64)
+    half = runtime_pb2.CompressionType.FLOAT16
+    (answer,) = run(rpc.rpc_forward(request(hidden, NONE, output_compression=(half,)), CONTEXT)).tensors
+    assert answer.compression == half
+    assert torch.allclose(deserialize_torch_tensor(answer), span.forward(hidden, 0, 4), atol=1e-2)
+    for wrong in ([half, half], [99], "yes", [[1]], [True, None]):
+        with pytest.raises(NodeRefused, match="output_compression"):
+            run(rpc.rpc_forward(request(hidden, NONE, output_compression=wrong), CONTEXT))
+
+
+def test_passes_are_refused_by_their_sizes_before_they_are_read(rpc, monkeypatch):
+    def never(_tensor: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("petals_win.node.wire.deserialize_torch_tensor", never)
+    for asked in (request(states(1, 65, 64), NONE), request(states(1, 5, 63), NONE), request(states(5, 64))):
+        with pytest.raises(NodeRefused):
+            run(rpc.rpc_forward(asked, CONTEXT))
+    with pytest.raises(NodeRefused, match="needs 1"):
+        run(rpc.rpc_forward(request(), CONTEXT))
+
+
+def test_a_stream_that_does_not_end_is_refused_before_it_is_all_here(rpc):
+    sent = 0
+
+    async def endless() -> AsyncIterator[Any]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield runtime_pb2.ExpertRequest(uid=uid(), tensors=[runtime_pb2.Tensor(buffer=bytes(10_000))])
+
+    async def ask():
+        with pytest.raises(NodeRefused, match="bytes on this node"):
+            await anext(rpc.rpc_forward_stream(endless(), CONTEXT))
+
+    run(ask())
+    assert sent * 10_000 < 6 * 64 * 64 * 8 + 20_000
+
+
+def test_pieces_of_two_requests_in_one(rpc):
+    async def two() -> AsyncIterator[Any]:
+        yield request(states(1, 5, 64), blocks=uid(0, 1))
+        yield request(states(1, 5, 64), blocks=uid(1, 2))
+
+    async def ask():
+        with pytest.raises(NodeRefused, match="different blocks"):
+            await anext(rpc.rpc_forward_stream(two(), CONTEXT))
+
+    run(ask())
