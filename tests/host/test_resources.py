@@ -137,6 +137,27 @@ def test_computations_of_one_process_share_the_free_cores(monkeypatch):
     assert pc.compute(1, others=0) == 4
 
 
+def test_a_computation_inside_of_another_has_its_threads():
+    found = run("""
+        import json
+        from petals_win.host import threads
+        threads.apply_thread_settings(None)
+        import torch
+        threads._free_cores = threads.FreeCores(4)
+        numbers = []
+        with threads.computing():
+            numbers.append(torch.get_num_threads())
+            with threads.computing():
+                numbers.append(torch.get_num_threads())
+            numbers.append(threads._free_cores._running)
+        numbers.append(threads._free_cores._running)
+        with threads.computing():
+            numbers.append(threads._free_cores._running)
+        print(json.dumps(numbers))
+    """)
+    assert found == [4, 4, 1, 0, 1]
+
+
 def test_beside_busy_programs_torch_computes_with_one_thread():
     """Real programs and the real clocks; as many as there are cores leave none free."""
     busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(os.cpu_count())]

@@ -14,6 +14,7 @@ from petals_win.api.ascii_json import AsciiJson
 from petals_win.engines.base import (
     ContextTooLong,
     EngineClosed,
+    Full,
     ModelNotFound,
     SwarmFailed,
     SwarmFull,
@@ -61,8 +62,9 @@ def from_engine(error: UserError) -> ApiError:
             return ApiError(400, str(error), code="context_length_exceeded")
         case SwarmUnavailable() | SwarmFailed():
             return ApiError(503, str(error), code="swarm_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
-        case SwarmFull():
-            return ApiError(503, str(error), code="swarm_full", headers={"Retry-After": str(RETRY_AFTER_S)})
+        case Full():
+            code = "swarm_full" if isinstance(error, SwarmFull) else "full"
+            return ApiError(503, str(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
         case EngineClosed():
             return ApiError(503, str(error), code="shutting_down")
         case _:

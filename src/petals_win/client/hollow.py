@@ -108,7 +108,7 @@ def hollow_model(
     decoder.config = config_of_blocks(decoder.config, 0, 1)
     for config in (decoder.config, text_config(model.config)):  # a model of more than text makes its masks by its own
         config._attn_implementation = _NO_ATTENTION
-    layer = _RemoteLayer(remote)
+    layer = RemoteLayer(remote)
     setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
     layer.in_a_tuple = _expects_tuples(decoder, layer)
     head = model.get_output_embeddings()
@@ -125,8 +125,8 @@ def hollow_model(
     return model
 
 
-class _RemoteLayer(nn.Module):
-    """What the decoder's loop takes for its only layer."""
+class RemoteLayer(nn.Module):
+    """What the decoder's loop takes for its only layer. `remote` may be replaced."""
 
     def __init__(self, remote: nn.Module) -> None:
         super().__init__()
@@ -138,7 +138,12 @@ class _RemoteLayer(nn.Module):
         return (output,) if self.in_a_tuple else output
 
 
-def _expects_tuples(decoder: PreTrainedModel, layer: _RemoteLayer) -> bool:
+def remote_layer(model: PreTrainedModel) -> RemoteLayer:
+    """The only layer of a model that `hollow_model` made."""
+    return next(module for module in model.modules() if isinstance(module, RemoteLayer))
+
+
+def _expects_tuples(decoder: PreTrainedModel, layer: RemoteLayer) -> bool:
     """Whether the decoder's loop takes the hidden states out of a tuple, as Falcon's and BLOOM's do.
 
     A loop that does would take the first row of a plain tensor instead, so two rows go through and are counted.

@@ -39,7 +39,9 @@ from petals_win.engines.base import (
     SwarmUnavailable,
     block_ranges,
 )
+from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import generate_arguments
+from petals_win.engines.text import TextEngine
 from petals_win.engines.tokens import Language
 from petals_win.errors import NodeFull, NodeRefused, UserError, printable
 from petals_win.models.source import ModelSource, open_model
@@ -51,6 +53,13 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0  # between two looks at the swarm
 _MAX_RETRIES = 5  # of one step; with the back-off of petals' client that is about 15 s
 _CONCURRENT = 16  # generations at once; each has its thread
+
+
+def open_engine(settings: EngineSettings) -> TextEngine:
+    """Join the swarm of the peers. Raises UserError as `PetalsEngine.connect`, and if no peers are named."""
+    if not settings.peers:
+        raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    return TextEngine(PetalsEngine.connect(settings.model, settings.peers, token=settings.token))
 
 
 class PetalsEngine:

@@ -5,7 +5,7 @@ Knows transformers' logits processors and the order in which they apply. Does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from petals_win.client.choosing import Sampler, processors_of_generate
 from petals_win.engines.base import GenerationRequest
 from petals_win.errors import UserError
 
@@ -56,6 +58,14 @@ def generate_arguments(
     if processors:
         arguments["logits_processor"] = processors
     return arguments
+
+
+def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> Sampler:
+    """What chooses the tokens of the answer to `prompt`, at most `max_tokens`, as generate() of `model` would."""
+    arguments = generate_arguments(
+        request, model.generation_config, prompt_tokens=len(prompt), max_tokens=max_tokens  # pyright: ignore
+    )
+    return Sampler(processors_of_generate(model, torch.tensor([prompt]), **arguments))
 
 
 def check_token_ids(bias: Mapping[int, float], vocabulary: int) -> None:

@@ -77,6 +77,7 @@ def _clocks() -> tuple[float, float]:
     return time.perf_counter(), sum(getattr(times, kind, 0.0) for kind in _BUSY) - time.process_time()
 
 
+_this_thread = threading.local()  # `computes`: whether it is inside of a computation
 _free_cores: FreeCores | None = None
 _most: int | None = None
 
@@ -120,22 +121,24 @@ def most_threads() -> int:
 def computing() -> Iterator[None]:
     """Around one computation by torch in the calling thread, which has as many threads as there are free cores.
 
-    Without effect where the number of threads was given, or `apply_thread_settings` was not called in this process.
+    Without effect where the number of threads was given, or `apply_thread_settings` was not called in this process; or inside of
+    another one in the same thread, beside which it does not run.
     """
-    if _free_cores is None:
+    if _free_cores is None or getattr(_this_thread, "computes", False):
         yield
         return
     torch = sys.modules["torch"]
     with _free_cores.computing() as threads:
         before = torch.get_num_threads()  # of this thread: OpenMP keeps a number for each
-        if before == threads:
-            yield
-            return
-        torch.set_num_threads(threads)
+        if before != threads:
+            torch.set_num_threads(threads)
+        _this_thread.computes = True
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            _this_thread.computes = False
+            if before != threads:
+                torch.set_num_threads(before)
 
 
 def _threads_of_the_user() -> int | None:

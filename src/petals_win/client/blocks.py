@@ -1,0 +1,43 @@
+"""All blocks of a model, wherever they are computed, as whoever decodes sees them: sessions that take hidden states and give them back.
+
+Knows shapes and positions. Does not know whether the blocks lie in this process or on the nodes of a swarm.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class BlockSession(Protocol):
+    """One conversation, or a batch of equally long ones, in all blocks of a model. One step at a time."""
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session has seen."""
+        ...
+
+    async def step(
+        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Continue by hidden states [batch, tokens, hidden] of at least one token; returns the same shape, on the CPU.
+
+        `prompts` [blocks, batch, p, hidden] is added to each block's input at the first p tokens of this step. `hypo_ids`
+        (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. Raises NodeFull if there was no room in time,
+        NodeRefused for what will never be done, and errors of the way to the blocks. Cancelling the task that waits ends
+        the step within 100 ms; the session may be closed afterwards, and nothing else.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back all that the session holds. Closing twice is allowed; a step in work ends."""
+        ...
+
+
+class Blocks(Protocol):
+    """All blocks of one model."""
+
+    def open(self, max_length: int) -> BlockSession:
+        """A session of one row that will have at most `max_length` tokens; waits for nothing and sends nothing."""
+        ...

@@ -1,0 +1,50 @@
+"""How one answer's next token is chosen from logits: transformers' logits processors, then the most likely token or a drawn one.
+
+Knows what generate() of transformers would apply. Does not know requests, sessions or other answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from petals_win.client.hollow import RemoteCache
+
+
+class Sampler:
+    """Chooses the tokens of one answer; used for one answer only, since processors and the generator have a state."""
+
+    def __init__(self, processors: LogitsProcessorList, generator: torch.Generator | None = None) -> None:
+        """`generator` draws the token; without one the most likely is taken."""
+        self._processors = processors
+        self._generator = generator
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether it chooses the largest logit as it stands, so that one look at a whole batch will do."""
+        return not self._processors and self._generator is None
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
+        """The next token after `ids` [1, prompt and answer so far], by its logits [1, vocabulary], float32."""
+        scores = self._processors(ids, logits)  # pyright: ignore[reportArgumentType]
+        if self._generator is None:
+            return int(scores.argmax(dim=-1))
+        # A generator of the answer's own: with one for all, a seed would give what others left over.
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+
+
+def processors_of_generate(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> LogitsProcessorList:
+    """The logits processors that `model.generate(ids, **arguments)` would apply, in its order; nothing is computed.
+
+    `ids` is the prompt [1, tokens]. What `arguments` leave open is as the model's generation_config says.
+    """
+    generate: Any = model.generate
+    return generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        cache=RemoteCache(lambda: 0),
+        custom_generate=lambda _model, _ids, logits_processor, **_: logits_processor,
+        **arguments,
+    )

@@ -1,0 +1,210 @@
+"""The decode loop: tokens of all running answers, with embedding, head and choosing of all of them in shared passes.
+
+Knows the ends of a model, sessions in its blocks, and the one thread that computes. Does not know where blocks are, or text.
+
+An answer is a task on the event loop that waits for its session and for its turn on the compute thread. Whatever waits when
+that thread gets free is one batch: it costs one wake-up of the thread, and one of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from petals_win.client.blocks import BlockSession
+from petals_win.client.choosing import Sampler
+from petals_win.client.ends import Ends
+from petals_win.host.threads import computing
+from petals_win.span.compute import ComputeThread
+
+
+class DecodeLoop:
+    """Decodes by one hollow model, on one event loop and one compute thread, which is the caller's and runs."""
+
+    def __init__(self, model: PreTrainedModel, compute: ComputeThread) -> None:
+        """`model` is of client/hollow.py, and this object's alone from now on: its remote layer is replaced.
+
+        A few tokens are computed in the calling thread, to find out how the model can be batched.
+        """
+        with computing():
+            self._ends = Ends(model)
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._waiting: list[_Row] = []
+        self._called = False  # whether the compute thread will come for those that wait
+
+    async def generate(
+        self, session: BlockSession, prompt: Sequence[int], *, choose: Sampler, limit: int, ends: Collection[int]
+    ) -> AsyncGenerator[int, None]:
+        """Yield the tokens that go on after `prompt`, at most `limit`, the last of them in `ends` if one of those came.
+
+        `session` is the caller's to close, and has seen nothing that is not part of the answer. Tokens are computed as fast
+        as they can be, not only when they are asked for. Whoever stops reading, by `aclose()` or by being cancelled, ends the
+        computation: before `aclose()` returns, the session's step has ended and nothing waits for a turn.
+
+        Raises ValueError for an empty prompt or a limit below one, and what the session raises, after the tokens so far.
+        """
+        if not prompt or limit < 1:
+            raise ValueError(f"A prompt of {len(prompt)} tokens and an answer of at most {limit} are no answer")
+        answer = _Answer(prompt, session.position, choose, limit, frozenset(ends))
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
+        work = asyncio.create_task(self._answer(session, answer, tokens))
+        work.add_done_callback(lambda _: tokens.put_nowait(None))
+        try:
+            while (token := await tokens.get()) is not None:
+                yield token
+            await work  # its exception, if it failed
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # known to the reader, or to nobody who would want it
+
+    async def _answer(self, session: BlockSession, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
+        """All of one answer. It goes on without waiting for the reader, so that all steps of a batch set out before any text."""
+        row = await self._turn(answer, None)
+        while row.hidden is not None:
+            outputs = await session.step(row.hidden)
+            if outputs.shape != row.hidden.shape:
+                raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
+            row = await self._turn(answer, outputs[0, -1])
+            tokens.put_nowait(row.token)
+
+    async def _turn(self, answer: _Answer, output: torch.Tensor | None) -> _Row:
+        """Wait for the compute thread, and return the row with its results."""
+        loop = asyncio.get_running_loop()
+        row = _Row(answer, output, loop.create_future())
+        with self._lock:
+            self._waiting.append(row)
+            call, self._called = not self._called, True
+        if call:
+            # Behind everything that is ready now, since that may wait for a turn, too.
+            loop.call_soon(self._call_compute, loop)
+        await row.done
+        return row
+
+    def _call_compute(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            turn = self._compute.submit(self._compute_turn)
+        except RuntimeError as e:
+            _deliver(self._take(), e)
+        else:
+            turn.add_done_callback(lambda turn: self._hand_back(loop, turn))
+
+    def _take(self) -> list[_Row]:
+        with self._lock:
+            rows, self._waiting, self._called = self._waiting, [], False
+        return [row for row in rows if not row.done.done()]
+
+    def _hand_back(self, loop: asyncio.AbstractEventLoop, turn: Future[list[_Row]]) -> None:
+        """On the thread that ended the turn."""
+        stopped = (
+            RuntimeError("The answer was given up: this process no longer computes") if turn.cancelled() else None
+        )
+        rows = self._take() if stopped else turn.result()
+        if rows and not loop.is_closed():
+            loop.call_soon_threadsafe(_deliver, rows, stopped)
+
+    # From here on: on the compute thread.
+
+    def _compute_turn(self) -> list[_Row]:
+        """Choose a token for each answer that has logits to come, and embed what its blocks get next."""
+        rows = self._take()
+        try:
+            with torch.inference_mode():
+                self._choose([row for row in rows if row.output is not None])
+                self._embed([row for row in rows if row.error is None and not row.answer.ended])
+        except Exception as e:  # the batch's: all of its answers end by it
+            for row in rows:
+                row.error = row.error or e
+        return rows
+
+    def _choose(self, rows: list[_Row]) -> None:
+        if not rows:
+            return
+        logits = self._ends.logits(torch.stack([row.output for row in rows if row.output is not None]))
+        plain = [number for number, row in enumerate(rows) if row.answer.choose.takes_the_likeliest]
+        likeliest = dict(zip(plain, logits[plain].argmax(dim=-1).tolist(), strict=True)) if plain else {}
+        for number, row in enumerate(rows):
+            try:
+                token = likeliest.get(number)
+                if token is None:
+                    token = row.answer.choose(row.answer.ids, logits[number : number + 1])
+                row.answer.append(token)
+                row.token = token
+            except Exception as e:  # one answer's settings are no matter of the others
+                row.error = e
+
+    def _embed(self, rows: list[_Row]) -> None:
+        if not rows:
+            return
+        new = [row.answer.unseen() for row in rows]
+        hidden = self._ends.embed(torch.cat([ids for ids, _ in new]), torch.cat([positions for _, positions in new]))
+        for row, part in zip(rows, hidden.split([len(ids) for ids, _ in new]), strict=True):
+            row.hidden = part[None]
+
+
+class _Answer:
+    """What is known of one answer: its tokens, and where it ends. Belongs to the compute thread once it has begun."""
+
+    def __init__(
+        self, prompt: Sequence[int], position: int, choose: Sampler, limit: int, ends: frozenset[int]
+    ) -> None:
+        self.choose = choose
+        self._ids = torch.tensor([prompt], dtype=torch.int64)
+        self._length, self._seen = len(prompt), 0
+        self._position = position  # of the prompt's first token
+        self._last = len(prompt) + limit
+        self._ends = ends
+        self.ended = False
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[1, prompt and answer so far]"""
+        return self._ids[:, : self._length]
+
+    def append(self, token: int) -> None:
+        """Take the next token; afterwards `ended` tells whether it is the last."""
+        if self._length == self._ids.shape[1]:
+            room = min(max(self._length, 64), self._last - self._length)
+            self._ids = torch.cat([self._ids, self._ids.new_zeros(1, room)], dim=1)
+        self._ids[0, self._length] = token
+        self._length += 1
+        self.ended = self._length == self._last or token in self._ends
+
+    def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token ids that the blocks get next, and their positions, [tokens] each."""
+        start, self._seen = self._seen, self._length
+        return self._ids[0, start : self._length], torch.arange(start, self._length) + self._position
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer that waits for its turn: with what the blocks returned for its last token [hidden], or at its beginning.
+
+    The turn's results: the token that was chosen, and what the blocks get next [1, tokens, hidden], None at the end; or an error.
+    """
+
+    answer: _Answer
+    output: torch.Tensor | None
+    done: asyncio.Future[None]
+    token: int | None = None
+    hidden: torch.Tensor | None = None
+    error: Exception | None = None
+
+
+def _deliver(rows: list[_Row], error: Exception | None = None) -> None:
+    """On the event loop."""
+    for row in rows:
+        if row.done.done():  # given up meanwhile
+            continue
+        if (failed := error or row.error) is not None:
+            row.done.set_exception(failed)
+        else:
+            row.done.set_result(None)

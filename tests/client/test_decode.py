@@ -1,0 +1,417 @@
+"""The decode loop on blocks in this process: the same texts as transformers' generate(), for many answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from span.families import FAMILIES, VOCABULARY, random_model
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from petals_win.client.choosing import Sampler, processors_of_generate
+from petals_win.client.decode import DecodeLoop
+from petals_win.client.ends import Ends
+from petals_win.client.hollow import hollow_model
+from petals_win.errors import NodeFull
+from petals_win.models.source import open_model
+from petals_win.span.compute import ComputeThread
+from petals_win.span.span import Session, Span
+
+LENGTHS = (1, 13, 5, 30, 2, 8, 21, 3)  # of prompts that are answered at once
+LIMIT = 10
+CLOSE = 1e-4  # between the two best logits, where sums in another order may decide
+
+torch.set_num_threads(1)
+
+
+class LocalSession:
+    """A session of a span of all blocks, as if they were elsewhere."""
+
+    def __init__(self, blocks: LocalBlocks, max_length: int) -> None:
+        self._blocks = blocks
+        self._session: Session = blocks.span.open(1, max_length)
+        self.steps: list[int] = []
+        self.closed = False
+
+    @property
+    def position(self) -> int:
+        return 0 if self.closed else self._session.position
+
+    async def step(self, hidden: torch.Tensor, *, prompts: Any = None, hypo_ids: Any = None) -> torch.Tensor:
+        assert not self.closed
+        self.steps.append(hidden.shape[1])
+        await self._blocks.before_a_step(self)
+        return await self._blocks.compute.submit(self._blocks.span.step, self._session, hidden)
+
+    async def close(self) -> None:
+        self.closed = True
+        self._session.close()
+
+
+class LocalBlocks:
+    def __init__(self, span: Span, compute: ComputeThread) -> None:
+        self.span, self.compute = span, compute
+        self.sessions: list[LocalSession] = []
+        self.before_a_step: Callable[[LocalSession], Any] = self._nothing
+
+    async def _nothing(self, _session: LocalSession) -> None:
+        return None
+
+    def open(self, max_length: int) -> LocalSession:
+        self.sessions.append(LocalSession(self, max_length))
+        return self.sessions[-1]
+
+
+class Decoding:
+    """A model of one of the families, whole for reference, and cut into what a client and a node have of it."""
+
+    def __init__(self, folder: Path, family: str, compute: ComputeThread, **changes: Any) -> None:
+        random_model(family, **changes).save_pretrained(folder)
+        source = open_model(str(folder))
+        self.whole: PreTrainedModel = random_model(family, **changes)
+        self.hollow = hollow_model(source, nn.Identity())
+        self.blocks = LocalBlocks(Span.load(source, 0, source.num_blocks), compute)
+        self.loop = DecodeLoop(self.hollow, compute)
+
+    def run(self, prompts: Sequence[list[int]], limit: int = LIMIT, ends: set[int] | None = None, **arguments: Any):
+        """The answers to all prompts, asked for at once."""
+
+        async def all_of_them() -> list[list[int]]:
+            return await asyncio.gather(
+                *(self.answer(prompt, limit, ends or set(), **arguments) for prompt in prompts)
+            )
+
+        return asyncio.run(asyncio.wait_for(all_of_them(), 60))
+
+    async def answer(
+        self,
+        prompt: list[int],
+        limit: int = LIMIT,
+        ends: set[int] | None = None,
+        seed: int | None = None,
+        **arguments: Any,
+    ) -> list[int]:
+        session = self.blocks.open(len(prompt) + limit)
+        try:
+            choose = self.sampler(prompt, limit, seed, **arguments)
+            return [
+                token
+                async for token in self.loop.generate(session, prompt, choose=choose, limit=limit, ends=ends or set())
+            ]
+        finally:
+            await session.close()
+
+    def sampler(self, prompt: list[int], limit: int, seed: int | None, **arguments: Any) -> Sampler:
+        if seed is None:
+            arguments = {"do_sample": False, **arguments}
+        processors = processors_of_generate(self.hollow, torch.tensor([prompt]), max_new_tokens=limit, **arguments)
+        return Sampler(processors, None if seed is None else torch.Generator().manual_seed(seed))
+
+    def reference(
+        self, prompt: list[int], limit: int = LIMIT, **arguments: Any
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Of transformers' generate(): the answer, and the scores [vocabulary] of each of its tokens."""
+        settings = {
+            "do_sample": False,
+            "max_new_tokens": limit,
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
+        made = self.whole.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            **settings,
+            **arguments,
+        )
+        return made.sequences[0, len(prompt) :].tolist(), [scores[0] for scores in made.scores]
+
+
+def assert_same(answer: list[int], reference: tuple[list[int], list[torch.Tensor]]) -> None:
+    """Equal, or at the first token that differs the reference could not tell either."""
+    tokens, scores = reference
+    for mine, theirs, score in zip(answer, tokens, scores, strict=False):
+        if mine != theirs:
+            best = score.topk(2).values
+            assert best[0] - best[1] <= CLOSE
+            return
+    assert len(answer) == len(tokens)
+
+
+@pytest.fixture(scope="module")
+def compute() -> Iterator[ComputeThread]:
+    thread = ComputeThread()
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory: pytest.TempPathFactory, compute: ComputeThread) -> Callable[..., Decoding]:
+    made: dict[str, Decoding] = {}
+
+    def make(family: str = "llama", **changes: Any) -> Decoding:
+        key = f"{family}{changes}"
+        if key not in made:
+            made[key] = Decoding(tmp_path_factory.mktemp(family) / family, family, compute, **changes)
+        return made[key]
+
+    return make
+
+
+def some_prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_at_once_are_those_of_generate(decoding, family):
+    made = decoding(family)
+    prompts = some_prompts()
+    settings = {"eos_token_id": None, "no_repeat_ngram_size": 1}  # without which random models repeat a token
+    answers = made.run(prompts, **settings)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_same(answer, made.reference(prompt, **settings))
+    assert_same(made.run(prompts[:1], eos_token_id=None)[0], made.reference(prompts[0], eos_token_id=None))
+    assert made.loop._ends.batched
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_positions_that_cannot_be_given(tmp_path, compute, monkeypatch, family):
+    """A decoder that counts positions by its cache alone: found out by numbers where they matter, and then one by one."""
+    model = hollow_model(_saved(tmp_path, family), nn.Identity())
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def without_positions(input_ids=None, **given):
+        if given.pop("position_ids", None) is not None:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+        return forward(input_ids=input_ids, **given)
+
+    right = Ends(hollow_model(_saved(tmp_path, family), nn.Identity()))
+    monkeypatch.setattr(decoder, "forward", without_positions)
+    ends = Ends(model)
+    assert ends.batched == (family != "gpt2")
+    ids, positions = torch.tensor([5, 6, 7, 8, 9, 5]), torch.tensor([3, 4, 5, 0, 1, 7])
+    assert torch.equal(ends.embed(ids, positions), right.embed(ids, positions))
+
+
+def _saved(folder: Path, family: str):
+    random_model(family).save_pretrained(folder / family)
+    return open_model(str(folder / family))
+
+
+def test_one_answer_is_the_same_alone_and_beside_others(decoding):
+    made = decoding("llama")
+    prompts = some_prompts()
+    drawn = {"do_sample": True, "temperature": 1.5, "top_k": 50}
+    alone = [made.run([prompt], seed=seed, **drawn)[0] for seed, prompt in enumerate(prompts)]
+
+    async def at_once() -> list[list[int]]:
+        return await asyncio.gather(*(made.answer(p, seed=seed, **drawn) for seed, p in enumerate(prompts)))
+
+    assert asyncio.run(at_once()) == alone
+    assert made.run([prompts[0]], seed=99, **drawn)[0] != alone[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(100, 320))},
+        {"begin_suppress_tokens": list(range(3, 310))},
+        {"forced_eos_token_id": 7},
+        {"bad_words_ids": [[230, 230], [9]]},
+        {"min_new_tokens": 5, "eos_token_id": list(range(100, 320))},
+        {"sequence_bias": {(17,): 100.0}},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_generate_applies_is_applied(decoding, settings):
+    made = decoding("llama")
+    (prompt,) = some_prompts([9])
+    ends = set(settings.get("eos_token_id", [2]))
+    answer = made.run([prompt], ends=ends, **settings)[0]
+    assert_same(answer, made.reference(prompt, **settings))
+    assert answer != made.run([prompt])[0], "it makes a difference"
+
+
+def test_settings_of_the_models_own(tmp_path, compute):
+    made = Decoding(tmp_path / "llama", "llama", compute)
+    (prompt,) = some_prompts([9])
+    plain = made.run([prompt])[0]
+    for model in (made.hollow, made.whole):
+        model.generation_config.suppress_tokens = plain[:2]
+    assert_same(made.run([prompt])[0], made.reference(prompt))
+    assert not set(plain[:2]) & set(made.run([prompt])[0])
+
+
+def test_an_answer_ends_by_its_limit_or_by_an_end_token(decoding):
+    made = decoding("gpt2")
+    (prompt,) = some_prompts([6])
+    whole = made.run([prompt])[0]
+    assert len(whole) == LIMIT
+    assert made.run([prompt], limit=1)[0] == whole[:1]
+    assert made.blocks.sessions[-1].steps == [6], "nothing is computed for a token that nobody wants"
+    end = whole[4]
+    assert made.run([prompt], ends={end, 1})[0] == whole[: whole.index(end) + 1]
+    assert made.blocks.sessions[-1].steps == [6] + [1] * whole.index(end)
+
+
+def test_up_to_the_last_position_that_was_learned(decoding):
+    made = decoding("gpt2")
+    (prompt,) = some_prompts([250])
+    assert_same(made.run([prompt], limit=6)[0], made.reference(prompt, limit=6))
+
+
+def test_all_that_wait_share_a_pass(decoding, monkeypatch):
+    made = decoding("llama")
+    rows: list[int] = []
+    logits = made.loop._ends.logits
+    monkeypatch.setattr(made.loop._ends, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    waiting: list[asyncio.Event] = []
+
+    async def together(_session: LocalSession) -> None:
+        """Each step waits until all sessions have come to it."""
+        waiting.append(asyncio.Event())
+        mine = waiting[-1]
+        if len(waiting) == len(LENGTHS):
+            for event in waiting:
+                event.set()
+            waiting.clear()
+        await mine.wait()
+
+    async def step(self: LocalSession, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        await together(self)
+        return hidden
+
+    monkeypatch.setattr(LocalSession, "step", step)
+    made.run(some_prompts())
+    assert rows == [len(LENGTHS)] * LIMIT
+
+
+def test_bad_prompts(decoding):
+    made = decoding("llama")
+    choose = Sampler(LogitsProcessorList())
+    for prompt, limit in (([], 5), ([3], 0)):
+        with pytest.raises(ValueError, match="are no answer"):
+            asyncio.run(_rest_of(made.loop.generate(made.blocks.open(9), prompt, choose=choose, limit=limit, ends=())))
+
+
+def test_an_error_of_one_answer_is_no_other_s(decoding, monkeypatch):
+    made = decoding("llama")
+    prompts = some_prompts([4, 5, 6])
+    alone = made.run([prompts[2]])[0]
+
+    class Refusing(Sampler):
+        def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
+            if ids.shape[1] > 7:
+                raise ZeroDivisionError
+            return super().__call__(ids, logits)
+
+    async def full(session: LocalSession) -> None:
+        if session is made.blocks.sessions[-2] and len(session.steps) == 3:
+            raise NodeFull("no room")
+
+    async def one(prompt: list[int], choose: Sampler) -> tuple[list[int], BaseException | None]:
+        session, tokens = made.blocks.open(40), []
+        try:
+            async for token in made.loop.generate(session, prompt, choose=choose, limit=LIMIT, ends=set()):
+                tokens.append(token)
+        except Exception as e:
+            return tokens, e
+        return tokens, None
+
+    async def all_of_them():
+        suppressing = processors_of_generate(made.hollow, torch.tensor([[3]]), max_new_tokens=1, suppress_tokens=[3])
+        samplers = [Refusing(suppressing), Sampler(LogitsProcessorList()), Sampler(LogitsProcessorList())]
+        return await asyncio.gather(*(one(p, choose) for p, choose in zip(prompts, samplers, strict=True)))
+
+    monkeypatch.setattr(made.blocks, "before_a_step", full)
+    (refused, first), (cut, second), (whole, third) = asyncio.run(all_of_them())
+    assert isinstance(first, ZeroDivisionError) and len(refused) == 4
+    assert isinstance(second, NodeFull) and len(cut) == 2
+    assert third is None and whole == alone
+
+
+@pytest.mark.parametrize("how", ["aclose", "cancel"])
+@pytest.mark.parametrize("slow", ["step", "compute"])
+def test_whoever_stops_reading_ends_the_computation(decoding, monkeypatch, how, slow):
+    made = decoding("llama")
+    prompt, other = some_prompts([4, 5])
+    known = made.run([other])[0]
+    ended: list[float] = []
+
+    async def never(session: LocalSession) -> None:
+        if len(session.steps) > 3:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(time.monotonic())
+
+    if slow == "step":
+        monkeypatch.setattr(made.blocks, "before_a_step", never)
+
+    async def run() -> None:
+        session = made.blocks.open(240)
+        tokens = made.loop.generate(session, prompt, choose=Sampler(LogitsProcessorList()), limit=200, ends=set())
+        for _ in range(3):
+            await anext(tokens)
+        began = time.monotonic()
+        if how == "aclose":
+            await tokens.aclose()
+        else:
+            reader = asyncio.create_task(_rest_of(tokens))
+            await asyncio.sleep(0.01)
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+        assert time.monotonic() - began < 0.1 + 0.01
+        assert len(asyncio.all_tasks()) == 1, "nothing of it is left"
+        steps = len(session.steps)
+        if slow == "step":
+            assert len(ended) == 1
+            monkeypatch.undo()
+        await asyncio.sleep(0.05)
+        assert len(session.steps) == steps < 200
+        await session.close()
+        assert await made.answer(other) == known
+
+    asyncio.run(run())
+
+
+async def _rest_of(tokens) -> list[int]:
+    return [token async for token in tokens]
+
+
+def test_the_compute_thread_ends(tmp_path):
+    compute = ComputeThread()
+    compute.start()
+    made = Decoding(tmp_path / "llama", "llama", compute)
+    (prompt,) = some_prompts([4])
+
+    async def run() -> None:
+        session = made.blocks.open(240)
+        tokens = made.loop.generate(session, prompt, choose=Sampler(LogitsProcessorList()), limit=200, ends=set())
+        await anext(tokens)
+        busy, go = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+        compute.submit(lambda: loop.call_soon_threadsafe(busy.set) and go.wait(10))
+        await busy.wait()
+        stop = asyncio.create_task(asyncio.to_thread(compute.stop))
+        await asyncio.sleep(0.05)
+        go.set()
+        with pytest.raises((RuntimeError, asyncio.CancelledError)):
+            async with asyncio.timeout(10):
+                await _rest_of(tokens)
+        await stop
+
+    asyncio.run(run())

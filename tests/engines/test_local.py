@@ -1,0 +1,120 @@
+"""The engine "local": the same tokens as transformers, whatever the model, and little memory for many answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from contract import Whole, soon, started, whole
+from tiny_chat import tiny_chat_model
+from transformers import AutoModelForCausalLM
+
+from petals_win.engines.base import EngineClosed, GenerationRequest, Token
+from petals_win.engines.local import LocalEngine
+from petals_win.engines.registry import EngineSettings, find_engine
+from petals_win.engines.text import TextEngine
+from petals_win.node import served
+
+CONTEXT = 4096
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_chat_model(tmp_path_factory.mktemp("chat") / "tiny", context=CONTEXT, ends=0)
+
+
+def use(folder: Path, action: Callable[[TextEngine, LocalEngine], Awaitable], *, room: int | None = None):
+    """Run a coroutine function on an engine that has memory for `room` tokens; afterwards none of it is taken."""
+
+    async def within():
+        engine = await asyncio.to_thread(find_engine("local"), EngineSettings(str(folder)))
+        assert isinstance(engine, TextEngine) and isinstance(engine.tokens, LocalEngine)
+        budget, span = engine.tokens._blocks._budget, engine.tokens._blocks._span
+        if room is not None:
+            budget.total_bytes = room * span.cache_bytes_per_token
+        async with started(engine):
+            result = await asyncio.wait_for(action(engine, engine.tokens), 100)
+            assert await soon(lambda: budget.bytes_left == budget.total_bytes), "memory did not come back"
+            return result
+
+    return asyncio.run(within())
+
+
+def chat(text: str = "Hello", **settings) -> GenerationRequest:
+    messages = ({"role": "user", "content": text},)
+    return GenerationRequest(**{"model": "tiny", "messages": messages, "temperature": 0, **settings})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("qwen3", {"head_dim": 18}), ("gpt2", {}), ("gpt_neox", {}), ("bloom", {}), ("gemma3_text", {})],
+    ids=["llama", "odd heads", "learned positions", "no grouped heads", "alibi", "windows"],
+)
+def test_the_tokens_are_those_of_transformers(tmp_path, family, changes):
+    folder = tiny_chat_model(tmp_path / "tiny", family, context=256, ends=0, **changes)
+    prompts = [[1, 40 + n, *range(20, 24 + 5 * n)] for n in range(3)]
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = [
+        reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+
+    async def ask(_engine: TextEngine, tokens: LocalEngine):
+        async def answer(prompt: list[int]) -> list[int]:
+            return [token async for token in tokens.generate(prompt, chat(), 20)]
+
+        return await asyncio.gather(*map(answer, prompts))
+
+    assert use(folder, ask) == expected
+
+
+def test_answers_that_grow_beyond_what_there_is_are_all_given(folder, monkeypatch):
+    """Two are let in, and both come to want more than is left. Who starts over goes on with the same text."""
+    monkeypatch.setattr(served, "PIECE_TOKENS", 32)
+    opened: list[int] = []
+
+    async def ask(engine: TextEngine, tokens: LocalEngine):
+        open_session = tokens._blocks.open
+        monkeypatch.setattr(tokens._blocks, "open", lambda length: opened.append(length) or open_session(length))
+        settings = [dict(temperature=0), dict(temperature=1.0, seed=5, min_tokens=100, repetition_penalty=1.1)]
+        asked = [chat(f"Number {n}", max_tokens=130, **settings[n]) for n in range(2)]
+        at_once = await asyncio.gather(*(whole(engine, each) for each in asked))
+        assert len(opened) > 2, "nobody had to start over, so the test shows nothing"
+        return at_once, [await whole(engine, each) for each in asked]
+
+    at_once, alone = use(folder, ask, room=170)
+    assert at_once == alone
+    assert [answer.usage.completion_tokens for answer in at_once] == [130] * 2
+
+
+def test_what_there_is_memory_for_is_the_context_that_is_offered(folder):
+    async def ask(engine: TextEngine, _tokens: LocalEngine) -> tuple[int, Whole]:
+        return engine.models()[0].context_length, await whole(engine, chat("x" * 250))
+
+    context, answer = use(folder, ask, room=300)
+    assert context == 300 and answer.reason == "length"
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 300
+
+
+def test_closing_ends_those_that_wait_in_the_line(folder):
+    async def ask(engine: TextEngine, tokens: LocalEngine):
+        budget = tokens._blocks._budget
+        long = engine.generate(chat("x" * 3000))
+        assert isinstance(await anext(long), Token)
+        budget.total_bytes = budget.total_bytes - budget.bytes_left + 1
+        waiting = asyncio.create_task(whole(engine, chat("y" * 100)))
+        assert await soon(lambda: len(budget._line) == 1)
+        began = time.monotonic()
+        await engine.close()
+        with pytest.raises(EngineClosed):
+            await waiting
+        with pytest.raises(EngineClosed):
+            async for _ in long:
+                pass
+        assert time.monotonic() - began < 5
+
+    use(folder, ask, room=5000)
