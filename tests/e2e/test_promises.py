@@ -41,17 +41,16 @@ def test_a_session_survives_the_loss_of_a_node():
             with remote.inference_session(max_length=64) as session:
 
                 def kill_the_node_in_use():
-                    used = session._server_sessions[-1].span
-                    assert (used.start, used.end) == (15, 30)
-                    victim = node_of(swarm, used.peer_id)
-                    psutil.Process(victim.child.pid).kill()
-                    killed.append(used.peer_id)
+                    used, start, end = session.remote.route[-1]
+                    assert (start, end) == (15, 30)
+                    psutil.Process(node_of(swarm, used).child.pid).kill()
+                    killed.append(used)
 
                 killed: list[object] = []
                 text = remote.generate(
                     prompt, streamer=AfterTokens(15, kill_the_node_in_use), session=session, **options
                 )
-                assert killed and session._server_sessions[-1].span.peer_id != killed[0]
+                assert killed and session.remote.route[-1][0] != killed[0]
             assert torch.equal(text, undisturbed)
         finally:
             disconnect(remote)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from nodes_here import NodeHere, nodes_here
-from petals.client.inference_session import InferenceSession
 from tiny_chat import tiny_chat_model
 
+from petals_win.client import session as remote_session
+from petals_win.client.routes import Routes
 from petals_win.engines.base import (
     ContextTooLong,
     GenerationRequest,
@@ -123,15 +124,15 @@ def test_chats_that_grow_beyond_what_there_is_are_all_answered(folder, nodes, mo
     monkeypatch.setattr(served, "PIECE_TOKENS", 32)
     for node in nodes:
         node.make_room_for(170)
-    update, routes_made = InferenceSession._update_sequence, []
+    make, routes_made = Routes.open, []
 
-    def counted(session, *where):
+    async def counted(routes, *where):
         routes_made.append(where)
-        return update(session, *where)
+        return await make(routes, *where)
 
     async def ask(engine):
         asked = [chat(f"Number {n}", max_tokens=130, temperature=0) for n in range(2)]
-        monkeypatch.setattr(InferenceSession, "_update_sequence", counted)
+        monkeypatch.setattr(Routes, "open", counted)
         at_once = await asyncio.gather(*(answer(engine, each) for each in asked))
         assert len(routes_made) > 2, "nobody had to start over, so the test shows nothing"
         assert [count for _, count in at_once] == [130] * 2
@@ -159,7 +160,7 @@ def test_a_chat_waits_until_another_has_ended_and_whoever_leaves_the_line_frees_
 
 
 def test_the_node_s_own_sentence_comes_when_the_wait_was_in_vain(folder, nodes, monkeypatch):
-    monkeypatch.setattr("petals.client.inference_session._patience", lambda: 1.0)
+    monkeypatch.setattr(remote_session, "PATIENCE_SECONDS", 1.0)
 
     async def ask(engine):
         long = engine.generate(chat("x" * 3000))
@@ -245,7 +246,7 @@ def test_a_prompt_of_several_thousand_tokens_without_grouped_heads(tmp_path):
 
 
 def test_memory_that_runs_out_on_the_device_is_no_failure(folder, nodes, monkeypatch):
-    monkeypatch.setattr("petals.client.inference_session._patience", lambda: 1.5)
+    monkeypatch.setattr(remote_session, "PATIENCE_SECONDS", 1.5)
 
     def no_memory(*_args, **_more):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

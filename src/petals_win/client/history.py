@@ -1,4 +1,4 @@
-"""What one node was sent in a session, kept so that another node can take its place.
+"""The hidden states that pass one boundary between two blocks in a session, kept so that another node can take a node's place.
 
 Knows hidden states and beams. Does not know nodes or networks.
 """
@@ -7,38 +7,54 @@ from __future__ import annotations
 
 import torch
 
-_PARTS = 64  # so many steps are kept apart: joining them at every step would copy the whole history for each token
+_SHORT = 64  # tokens: shorter parts are joined with the one before, so that a part for each token is not left
 
 
-class InputHistory:
-    """The inputs [batch, tokens, hidden] of a session's steps so far, in the order of its present beams."""
+class Track:
+    """Hidden states [batch, tokens, hidden] from token `begin` on, in the order of the session's present beams.
 
-    def __init__(self) -> None:
-        self.length = 0
+    Each node reads what comes in from one track and fills the next one with what it answers. A node that takes another's place
+    answers the whole past anew, of which only that is taken which is not there.
+    """
+
+    def __init__(self, begin: int = 0) -> None:
+        self.begin = self.length = begin
         self._parts: list[torch.Tensor] = []
 
-    def add(self, inputs: torch.Tensor, new: int, position: int, hypo_ids: torch.Tensor | None = None) -> None:
-        """Take the step that begins at `position` and has `new` tokens; the same step a second time changes nothing.
-
-        `inputs` end with the new tokens; they may begin earlier, at 0, when a node before this one was replaced.
-        `hypo_ids` [batch]: row i goes on from what was row hypo_ids[i]. Raises ValueError if tokens in between are missing.
-        """
-        if self.length == position + new:
+    def add(self, start: int, hidden: torch.Tensor) -> None:
+        """Take the hidden states of the tokens from `start` on. Raises ValueError if tokens before them are missing."""
+        if start > self.length:
+            raise ValueError(f"Hidden states of token {start} came, but {self.length} tokens are known")
+        known = self.length - start
+        if known >= hidden.shape[1]:
             return
-        if self.length == 0 and inputs.shape[1] == position + new:
-            self._parts = [inputs]
-        elif self.length == position and inputs.shape[1] >= new:
-            if hypo_ids is not None:
-                self._parts = [self.whole()[hypo_ids]]
-            elif len(self._parts) == _PARTS:
-                self._parts = [self.whole()]
-            self._parts.append(inputs[:, -new:])
-        else:
-            raise ValueError(
-                f"The session is at token {position}, but {self.length} tokens are known, and {inputs.shape[1]} came"
-            )
-        self.length = position + new
+        self._parts.append(hidden[:, known:] if known else hidden)
+        self.length = start + hidden.shape[1]
+        # A token is copied once for each time that its part doubles, and no more than log2(_SHORT) times in all.
+        while len(self._parts) > 1 and self._parts[-2].shape[1] <= self._parts[-1].shape[1] < _SHORT:
+            self._parts[-2:] = [torch.cat(self._parts[-2:], dim=1)]
 
-    def whole(self) -> torch.Tensor:
-        """All inputs as one tensor. Raises RuntimeError (torch's) if there are none."""
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, dim=1)
+    def between(self, start: int, end: int) -> torch.Tensor:
+        """The hidden states [batch, end - start, hidden] of the tokens [start, end), which must be there."""
+        if not self.begin <= start < end <= self.length:
+            raise ValueError(f"The tokens {start} to {end} are asked for, {self.begin} to {self.length} are known")
+        found, part_end = [], self.length
+        for part in reversed(self._parts):
+            part_start = part_end - part.shape[1]
+            if part_start < end:
+                found.append(part[:, max(start - part_start, 0) : min(end, part_end) - part_start])
+            if part_start <= start:
+                break
+            part_end = part_start
+        return found[0] if len(found) == 1 else torch.cat(found[::-1], dim=1)
+
+    def reorder(self, hypo_ids: torch.Tensor) -> None:
+        """Go on with other beams: row i from what was row hypo_ids[i] (int64, [batch])."""
+        if self._parts:
+            self._parts = [self.between(self.begin, self.length)[hypo_ids]]
+
+    def copy(self) -> Track:
+        """The same now; either may grow without the other."""
+        other = Track(self.begin)
+        other.length, other._parts = self.length, list(self._parts)
+        return other

@@ -1,0 +1,224 @@
+"""A session at one node: chunks go out, answers come back in the same order, and a node that says nothing is asked whether it lives.
+
+Knows one node and one stream to it. Does not know what other nodes do, nor what to do when this one fails. All of it runs on
+the event loop that opened it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from petals_win.client.wire import BadAnswer, NodeRpc, last_request, read_answer, step_request
+
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 2.0  # without an answer, after which a node is asked whether it is there
+PING_SECONDS = 2.0  # that it has to say so
+_MOST_UNREAD = 16  # answers; no more chunks than a few are ever in flight
+_CLOSE_SECONDS = 3.0  # for a node's last word; it frees the session anyway when the stream ends
+
+
+class NodeLost(ConnectionError):
+    """A node is not there any more, or its session is not."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    start: int
+    shape: torch.Size
+    patience: float
+
+
+class ServerSession:
+    """The blocks [start, end) at one node. `sent` and `answered` count the session's tokens, past ones included.
+
+    :param uid: the blocks, as requests to this node name them
+    :param metadata: what goes along with the first request
+    :param answer_seconds: how long a node that lives may compute one chunk
+    """
+
+    def __init__(
+        self,
+        rpc: NodeRpc,
+        start: int,
+        end: int,
+        uid: str,
+        *,
+        compression: Any,
+        metadata: dict[str, Any],
+        answer_seconds: float,
+    ):
+        self.peer_id, self.start, self.end = rpc.peer_id, start, end
+        self.sent = self.answered = 0
+        self.hypo_ids: torch.Tensor | None = None  # that the next chunk brings along
+        self.closed = False
+        self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
+        self._session_id = str(uuid4())
+        self._metadata = metadata
+        self._in_flight: deque[_Sent] = deque()
+        self._requests: asyncio.Queue[Any] = asyncio.Queue()
+        self._inbox = _Inbox()
+        self._reading: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """How many chunks were sent and not answered."""
+        return len(self._in_flight)
+
+    @property
+    def place(self) -> tuple[str, str, int, int]:
+        """By what the node before this one finds the session."""
+        return self.peer_id.to_base58(), self._session_id, self.start, self.end
+
+    async def open(self, seconds: float) -> None:
+        """Open the stream. Raises TimeoutError after `seconds`, and what the network raises."""
+        async with asyncio.timeout(seconds):
+            answers = await self._rpc.inference(_until_last(self._requests))
+        self._reading = asyncio.create_task(self._inbox.read(answers))
+        await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
+
+    def send(
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        *,
+        step_id: str,
+        patience: float,
+        push_to: list[tuple[str, str, int, int]],
+    ) -> None:
+        """Send the next chunk [batch, tokens, hidden], with `hypo_ids` if there are any.
+
+        :param prompts: deep prompts [blocks of the model, batch or 1, prefix, hidden], for the first chunk of a session
+        :param patience: seconds that the node may keep a new session waiting for room
+        :param push_to: `place` of the nodes behind, for which this one need not wait for the client
+        """
+        metadata: dict[str, Any] = {"session_id": self._session_id, "step_id": step_id}
+        if self.sent == 0:
+            metadata |= {**self._metadata, "alloc_timeout": patience}
+        elif push_to:
+            metadata["next_servers"] = push_to
+        theirs = None if prompts is None else prompts[self.start : self.end]
+        self._requests.put_nowait(
+            step_request(self._uid, hidden, theirs, self.hypo_ids, compression=self._compression, metadata=metadata)
+        )
+        self.hypo_ids = None
+        self._in_flight.append(_Sent(self.sent, hidden.shape, patience if self.sent == 0 else 0.0))
+        self.sent += hidden.shape[1]
+
+    async def answer(self) -> tuple[int, torch.Tensor]:
+        """The answer [batch, tokens, hidden] to the oldest chunk in flight, and the token at which it begins.
+
+        Raises NodeLost when the node does not live, TimeoutError when it takes too long, and the node's own error.
+        """
+        chunk = self._in_flight[0]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._answer_seconds + chunk.patience
+        while not self._inbox:
+            left = deadline - loop.time()
+            if left <= 0:
+                raise TimeoutError(f"A node computed longer than {self._answer_seconds:.0f} s")
+            try:
+                async with asyncio.timeout(min(left, SILENT_SECONDS)):
+                    await self._inbox.news.wait()
+            except TimeoutError:
+                await self._see_whether_it_lives()
+        output = read_answer(self._inbox.take(), chunk.shape)
+        self._in_flight.popleft()
+        self.answered += output.shape[1]
+        return chunk.start, output
+
+    async def _see_whether_it_lives(self) -> None:
+        """Returns when the node says so, or answers. Raises NodeLost if it does neither in time."""
+        ping = asyncio.ensure_future(self._rpc.ping())
+        news = asyncio.ensure_future(self._inbox.news.wait())
+        try:
+            done, _ = await asyncio.wait({ping, news}, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if news in done:
+                return
+            if not done:
+                raise NodeLost(f"A node said nothing for {SILENT_SECONDS + PING_SECONDS:.0f} s")
+            if (error := ping.exception()) is not None:
+                raise NodeLost(f"A node cannot be reached any more: {error}") from error
+        finally:
+            for waiting in (ping, news):
+                waiting.cancel()
+            await asyncio.gather(ping, news, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End the session in order, which takes at most 3 s. Closing twice is allowed."""
+        if self.closed or self._reading is None:
+            return
+        self.closed = True
+        if self.sent and not self._in_flight and not self._reading.done():
+            self._requests.put_nowait(last_request())
+            await asyncio.wait({self._reading}, timeout=_CLOSE_SECONDS)
+        self._reading.cancel()
+        await asyncio.wait({self._reading})
+
+    def abort(self) -> None:
+        """End the stream at once, and with it the session at the node."""
+        self.closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def __del__(self) -> None:
+        # Python may call it on any thread, and nothing may be waited for there.
+        reading = getattr(self, "_reading", None)
+        if reading is not None and not reading.done() and not (loop := reading.get_loop()).is_closed():
+            loop.call_soon_threadsafe(reading.cancel)
+
+
+class _Inbox:
+    """Answers as they come. It is apart from the session so that the task that reads does not keep that alive."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()  # there is something to take
+        self._answers: deque[Any] = deque()
+        self._end: Exception | None = None
+
+    def __bool__(self) -> bool:
+        return self.news.is_set()
+
+    async def read(self, answers: AsyncGenerator[Any, None]) -> None:
+        try:
+            async with aclosing(answers):
+                async for answer in answers:
+                    self._answers.append(answer)
+                    self.news.set()
+                    if len(self._answers) > _MOST_UNREAD:
+                        raise BadAnswer("A node answers more than it was asked")
+            self._end = NodeLost("A node ended the session")
+        except Exception as e:
+            self._end = e
+        except asyncio.CancelledError:
+            self._end = NodeLost("The session at this node is closed")
+            raise
+        finally:
+            self.news.set()
+
+    def take(self) -> Any:
+        """The oldest answer. Raises how the stream ended if there is no more."""
+        if self._answers:
+            answer = self._answers.popleft()
+            if not self._answers and self._end is None:
+                self.news.clear()
+            return answer
+        assert self._end is not None
+        raise self._end
+
+
+async def _until_last(requests: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+    while True:
+        request = await requests.get()
+        yield request
+        if not request.tensors:
+            return

@@ -1,0 +1,364 @@
+"""A session through all blocks of a model, on the nodes of a swarm: steps, their replay elsewhere, waiting for room, giving up.
+
+Knows what a step has to pass and in which order, and the kinds of a node's errors. Does not know how a message looks, nor how a
+route is found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import torch
+from hivemind import PeerID
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import P2PHandlerError
+
+from petals_win.client.history import Track
+from petals_win.client.pieces import chunk_end, chunk_tokens, may_be_pushed
+from petals_win.client.routes import NodeFailure, Routes
+from petals_win.client.server_session import ServerSession
+from petals_win.errors import NodeFull, NodeRefused, node_error
+from petals_win.host.futures import AwaitableFuture
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 300.0  # that a step waits in all until full nodes have room
+_PATIENCE_WITH_PLACES = 20.0  # while the session holds places at nodes behind the full one
+_LONGEST_PAUSE = 15.0  # between two tries to find room
+_IN_FLIGHT = 2  # chunks at one node, so that it has the next one when it is through with one
+
+
+class RemoteSession:
+    """A conversation of up to `max_length` tokens, or a batch of equally long ones. One step at a time.
+
+    Nothing is sent before the first step. All work is done on the event loop of hivemind's client calls; whoever steps may be
+    on any other one.
+    """
+
+    def __init__(self, routes: Routes, max_length: int):
+        self._routes, self._max_length = routes, max_length
+        self._num_blocks = routes.num_blocks
+        self._position = 0
+        self._first_prompts: torch.Tensor | None = None
+        self._servers: list[ServerSession] = (
+            []
+        )  # in the order of their blocks; only in the middle of a step some are missing
+        self._tracks = {0: Track()}  # by the block that they lead into
+        self._stepping: asyncio.Task[Any] | None = None
+        self._closed = False
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session has seen."""
+        return self._position
+
+    @property
+    def route(self) -> list[tuple[PeerID, int, int]]:
+        """Each node and its blocks [start, end)."""
+        return [(server.peer_id, server.start, server.end) for server in self._servers]
+
+    async def step(
+        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden] through all blocks; returns the same shape, on the same device.
+
+        A node that fails is replaced by another one, which gets the whole past, up to `max_retries` times in a row with growing
+        pauses. Where one has no room, all of them get theirs back, and the step waits for its turn. Raises NodeFull if that takes
+        too long, NodeRefused for what a node will not do, and in the end what the last node failed of. Cancelling the task that
+        waits ends the session.
+
+        :param prompts: deep prompts [blocks, batch or 1, prefix, hidden], at the first step only
+        :param hypo_ids: int64 [batch]: row i goes on from what was row hypo_ids[i]
+        """
+        return await self.submit(hidden, prompts=prompts, hypo_ids=hypo_ids)
+
+    def submit(
+        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+    ) -> AwaitableFuture[torch.Tensor]:
+        """As `step`, for a thread without an event loop: the future can also be waited for, and cancelled."""
+        self._check(hidden, prompts, hypo_ids)
+        return RemoteExpertWorker.run_coroutine(
+            self._step(
+                hidden.detach().cpu(),
+                None if prompts is None else prompts.detach().cpu(),
+                None if hypo_ids is None else hypo_ids.cpu(),
+                like=hidden,
+            ),
+            return_future=True,
+        )
+
+    async def close(self) -> None:
+        """Give back what the nodes hold; a step in work ends. Takes at most 3 s. Closing twice is allowed."""
+        await self.submit_close()
+
+    def submit_close(self) -> AwaitableFuture[None]:
+        """As `close`, for a thread without an event loop."""
+        return RemoteExpertWorker.run_coroutine(self._close(), return_future=True)
+
+    def _check(self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None) -> None:
+        if self._closed:
+            raise RuntimeError("The session is closed")
+        if hidden.ndim != 3 or hidden.shape[1] == 0:
+            raise ValueError(f"Hidden states must be [batch, tokens, hidden], not {list(hidden.shape)}")
+        batch_size, new, hidden_size = hidden.shape
+        if self._position + new > self._max_length:
+            raise ValueError(
+                f"The session holds {self._max_length} tokens, {self._position} are used, and {new} more came"
+            )
+        if prompts is not None:
+            if self._position:
+                raise ValueError("Deep prompts belong to the first step of a session")
+            blocks, rows, length, size = prompts.shape
+            if blocks != self._num_blocks or rows not in (1, batch_size) or length > new or size != hidden_size:
+                raise ValueError(
+                    f"Deep prompts {list(prompts.shape)} do not fit {list(hidden.shape)} in {self._num_blocks} blocks"
+                )
+        if hypo_ids is not None:
+            if hypo_ids.shape != (batch_size,) or hypo_ids.dtype != torch.int64:
+                raise ValueError(f"hypo_ids must be {batch_size} int64 values")
+            if not 0 <= int(hypo_ids.min()) <= int(hypo_ids.max()) < batch_size:
+                raise ValueError(f"hypo_ids must be rows from 0 to {batch_size - 1}, not {hypo_ids.tolist()}")
+
+    # What follows runs on the client's event loop.
+
+    async def _step(
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        hypo_ids: torch.Tensor | None,
+        *,
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        if self._closed:
+            raise RuntimeError("The session is closed")
+        if self._stepping is not None:
+            raise RuntimeError("The session is in the middle of another step")
+        self._stepping = asyncio.current_task()
+        before, done = self._tracks[0].copy(), False
+        try:
+            if self._position == 0:
+                self._first_prompts = prompts
+            for server in self._servers:
+                server.hypo_ids = hypo_ids
+            if hypo_ids is not None:
+                for track in self._tracks.values():
+                    track.reorder(hypo_ids)
+            self._tracks[0].add(self._position, hidden)
+            output = await _Step(self, hidden).run()
+            self._position += hidden.shape[1]
+            done = True
+            return output.to(device=like.device, dtype=like.dtype)
+        except asyncio.CancelledError:
+            self._closed = True
+            raise
+        finally:
+            self._stepping = None
+            if not done:  # another one may be tried
+                self._abort()
+                self._tracks = {0: before}
+
+    async def _close(self) -> None:
+        self._closed = True
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait({self._stepping})
+        await self._give_back()
+
+    async def _give_back(self) -> None:
+        """End the sessions at all nodes in order."""
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.close() for server in servers))
+
+    def _abort(self) -> None:
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.abort()
+
+
+class _Step:
+    """One step of a session, through as many nodes and failures as it takes."""
+
+    def __init__(self, session: RemoteSession, hidden: torch.Tensor):
+        self._session, self._routes = session, session._routes
+        self._hidden, self._id = hidden, str(uuid4())
+        self._begin, self._end = session._position, session._position + hidden.shape[1]
+        self._output = Track(self._begin)
+        self._size = 0
+        self._deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        self._furthest: dict[int, int] = {}  # tokens by block: how many have ever come there
+        self._further = False  # whether more have come since the last failure
+        self._progress = asyncio.Condition()
+
+    async def run(self) -> torch.Tensor:
+        """The hidden states after the last block. Raises as RemoteSession.step."""
+        session, routes = self._session, self._routes
+        failures = fulls = 0
+        told: Exception | None = None
+        while (failure := await self._attempt()) is not None:
+            cause = failure.cause
+            refusal = node_error(str(cause))
+            if isinstance(refusal, NodeRefused):
+                raise refusal from cause
+            if isinstance(refusal, NodeFull):
+                pause = min(2**fulls, _LONGEST_PAUSE)
+                if self._patience <= pause:
+                    raise refusal from cause
+                logger.debug("No room at a node, starting over in %.0f s: %s", pause, refusal.sentence)
+                await session._give_back()
+                session._tracks = {0: session._tracks[0]}
+                fulls, failures = fulls + 1, 0
+                await asyncio.sleep(pause)
+                continue
+            self._drop(failure)
+            routes.failed(failure)
+            failures = 1 if self._further else failures + 1
+            told = cause if isinstance(cause, P2PHandlerError) else told
+            if failures == routes.max_attempts:
+                # That no node is left now says less than what the last one said.
+                raise (told or cause) if failure.peer_id is None else cause
+            pause = routes.pause(failures)
+            logger.warning("A step failed at %s, trying again in %.0f s: %r", failure, pause, cause)
+            logger.debug("It failed here:", exc_info=cause)
+            await asyncio.sleep(pause)
+        for server in session._servers:
+            routes.succeeded(server.peer_id)
+        return self._output.between(self._begin, self._end)
+
+    async def _attempt(self) -> NodeFailure | None:
+        """Pass as many nodes as possible. Returns what failed, None if nothing did."""
+        self._further = False
+        try:
+            await self._complete_the_route()
+            await self._pass_the_nodes()
+        except NodeFailure as failure:
+            return failure
+        return None
+
+    @property
+    def _patience(self) -> float:
+        return max(self._deadline - asyncio.get_running_loop().time(), 0.0)
+
+    def _drop(self, failure: NodeFailure) -> None:
+        for server in self._session._servers:
+            if server.start == failure.blocks[0] and server.peer_id == failure.peer_id:
+                server.abort()
+                self._session._servers.remove(server)
+                break
+
+    async def _complete_the_route(self) -> None:
+        """Open sessions for the blocks that have none, each of which gets the past from the track before it."""
+        session = self._session
+        while (gap := self._first_gap()) is not None:
+            opened = await self._routes.open(*gap, session._max_length)
+            session._servers = sorted([*session._servers, *opened], key=lambda server: server.start)
+        session._tracks = {server.start: session._tracks.get(server.start) or Track() for server in session._servers}
+        self._size = self._size or chunk_tokens(self._hidden, len(session._servers))
+
+    def _first_gap(self) -> tuple[int, int] | None:
+        block = 0
+        for server in self._session._servers:
+            if server.start > block:
+                return block, server.start
+            block = server.end
+        return (block, self._session._num_blocks) if block < self._session._num_blocks else None
+
+    async def _pass_the_nodes(self) -> None:
+        """Send each node what it lacks, in chunks, as soon as the node before has answered it."""
+        servers = self._session._servers
+        if all(self._chunk_end(server) == self._end for server in servers):
+            for number in range(len(servers)):
+                await self._send(number)
+                await self._receive(number)
+            return
+        passing = [asyncio.create_task(do(n)) for n in range(len(servers)) for do in (self._send, self._receive)]
+        try:
+            await asyncio.wait(passing, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for each in passing:
+                each.cancel()
+            results = await asyncio.gather(*passing, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    def _chunk_end(self, server: ServerSession) -> int:
+        prompts = self._session._first_prompts
+        at_least = 0 if prompts is None else prompts.shape[2]
+        return chunk_end(server.sent, self._begin, self._end, self._size, at_least)
+
+    async def _send(self, number: int) -> None:
+        session = self._session
+        server = session._servers[number]
+        track = session._tracks[server.start]
+        while server.sent < self._end:
+            end = self._chunk_end(server)
+            await self._until(lambda end=end: track.length >= end and server.in_flight < _IN_FLIGHT)
+            chunk = track.between(server.sent, end)
+            server.send(
+                chunk,
+                session._first_prompts if server.sent == 0 else None,
+                step_id=f"{self._id}/{server.sent}",
+                patience=self._patience_at(number),
+                push_to=self._push_to(number, end, chunk),
+            )
+            await self._notify()
+
+    async def _receive(self, number: int) -> None:
+        session = self._session
+        server = session._servers[number]
+        track = session._tracks[server.end] if server.end < session._num_blocks else self._output
+        while server.answered < self._end:
+            await self._until(lambda: server.in_flight > 0)
+            try:
+                start, output = await server.answer()
+            except Exception as e:
+                raise NodeFailure(server.peer_id, (server.start, server.end), e) from e
+            if start + output.shape[1] > track.begin:
+                track.add(max(start, track.begin), output[:, max(track.begin - start, 0) :])
+                if track.length > self._furthest.get(server.end, 0):
+                    self._furthest[server.end], self._further = track.length, True
+            await self._notify()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        if not condition():
+            async with self._progress:
+                await self._progress.wait_for(condition)
+
+    async def _notify(self) -> None:
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _patience_at(self, number: int) -> float:
+        """Seconds to wait for room at a new node. All sessions take their places in the order of the blocks, so that none waits
+        for the other in a circle; one that has places behind a node that was replaced gives them up soon."""
+        behind = any(later.sent for later in self._session._servers[number + 1 :])
+        return min(self._patience, _PATIENCE_WITH_PLACES) if behind else self._patience
+
+    def _push_to(self, number: int, end: int, chunk: torch.Tensor) -> list[tuple[str, str, int, int]]:
+        """The nodes behind that may get this chunk straight from the ones before. Only a step of one chunk is pushed, and never the
+        past: calls from node to node may overtake each other."""
+        servers = self._session._servers
+        whole = (servers[number].sent, end) == (self._begin, self._end)
+        if not whole or not self._routes.pushes or not may_be_pushed(chunk):
+            return []
+        places = []
+        for later in servers[number + 1 :]:
+            if later.sent == 0:
+                break
+            places.append(later.place)
+        return places
+
+
+class SwarmBlocks:
+    """All blocks of a model, on the nodes that `sequence_manager`, a petals RemoteSequenceManager, finds."""
+
+    def __init__(self, sequence_manager: Any):
+        self._routes = Routes(sequence_manager)
+
+    def open(self, max_length: int) -> RemoteSession:
+        """A session of at most `max_length` tokens. Sends nothing yet."""
+        return RemoteSession(self._routes, max_length)

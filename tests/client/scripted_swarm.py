@@ -1,0 +1,202 @@
+"""Nodes of a made-up model in this process, behind the calls of hivemind's P2P, that do what a test's script says.
+
+The real thing is in tests/e2e; here a node fails, hangs or is slow at the very chunk that a test means, and a log tells who did what when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hivemind import MSGPackSerializer, PeerID, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.p2p import P2PHandlerError
+from hivemind.proto import runtime_pb2
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
+
+BLOCKS, HIDDEN = 4, 8
+NONE = runtime_pb2.CompressionType.NONE
+
+
+class Block:
+    """Each token becomes what it was and a part of all before it, in its row, so that a lost or doubled token is seen."""
+
+    def __init__(self, number: int):
+        self.number, self.past = number, torch.zeros(0)
+
+    def step(self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None) -> torch.Tensor:
+        if self.past.numel() == 0:
+            self.past = torch.zeros(len(hidden), 1, HIDDEN, dtype=torch.float64)
+        if hypo_ids is not None:
+            self.past = self.past[hypo_ids]
+        hidden = hidden.to(torch.float64)
+        if prompts is not None:
+            hidden = hidden.clone()
+            hidden[:, : prompts.shape[1]] += prompts
+        sums = self.past + hidden.cumsum(1)
+        self.past = sums[:, -1:]
+        return (0.5 * hidden + 0.25 * sums + self.number).to(torch.float32)
+
+
+def blocks_of(start: int, end: int) -> Callable[..., torch.Tensor]:
+    """A new session's blocks [start, end): (hidden, prompts of these blocks, hypo_ids) -> hidden."""
+    blocks = [Block(number) for number in range(start, end)]
+
+    def step(hidden, prompts=None, hypo_ids=None):
+        for number, block in enumerate(blocks):
+            hidden = block.step(hidden, None if prompts is None else prompts[number], hypo_ids)
+        return hidden
+
+    return step
+
+
+@dataclass
+class Request:
+    """One request of a session as its node sees it. `number` counts those of all of the node's sessions."""
+
+    number: int
+    tokens: int
+    metadata: dict[str, Any]
+    pushed: bool
+
+
+async def _compute(_request: Request) -> None:
+    """What a script says when it says nothing."""
+
+
+@dataclass
+class Node:
+    """A node of the blocks [start, end). `script` is awaited before each request is computed."""
+
+    name: str
+    start: int
+    end: int
+    script: Callable[[Request], Awaitable[None]] = _compute
+    answer_shape: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
+    alive: bool = True  # whether it answers rpc_info
+    peer_id: PeerID = field(init=False)
+    requests: list[Request] = field(default_factory=list)
+    pings: int = 0
+    open: dict[str, asyncio.Queue] = field(default_factory=dict)
+    streams: int = 0
+
+    def __post_init__(self):
+        self.peer_id = PeerID(self.name.encode())
+
+
+class Swarm:
+    """What Routes asks for: a sequence manager, and its P2P. Routes prefer the nodes that come first."""
+
+    def __init__(self, *nodes: Node, max_retries: int | None = 3, request_timeout: float = 5.0):
+        self.nodes = list(nodes)
+        self.log: list[tuple[str, ...]] = []
+        self.failures: list[str | None] = []
+        self.config = SimpleNamespace(
+            max_retries=max_retries, request_timeout=request_timeout, connect_timeout=1.0, use_server_to_server=True
+        )
+        self.state = SimpleNamespace(p2p=self, rpc_info=None)
+        self.block_uids = tuple(f"model.{block}" for block in range(BLOCKS))
+        self.look_up: Callable[[], None] = lambda: None
+        self.avoided: set[PeerID] = set()
+
+    # The sequence manager.
+
+    def __len__(self) -> int:
+        return BLOCKS
+
+    def make_sequence(self, start, end, *, mode, cache_tokens_needed):
+        self.look_up()
+        spans, block = [], start
+        while block < end:
+            found = [n for n in self.nodes if n.start <= block < n.end and n.peer_id not in self.avoided]
+            if not found:
+                raise RuntimeError(f"Nobody holds the block {block}")
+            info = SimpleNamespace(content_id=None)
+            spans.append(SimpleNamespace(peer_id=found[0].peer_id, start=block, end=found[0].end, server_info=info))
+            block = found[0].end
+        return spans
+
+    def get_retry_delay(self, attempt: int) -> float:
+        return 0.0 if attempt == 0 else 0.01
+
+    def get_request_metadata(self, protocol, *args, **kwargs):
+        return {"protocol": 1, "active_adapter": None, "args_structure": None, "points": 0.0}
+
+    def on_request_failure(self, peer_id) -> None:
+        self.failures.append(None if peer_id is None else self._node(peer_id).name)
+        self.avoided.add(peer_id)
+
+    def on_request_success(self, peer_id) -> None:
+        self.avoided.discard(peer_id)
+
+    # The P2P.
+
+    def _node(self, peer_id) -> Node:
+        return next(node for node in self.nodes if node.peer_id == peer_id)
+
+    async def call_protobuf_handler(self, peer_id, name, request, answer_type):
+        assert name == "TransformerConnectionHandler.rpc_info"
+        node = self._node(peer_id)
+        node.pings += 1
+        if not node.alive:
+            await asyncio.Event().wait()
+        if not request.uid:
+            raise P2PHandlerError("no uid, says a node that lives")
+        info = {"inference_schema": ((BatchTensorDescriptor(HIDDEN),),)}
+        return SimpleNamespace(serialized_info=MSGPackSerializer.dumps(info))
+
+    async def iterate_protobuf_handler(self, peer_id, name, requests, answer_type):
+        assert name == "TransformerConnectionHandler.rpc_inference"
+        return self._serve(self._node(peer_id), requests)
+
+    async def _serve(self, node: Node, requests):
+        node.streams += 1
+        arrived: asyncio.Queue = asyncio.Queue()
+        reading = asyncio.create_task(self._read(requests, arrived))
+        session_id, compute, done = None, blocks_of(0, 0), set()
+        try:
+            while (request := await arrived.get()) is not None and request.tensors:
+                metadata = MSGPackSerializer.loads(request.metadata)
+                if session_id is None:
+                    session_id = metadata["session_id"]
+                    node.open[session_id] = arrived
+                    first, *_, last = [int(uid.split(".")[1]) for uid in request.uid.split()] * 2
+                    compute = blocks_of(first, last + 1)
+                if metadata["step_id"] in done:
+                    continue
+                done.add(metadata["step_id"])
+                hidden, prompts, hypo_ids = (deserialize_torch_tensor(tensor) for tensor in request.tensors)
+                seen = Request(len(node.requests), hidden.shape[1], metadata, bool(metadata.get("pushed")))
+                node.requests.append(seen)
+                self.log.append(("begin", node.name, metadata["step_id"].split("/")[1]))
+                await node.script(seen)
+                hidden = compute(hidden, prompts if prompts.numel() else None, hypo_ids if hypo_ids.numel() else None)
+                self.log.append(("end", node.name, metadata["step_id"].split("/")[1]))
+                output = serialize_torch_tensor(node.answer_shape(hidden), NONE)
+                self._push(request, metadata, output)
+                yield runtime_pb2.ExpertResponse(tensors=[output])
+        finally:
+            reading.cancel()
+            node.open.pop(session_id, None)
+            node.streams -= 1
+
+    async def _read(self, requests, arrived: asyncio.Queue) -> None:
+        async for request in requests:
+            arrived.put_nowait(request)
+
+    def _push(self, request, metadata: dict, output) -> None:
+        for peer, session_id, _start, _end in metadata.get("next_servers", ())[:1]:
+            node = next(node for node in self.nodes if node.peer_id.to_base58() == peer)
+            further = metadata["next_servers"][1:]
+            pushed = {**metadata, "session_id": session_id, "next_servers": further, "pushed": True}
+            if session_id in node.open:
+                node.open[session_id].put_nowait(
+                    runtime_pb2.ExpertRequest(
+                        uid="pushed",
+                        tensors=[output, *request.tensors[1:]],
+                        metadata=MSGPackSerializer.dumps(pushed),
+                    )
+                )

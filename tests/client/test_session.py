@@ -1,0 +1,520 @@
+"""The remote session over scripted nodes: what it computes, and what it does when one of them fails, hangs, is full or refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+
+import pytest
+import torch
+from hivemind.p2p import P2PHandlerError
+from scripted_swarm import BLOCKS, HIDDEN, Node, Swarm, blocks_of
+
+from petals_win.client import pieces, server_session
+from petals_win.client import session as remote_session
+from petals_win.client.blocking import InferenceSession, SessionCancelled
+from petals_win.client.looking import LookUpFailed
+from petals_win.client.session import RemoteSession, SwarmBlocks
+from petals_win.errors import NodeFull, NodeRefused
+
+FULL = P2PHandlerError("failed: [petals-win:full] No room, says the node.")
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    monkeypatch.setattr(server_session, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(server_session, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(pieces, "_PIPELINED", 8)
+    monkeypatch.setattr(pieces, "_ALONE", 16)
+
+
+def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def run(action, seconds: float = 10):
+    return asyncio.run(asyncio.wait_for(action, seconds))
+
+
+def opened(swarm: Swarm, max_length: int = 1000) -> RemoteSession:
+    return SwarmBlocks(swarm).open(max_length)
+
+
+def two(**more) -> tuple[Node, Node]:
+    return Node("a", 0, 2, **more), Node("b", 2, BLOCKS, **more)
+
+
+async def eventually(condition, seconds: float = 3) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def check_steps(swarm: Swarm, lengths=(30, 1, 1, 9, 1), rows: int = 1) -> None:
+    """A conversation of such steps gets what one process computes, and leaves nothing open."""
+    expected, session = blocks_of(0, BLOCKS), opened(swarm)
+    for number, length in enumerate(lengths):
+        hidden = tokens(length, rows, number)
+        torch.testing.assert_close(await session.step(hidden), expected(hidden), rtol=1e-5, atol=1e-5)
+    assert session.position == sum(lengths)
+    await session.close()
+    await session.close()
+    await eventually(lambda: all(node.streams == 0 for node in swarm.nodes))
+
+
+def failing_at(number: int, error: Exception | None = None, again: bool = False):
+    """A script that fails at one request, or hangs there if there is no error."""
+
+    async def script(request):
+        if request.number == number or again and request.number > number:
+            if error is None:
+                await asyncio.Event().wait()
+            raise error
+
+    return script
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_of_any_length(rows):
+    run(check_steps(Swarm(*two()), rows=rows))
+    run(check_steps(Swarm(Node("whole", 0, BLOCKS)), rows=rows))
+
+
+def test_every_token_goes_once_to_each_node_in_chunks_of_the_route_s_size():
+    swarm = Swarm(*two())
+    run(check_steps(swarm, (20, 1)))
+    for node in swarm.nodes:
+        assert [request.tokens for request in node.requests] == [8, 8, 4, 1]
+    alone = Swarm(Node("whole", 0, BLOCKS))
+    run(check_steps(alone, (20, 1)))
+    assert [request.tokens for request in alone.nodes[0].requests] == [16, 4, 1]
+
+
+def test_chunks_follow_each_other_through_the_nodes():
+    """The first node finishes its third chunk only when the second one works on its second: without a pipeline it never would."""
+    reached = asyncio.Event()
+    first, second = two()
+
+    async def at_the_first(request):
+        if request.number == 2:
+            await asyncio.wait_for(reached.wait(), 3)
+
+    async def at_the_second(request):
+        if request.number == 1:
+            reached.set()
+
+    first.script, second.script = at_the_first, at_the_second
+    swarm = Swarm(first, second)
+    run(check_steps(swarm, (40, 1)))
+    assert swarm.failures == []
+    for name in ("a", "b"):
+        begun = [int(where) for what, node, where in swarm.log if (what, node) == ("begin", name)]
+        assert begun == sorted(begun)
+    assert swarm.log.index(("begin", "b", "8")) < swarm.log.index(("end", "a", "16"))
+
+
+def test_no_more_than_two_chunks_wait_at_a_node():
+    first, second = two()
+    most = 0
+    held = asyncio.Event()
+
+    async def hold(request):
+        nonlocal most
+        if request.number == 0:
+            await asyncio.sleep(0.05)
+            most = sum(len(server._in_flight) for server in session._servers if server.start == 0)
+            held.set()
+
+    async def ask():
+        nonlocal session
+        session = opened(swarm)
+        await session.step(tokens(80))
+        assert held.is_set() and most == 2
+        await session.close()
+
+    first.script, session = hold, None
+    swarm = Swarm(first, second)
+    run(ask())
+
+
+def test_one_token_is_pushed_to_the_next_node_and_counted_once():
+    swarm = Swarm(*two())
+    run(check_steps(swarm, (5, 1, 1, 30, 1)))
+    second = swarm.nodes[1]
+    pushed = [request.metadata["step_id"].split("/")[1] for request in second.requests if request.pushed]
+    assert pushed == [
+        "5",
+        "6",
+        "37",
+    ], "the first step has nobody to push to yet, and chunks in a pipeline might overtake"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("at", [0, 2, 4, 5, 7])
+def test_a_node_that_fails_is_replaced(victim, at):
+    first, second = two()
+    nodes = [first, second]
+    nodes[victim].script = failing_at(at, RuntimeError("the cable is loose"))
+    swarm = Swarm(*nodes, Node("c", 0, 2), Node("d", 2, BLOCKS))
+    run(check_steps(swarm))
+    assert swarm.failures == [nodes[victim].name]
+
+
+def test_several_nodes_take_the_place_of_one():
+    swarm = Swarm(Node("whole", 0, BLOCKS, failing_at(3, RuntimeError("gone"))), Node("a", 0, 1), Node("b", 1, 4))
+    run(check_steps(swarm))
+    assert swarm.failures == ["whole"]
+
+
+def test_nothing_of_the_past_is_pushed():
+    """The replayed past ends with a chunk as long as the step in work."""
+    first, second = two()
+    second_to_fail = Node("a", 0, 2, failing_at(3, RuntimeError("gone")))
+    swarm = Swarm(second_to_fail, second, Node("c", 0, 2))
+    run(check_steps(swarm, (16, 1, 1, 1, 1)))
+    assert swarm.failures == ["a"]
+    assert [request.tokens for request in second.requests] == [8, 8, 1, 1, 1, 1]
+
+
+def test_beams_are_replayed_as_they_are_now():
+    async def ask(swarm):
+        expected, session = blocks_of(0, BLOCKS), opened(swarm)
+        for number, order in enumerate([None, [2, 0, 0], None, [1, 1, 2], [0, 2, 1]]):
+            hidden = tokens(12 if number == 0 else 1, 3, number)
+            hypo_ids = None if order is None else torch.tensor(order)
+            output = await session.step(hidden, hypo_ids=hypo_ids)
+            torch.testing.assert_close(output, expected(hidden, None, hypo_ids), rtol=1e-5, atol=1e-5)
+        await session.close()
+
+    for victim, at in ((0, 4), (1, 4), (0, 7), (1, 8)):
+        nodes = two()
+        nodes[victim].script = failing_at(at, RuntimeError("gone"))
+        swarm = Swarm(*nodes, Node("c", 0, 2), Node("d", 2, BLOCKS))
+        run(ask(swarm))
+        assert len(swarm.failures) == 1
+
+
+@pytest.mark.parametrize("at", [None, 0, 1, 3])
+def test_deep_prompts_are_added_once_by_each_block_and_replayed(at):
+    """They are longer than a chunk, and lie within the first one."""
+    nodes = two()
+    if at is not None:
+        nodes[1].script = failing_at(at, RuntimeError("gone"))
+    swarm = Swarm(*nodes, Node("d", 2, BLOCKS))
+
+    async def ask():
+        expected, session = blocks_of(0, BLOCKS), opened(swarm)
+        prompts = torch.randn(BLOCKS, 1, 11, HIDDEN, generator=torch.Generator().manual_seed(5))
+        for number, length in enumerate((30, 1, 1)):
+            hidden, deep = tokens(length, 1, number), prompts if number == 0 else None
+            output = await session.step(hidden, prompts=deep)
+            torch.testing.assert_close(output, expected(hidden, deep), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="first step"):
+            await session.step(tokens(11), prompts=prompts)
+        await session.close()
+
+    run(ask())
+    assert nodes[0].requests[0].tokens == 11
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("at", [0, 2, 4, 6])
+def test_a_node_that_hangs_is_replaced(victim, at):
+    nodes = two()
+    nodes[victim].script = failing_at(at)
+
+    async def freeze(request, script=nodes[victim].script):
+        nodes[victim].alive = request.number < at
+        await script(request)
+
+    nodes[victim].script = freeze
+    swarm = Swarm(*nodes, Node("c", 0, 2), Node("d", 2, BLOCKS), request_timeout=60)
+    began = time.monotonic()
+    run(check_steps(swarm), 5)
+    assert swarm.failures == [nodes[victim].name]
+    assert time.monotonic() - began < 2
+
+
+def test_a_node_that_lives_is_waited_for():
+    async def slow(request):
+        await asyncio.sleep(0.5 if request.number in (1, 5) else 0)
+
+    nodes = two(script=slow)
+    swarm = Swarm(*nodes)
+    run(check_steps(swarm))
+    assert swarm.failures == [] and nodes[0].pings > 3
+
+
+def test_a_node_that_lives_and_never_ends_is_given_up():
+    nodes = two()
+    nodes[1].script = failing_at(4)
+    swarm = Swarm(*nodes, Node("d", 2, BLOCKS), request_timeout=0.5)
+    run(check_steps(swarm))
+    assert swarm.failures == ["b"] and nodes[1].pings > 1
+
+
+def test_a_frozen_node_does_not_stall_the_first_question_of_all(monkeypatch):
+    monkeypatch.setattr("petals_win.client.routes._INFO_SECONDS", 0.2)
+    swarm = Swarm(Node("a", 0, 2, alive=False), Node("b", 2, BLOCKS), Node("c", 0, 2), request_timeout=60)
+    run(check_steps(swarm), 5)
+    assert swarm.failures == ["a"]
+
+
+@pytest.mark.parametrize("wrong", [lambda hidden: hidden[:, :-1], lambda hidden: hidden.to(torch.int64)])
+def test_a_node_that_answers_nonsense_is_replaced(wrong):
+    nodes = two()
+    nodes[0].answer_shape = wrong
+    swarm = Swarm(*nodes, Node("c", 0, 2))
+    run(check_steps(swarm))
+    assert swarm.failures == ["a"]
+
+
+def test_a_node_that_answers_without_end_is_replaced():
+    class Talker(Swarm):
+        said = 0
+
+        async def _serve(self, node, requests):
+            async for answer in super()._serve(node, requests):
+                yield answer
+                while node.name == "a":
+                    await asyncio.sleep(0)
+                    self.said += 1
+                    yield answer
+
+    swarm = Talker(*two(), Node("c", 0, 2))
+
+    async def ask():
+        expected, session = blocks_of(0, BLOCKS), opened(swarm)
+        for number, length in enumerate((3, 1, 1)):
+            hidden = tokens(length, 1, number)
+            torch.testing.assert_close(await session.step(hidden), expected(hidden), rtol=1e-5, atol=1e-5)
+            await eventually(lambda: swarm.nodes[0].streams == 0)
+        await session.close()
+
+    run(ask())
+    assert swarm.failures == ["a"] and swarm.said < 30
+
+
+def test_who_finds_no_room_gives_all_places_back_and_begins_anew():
+    nodes = two()
+    seen = []
+
+    async def full_twice(request):
+        seen.append(sum(node.streams for node in nodes))
+        if len(seen) in (3, 4):
+            raise FULL
+
+    nodes[1].script = full_twice
+    swarm = Swarm(*nodes)
+    run(check_steps(swarm, (16, 1, 1)))
+    assert swarm.failures == [] and len(seen) > 4
+    assert max(seen) == 2, "the places of the last try were still taken"
+
+
+def test_who_never_finds_room_is_told_so_in_the_node_s_words(monkeypatch):
+    monkeypatch.setattr(remote_session, "PATIENCE_SECONDS", 1.5)
+    nodes = two()
+    nodes[1].script = failing_at(0, FULL, again=True)
+    swarm = Swarm(*nodes)
+
+    async def ask():
+        session = opened(swarm)
+        with pytest.raises(NodeFull, match="No room, says the node"):
+            await session.step(tokens(3))
+        assert all(node.streams == 0 for node in nodes) and swarm.failures == []
+        assert len(nodes[1].requests) == 2
+        assert 0 < nodes[1].requests[0].metadata["alloc_timeout"] <= 1.5
+
+    run(ask())
+
+
+def test_a_refusal_is_raised_at_once_and_another_step_may_follow():
+    nodes = two()
+    nodes[1].script = failing_at(1, P2PHandlerError("failed: [petals-win:refused] Not that one."))
+    swarm = Swarm(*nodes)
+
+    async def ask():
+        expected, session = blocks_of(0, BLOCKS), opened(swarm)
+        first, second = tokens(3), tokens(2, seed=1)
+        await session.step(first)
+        expected(first)
+        with pytest.raises(NodeRefused, match="Not that one"):
+            await session.step(tokens(5, seed=9))
+        assert session.position == 3 and swarm.failures == []
+        torch.testing.assert_close(await session.step(second), expected(second))
+        await session.close()
+
+    run(ask())
+
+
+def test_it_gives_up_after_so_many_failures_in_a_row():
+    def ask(swarm, words):
+        async def within():
+            session = opened(swarm)
+            with pytest.raises(Exception, match=words):
+                await session.step(tokens(20))
+            assert all(node.streams == 0 for node in swarm.nodes)
+
+        run(within())
+
+    broken = [Node(name, 0, BLOCKS, failing_at(0, RuntimeError("loose"), again=True)) for name in "abcde"]
+    swarm = Swarm(*broken, max_retries=3)
+    ask(swarm, "loose")
+    assert swarm.failures == ["a", "b", "c"]
+    # That nobody is left says less than what the last node said.
+    broken = Node("a", 0, BLOCKS, failing_at(0, P2PHandlerError("failed: its cable is loose"), again=True))
+    swarm = Swarm(broken, max_retries=3)
+    ask(swarm, "its cable is loose")
+    assert swarm.failures == ["a", None, None]
+    ask(Swarm(Node("a", 0, 2)), "Nobody holds the block 2")
+
+
+def test_failures_are_counted_anew_where_the_step_got_further():
+    """Each node answers one chunk and fails at the next; of six chunks none fails twice."""
+
+    nodes = [Node(name, 0, 2) for name in "abcdef"]
+    for at, node in enumerate(nodes[:5], 1):
+        node.script = failing_at(at, RuntimeError("gone"))
+    swarm = Swarm(*nodes, Node("z", 2, BLOCKS), max_retries=2)
+    run(check_steps(swarm, (48, 1)))
+    assert swarm.failures == list("abcde")
+
+
+def test_a_look_up_that_fails_ends_the_question():
+    def look_up():
+        raise LookUpFailed(OSError("no network"))
+
+    swarm = Swarm(*two(), max_retries=None)
+    swarm.look_up = look_up
+
+    async def ask():
+        with pytest.raises(LookUpFailed, match="no network"):
+            await opened(swarm).step(tokens(3))
+
+    run(ask(), 3)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+@pytest.mark.parametrize("where", ["compute", "pipeline", "full"])
+def test_whoever_goes_is_gone_at_once(how, where):
+    nodes = two()
+    nodes[1].script = failing_at(1, FULL if where == "full" else None, again=where == "full")
+    swarm = Swarm(*nodes)
+
+    async def ask():
+        session = opened(swarm)
+        await session.step(tokens(3))
+        step = asyncio.create_task(session.step(tokens(60 if where == "pipeline" else 1)))
+        await eventually(lambda: len(nodes[1].requests) == 2)
+        await asyncio.sleep(0.02)
+        began = time.monotonic()
+        if how == "cancel":
+            step.cancel()
+        else:
+            await session.close()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        await eventually(lambda: all(node.streams == 0 for node in nodes), 0.1)
+        assert time.monotonic() - began < 0.1
+        with pytest.raises(RuntimeError, match="closed"):
+            await session.step(tokens(1))
+        await session.close()
+
+    run(ask())
+    assert swarm.failures == []
+
+
+def test_a_session_that_is_forgotten_ends_at_its_nodes():
+    swarm = Swarm(*two())
+
+    async def ask():
+        session = opened(swarm)
+        await session.step(tokens(3))
+        assert [node.streams for node in swarm.nodes] == [1, 1]
+        del session
+        await eventually(lambda: gc.collect() >= 0 and all(node.streams == 0 for node in swarm.nodes))
+
+    run(ask())
+
+
+def test_what_cannot_be_a_step():
+    swarm = Swarm(*two())
+
+    async def ask():
+        session = opened(swarm, max_length=20)
+        for wrong, words in (
+            ({"hidden": tokens(21)}, "holds 20 tokens"),
+            ({"hidden": tokens(0)}, "must be"),
+            ({"hidden": tokens(3)[0]}, "must be"),
+            ({"hidden": tokens(3, 2), "hypo_ids": torch.tensor([0, 2])}, "rows from 0 to 1"),
+            ({"hidden": tokens(3, 2), "hypo_ids": torch.tensor([0])}, "2 int64 values"),
+            ({"hidden": tokens(3), "prompts": torch.zeros(BLOCKS, 1, 4, HIDDEN)}, "do not fit"),
+            ({"hidden": tokens(3), "prompts": torch.zeros(2, 1, 2, HIDDEN)}, "do not fit"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                await session.step(**wrong)
+        assert all(node.requests == [] for node in swarm.nodes)
+        first = asyncio.create_task(session.step(tokens(3)))
+        with pytest.raises(RuntimeError, match="another step"):
+            await asyncio.gather(session.step(tokens(3)), first)
+        await first
+        await session.close()
+
+    run(ask())
+
+
+def test_many_sessions_and_no_thread_for_each():
+    import threading
+
+    swarm = Swarm(*two())
+
+    async def ask():
+        await asyncio.gather(*(check_steps(swarm, (20, 1, 1)) for _ in range(3)))
+        before = threading.active_count()
+        await asyncio.gather(*(check_steps_alone() for _ in range(40)))
+        assert threading.active_count() <= before + 8  # the pool in which routes are looked for
+
+    async def check_steps_alone():
+        session = opened(swarm)
+        for _ in range(3):
+            await session.step(tokens(1))
+        await session.close()
+
+    run(ask())
+
+
+def test_petals_own_session_for_programs_without_a_loop():
+    swarm = Swarm(*two())
+    expected = blocks_of(0, BLOCKS)
+    with torch.no_grad(), InferenceSession(swarm, max_length=50) as session:
+        for number, length in enumerate((9, 1, 1)):
+            hidden = tokens(length, 1, number)
+            output = session.step(hidden, torch.empty(0), torch.empty(0, dtype=torch.int64))
+            torch.testing.assert_close(output, expected(hidden), rtol=1e-5, atol=1e-5)
+        assert session.position == 11 and session.num_blocks == BLOCKS
+        assert session.last_token_id is None
+        session.output_ids = torch.tensor([[3, 4]])
+        session.last_token_id = torch.tensor([[7]])
+        assert session.output_ids.tolist() == [[3, 7]] and session.last_token_id.tolist() == [[7]]
+    session.close()
+    assert all(node.streams == 0 for node in swarm.nodes)
+    with pytest.raises(RuntimeError, match="closed"):
+        session.step(tokens(1))
+
+
+def test_cancel_from_another_thread():
+    import threading
+
+    nodes = two()
+    nodes[1].script = failing_at(1)
+    with torch.no_grad(), InferenceSession(Swarm(*nodes), max_length=50) as session:
+        session.step(tokens(3))
+        threading.Timer(0.05, session.cancel).start()
+        began = time.monotonic()
+        with pytest.raises(SessionCancelled):
+            session.step(tokens(1))
+        assert time.monotonic() - began < 0.15
+        with pytest.raises(SessionCancelled):
+            session.step(tokens(1))
