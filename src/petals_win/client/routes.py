@@ -7,9 +7,11 @@ nothing of petals, whose client imports it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from hivemind import PeerID
+from hivemind.p2p import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 
 from petals_win.client.looking import LookUpFailed
@@ -29,6 +31,22 @@ class NodeFailure(Exception):
     def __init__(self, peer_id: PeerID | None, blocks: tuple[int, int], cause: Exception):
         super().__init__(f"the node of the blocks {blocks[0]}:{blocks[1]}" if peer_id else "the search for nodes")
         self.peer_id, self.blocks, self.cause = peer_id, blocks, cause
+
+    def told_or_lost(self) -> Exception:
+        """What to tell whoever asked: what the node said, or that its blocks are lost."""
+        if self.peer_id is not None and isinstance(self.cause, OSError | P2PDaemonError):  # time-outs are OSErrors
+            lost = BlocksLost(range(*self.blocks))
+            lost.__cause__ = self.cause
+            return lost
+        return self.cause
+
+
+class BlocksLost(ConnectionError):
+    """The nodes of the blocks `block_indices` cannot be reached, also after several tries. The cause is the last one's."""
+
+    def __init__(self, block_indices: Sequence[int]):
+        self.block_indices = list(block_indices)
+        super().__init__(f"No PC that serves the blocks {block_indices[0]} to {block_indices[-1]} can be reached now")
 
 
 class Routes:

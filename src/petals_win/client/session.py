@@ -68,8 +68,8 @@ class RemoteSession:
 
         A node that fails is replaced by another one, which gets the whole past, up to `max_retries` times in a row with growing
         pauses. Where one has no room, all of them get theirs back, and the step waits for its turn. Raises NodeFull if that takes
-        too long, NodeRefused for what a node will not do, and in the end what the last node failed of. Cancelling the task that
-        waits ends the session.
+        too long, NodeRefused for what a node will not do, and in the end BlocksLost, or what the last node failed of. Cancelling the
+        task that waits ends the session.
 
         :param prompts: deep prompts [blocks, batch or 1, prefix, hidden], at the first step only
         :param hypo_ids: int64 [batch]: row i goes on from what was row hypo_ids[i]
@@ -219,7 +219,7 @@ class _Step:
             told = cause if isinstance(cause, P2PHandlerError) else told
             if failures == routes.max_attempts:
                 # That no node is left now says less than what the last one said.
-                raise (told or cause) if failure.peer_id is None else cause
+                raise (told or cause) if failure.peer_id is None else failure.told_or_lost()
             pause = routes.pause(failures)
             logger.warning("A step failed at %s, trying again in %.0f s: %r", failure, pause, cause)
             logger.debug("It failed here:", exc_info=cause)

@@ -19,7 +19,9 @@ messages: Any = runtime_pb2  # its classes are made at run time
 _HANDLER = "TransformerConnectionHandler"
 # Hidden states, deep prompts and hypo_ids are the three arguments of a step, in this order; an empty tensor stands for none.
 _THREE_ARGUMENTS = ((b"__T0", b"__T1", b"__T2"), {})
-_NO_PROMPTS, _NO_HYPO_IDS = torch.empty(0), torch.empty(0, dtype=torch.int64)
+_NO_PROMPTS, _NO_HYPO_IDS = (
+    serialize_torch_tensor(torch.empty(0, dtype=kind)) for kind in (torch.float32, torch.int64)
+)
 
 
 class BadAnswer(ValueError):
@@ -76,8 +78,8 @@ def step_request(
     """The message of one step, or of one chunk of it. Shapes as in RemoteSession.step; the prompts are those of `uid`'s blocks."""
     tensors = (
         serialize_torch_tensor(hidden, compression),
-        serialize_torch_tensor(_NO_PROMPTS if prompts is None else prompts.contiguous(), compression),
-        serialize_torch_tensor(_NO_HYPO_IDS if hypo_ids is None else hypo_ids),
+        _NO_PROMPTS if prompts is None else serialize_torch_tensor(prompts.contiguous(), compression),
+        _NO_HYPO_IDS if hypo_ids is None else serialize_torch_tensor(hypo_ids),
     )
     metadata = {**metadata, "args_structure": _THREE_ARGUMENTS}
     return messages.ExpertRequest(uid=uid, tensors=tensors, metadata=MSGPackSerializer.dumps(metadata))
