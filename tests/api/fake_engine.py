@@ -16,12 +16,14 @@ from collections.abc import AsyncGenerator, Callable
 
 from petals_win.engines.base import (
     ContextTooLong,
+    EngineClosed,
     Event,
     Finished,
     GenerationRequest,
     ModelCard,
     ModelNotFound,
     PeerStatus,
+    SwarmFull,
     SwarmStatus,
     SwarmUnavailable,
     Token,
@@ -44,6 +46,8 @@ class FakeEngine:
         self.completed = 0
         self.cancelled = 0
         self.closed = 0
+        self.full = False
+        self._closing = asyncio.Event()
 
     async def start(self, on_lost: Callable[[UserError], None]) -> None:
         """It is never lost."""
@@ -62,17 +66,22 @@ class FakeEngine:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
+            if self.closed:
+                raise EngineClosed()
             if request.model != MODEL:
                 raise ModelNotFound(request.model, [MODEL])
             text = request.messages[-1]["content"] if request.messages else request.prompt
             words = [f"#{token}" for token in text] if isinstance(text, tuple) else str(text).split()
             if len(words) >= self.context_length:
                 raise ContextTooLong(len(words), self.context_length)
+            if self.full:
+                raise SwarmFull("All places are taken.")
             order = words[0] if words else ""
             if order == "missing":
                 raise SwarmUnavailable(range(15, 30))
             if order == "wait":
-                await asyncio.sleep(600)
+                await asyncio.wait_for(self._closing.wait(), 600)
+                raise EngineClosed()
             match order:
                 case "say":
                     answer = words[1:]
@@ -101,10 +110,13 @@ class FakeEngine:
         self, words: list[str], request: GenerationRequest, prompt_tokens: int
     ) -> AsyncGenerator[Event, None]:
         stops = StopStrings(request.stop)
-        limit = len(words) if request.max_tokens is None else request.max_tokens
+        room = self.context_length - prompt_tokens
+        limit = min(room, len(words) if request.max_tokens is None else request.max_tokens)
         count = 0
         for word in words[:limit]:
             await asyncio.sleep(self.pace)
+            if self.closed:
+                raise EngineClosed()
             count += 1
             if piece := stops.feed(word if count == 1 else f" {word}"):
                 yield Token(piece)
@@ -117,3 +129,4 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.closed += 1
+        self._closing.set()

@@ -120,8 +120,13 @@ def test_truncated_safetensors(checkpoint, tmp_path):
     assert_sentence(serve("--model", str(folder), "--blocks", "0:2"), "model.safetensors")
 
 
-def test_api_without_peers():
-    assert_sentence(run("api", "--model", DEFAULT_MODEL), "--peers")
+def test_a_swarm_without_peers():
+    assert_sentence(run("api", "--model", DEFAULT_MODEL, "--engine", "petals"), "--peers")
+
+
+def test_an_engine_that_there_is_not():
+    for command in ("api", "up"):
+        assert_sentence(run(command, "--model", DEFAULT_MODEL, "--engine", "nope"), "auto, local, petals")
 
 
 def test_wrong_usage_is_exit_status_2():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening
+from petals_win.engines.registry import AUTO, EngineSettings, check_engine_name, find_engine
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -29,6 +30,14 @@ Threads = Annotated[
     typer.Option(help="CPU threads to compute with; default: as many as other programs leave cores free.", min=1),
 ]
 
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="What computes: 'petals' is a swarm, 'local' this PC alone, 'auto' what suits: the swarm that --peers names, or else "
+        "this PC, if the model fits."
+    ),
+]
+
 
 def api(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
@@ -41,12 +50,13 @@ def api(
     insecure: listening.Insecure = False,
     cors_origin: listening.CorsOrigin = None,
     allow_host: listening.AllowHost = None,
+    engine: EngineName = AUTO,
     threads: Threads = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
 ) -> None:
-    """Answer OpenAI-style requests from a swarm.
+    """Answer OpenAI-style requests, from a swarm or from this PC alone.
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
@@ -55,21 +65,30 @@ def api(
     from petals_win.host.threads import apply_thread_settings
 
     settings = listening.settings_of(host, port, api_key_file, insecure, cors_origin, allow_host)
-    if not peers:
-        raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    check_engine_name(engine)
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
-    token = read_token(token_file)
+    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file))
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
-        from petals_win.engines.petals import PetalsEngine
-        from petals_win.engines.text import TextEngine
-
-        engine = TextEngine(PetalsEngine.connect(model, peers, token=token))
         answer_until(
-            stop, engine, server, settings, on_ready=lambda: typer.echo(f"The API and chat page: {server.url}")
+            stop,
+            open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True)),
+            server,
+            settings,
+            on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"),
         )
+
+
+def open_chosen_engine(name: str, wanted: EngineSettings, tell: Callable[[str], None]) -> Engine:
+    """The engine of that name, or for "auto" the one that suits; `tell` gets a line that says why. Blocks until it is loaded."""
+    from petals_win.engines.choosing import choose_engine
+
+    choice = choose_engine(name, wanted)
+    if name == AUTO:
+        tell(f"Engine: {choice.name}, {choice.why}.")
+    return find_engine(choice.name)(wanted)
 
 
 def answer_until(

@@ -6,15 +6,21 @@ import json
 import threading
 import time
 import urllib.request
-from contextlib import closing
-from typing import Annotated
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from petals_win.cli import listening, logs
-from petals_win.cli.api import Threads
+from petals_win.cli.api import Threads, answer_until, open_chosen_engine
+from petals_win.engines.registry import EngineSettings, check_engine_name
 from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
+
+if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
+    from petals_win.host.console import Progress
+    from petals_win.models.source import ModelSource
+    from petals_win.swarm.local import LocalSwarm
 
 _QUESTION = "What is the capital of France?"
 _ANSWER = "Paris"
@@ -33,80 +39,91 @@ def up(
     insecure: listening.Insecure = False,
     cors_origin: listening.CorsOrigin = None,
     allow_host: listening.AllowHost = None,
+    engine: Annotated[
+        str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' no swarm at all.")
+    ] = "petals",
     threads: Threads = None,
     check: Annotated[
         bool,
         typer.Option("--check", help=f"Ask {_QUESTION!r} through the API and end: 0 if the answer says {_ANSWER}."),
     ] = False,
 ) -> None:
-    """Start a private swarm of two nodes on this PC, and its API.
+    """Start a private swarm of two nodes on this PC, or another engine, and its API.
 
     Example: petals-win up
     """
     from petals_win.api.server import ApiServer
-    from petals_win.cli.api import answer_until
     from petals_win.host.console import Progress
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
-    from petals_win.swarm.local import LocalSwarm
 
+    check_engine_name(engine)
     settings = listening.settings_of(host, 0 if check else port, api_key_file, insecure, cors_origin, allow_host)
     log_to_file("up")
     stop = stop_event()
     apply_thread_settings(threads)
     result = _Check()
     # The server listens before anything slow begins: a port in use shows at once.
-    with closing(ApiServer(settings)) as server, Progress() as progress:
+    with closing(ApiServer(settings)) as server, Progress() as progress, ExitStack() as held:
         progress.step(f"Opening {model}")
         from petals_win.models.source import open_model
 
         source = open_model(model)
         # Downloads a model of one file, for which the nodes would not have the time.
         progress.detail(f"{source.name} is {source.content_id}")
-        half = source.num_blocks // 2
-        spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
-        progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")
-
-        def show(blocks: str, line: str) -> None:
-            tell = progress.note if logs.is_bad_news(line) else progress.detail
-            tell(f"Blocks {blocks}: {line}")
-
-        options = [] if threads is None else ["--threads", str(threads)]
-        with LocalSwarm(model, spans, options=options, on_line=show, stop=stop) as swarm:
-            from petals_win.engines.petals import PetalsEngine
-            from petals_win.engines.text import TextEngine
-
-            progress.step("Loading the model's embeddings and head")
-            engine = TextEngine(PetalsEngine.connect(model, swarm.peers))
+        swarm = _two_nodes(source, model, threads, progress, stop, held) if engine == "petals" else None
+        progress.step("Loading the model's embeddings and head" if swarm else f"Loading {source.name}")
+        opened = open_chosen_engine(engine, EngineSettings(model, tuple(swarm.peers) if swarm else ()), progress.note)
+        if swarm is not None:
             progress.step("Waiting for the nodes to load their blocks")
             swarm.wait_until_serving()
 
-            def watch() -> None:
-                told: set[str] = set()
-                while not stop.wait(1):
-                    for failure in swarm.failures() - told:
-                        told.add(failure)
-                        progress.note(
-                            f"{failure}\nStop everything with Ctrl+C, and start it anew with 'petals-win up'."
-                        )
+        def ask() -> None:
+            result.ask(server.url, source.name, settings.keys())
+            stop.set()
 
-            def ask() -> None:
-                result.ask(server.url, source.name, settings.keys())
-                stop.set()
+        def ready() -> None:
+            if swarm is not None:
+                watching = threading.Thread(
+                    target=_watch, args=(swarm, stop, progress), name="watch the nodes", daemon=True
+                )
+                watching.start()
+            progress.done(f"{source.name} answers at {server.url}")
+            if check:
+                threading.Thread(target=ask, name="check", daemon=True).start()
+            else:
+                typer.echo(f"\n    Chat page: {server.url}\n    API:       {server.url}/v1\n\nCtrl+C ends everything.")
 
-            def ready() -> None:
-                threading.Thread(target=watch, name="watch the nodes", daemon=True).start()
-                progress.done(f"{source.name} answers at {server.url}")
-                if check:
-                    threading.Thread(target=ask, name="check", daemon=True).start()
-                else:
-                    typer.echo(
-                        f"\n    Chat page: {server.url}\n    API:       {server.url}/v1\n\nCtrl+C ends everything."
-                    )
-
-            answer_until(stop, engine, server, settings, on_ready=ready)
+        answer_until(stop, opened, server, settings, on_ready=ready)
     if check:
         result.report()
+
+
+def _two_nodes(
+    source: ModelSource, model: str, threads: int | None, progress: Progress, stop: threading.Event, held: ExitStack
+) -> LocalSwarm:
+    """Start a swarm of two nodes, which ends with `held`. They load their blocks meanwhile."""
+    from petals_win.swarm.local import LocalSwarm
+
+    half = source.num_blocks // 2
+    spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
+    progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")
+
+    def show(blocks: str, line: str) -> None:
+        tell = progress.note if logs.is_bad_news(line) else progress.detail
+        tell(f"Blocks {blocks}: {line}")
+
+    options = [] if threads is None else ["--threads", str(threads)]
+    return held.enter_context(LocalSwarm(model, spans, options=options, on_line=show, stop=stop))
+
+
+def _watch(swarm: LocalSwarm, stop: threading.Event, progress: Progress) -> None:
+    """Tell of each node that ends by itself."""
+    told: set[str] = set()
+    while not stop.wait(1):
+        for failure in swarm.failures() - told:
+            told.add(failure)
+            progress.note(f"{failure}\nStop everything with Ctrl+C, and start it anew with 'petals-win up'.")
 
 
 class _Check:

@@ -48,7 +48,7 @@ def _check_room(name: str, config: PreTrainedConfig) -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from petals_win.host.memory import available_bytes
-    from petals_win.node.node import choose_device, choose_quant
+    from petals_win.span.choices import choose_device, choose_quant
     from petals_win.span.needs import blocks_that_fit, needs_of
 
     device = choose_device(None)

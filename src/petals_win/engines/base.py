@@ -142,7 +142,7 @@ class Engine(Protocol):
 
         Raises ModelNotFound and ContextTooLong before the first event, as any other UserError about the request
         (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable,
-        SwarmFull, SwarmFailed and SwarmRefused at any time; EngineClosed if `close` was called before the answer was
+        Full, SwarmFailed and SwarmRefused at any time; EngineClosed if `close` was called before the answer was
         complete. An exception that is no UserError is a defect of the engine.
         """
         ...
@@ -181,7 +181,11 @@ class ContextTooLong(UserError):
         self.context_length = context_length
 
 
-class SwarmFull(UserError):
+class Full(UserError):
+    """All that the answer needs is there, but had no room for it in time."""
+
+
+class SwarmFull(Full):
     """All nodes that the answer needs are there, but they had no room for it in time. `reason` is a node's own sentence."""
 
     def __init__(self, reason: str):

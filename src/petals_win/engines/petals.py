@@ -41,7 +41,9 @@ from petals_win.engines.base import (
     SwarmUnavailable,
     block_ranges,
 )
+from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
+from petals_win.engines.text import TextEngine
 from petals_win.engines.tokens import Language
 from petals_win.errors import NodeFull, NodeRefused, UserError, printable
 from petals_win.models.source import ModelSource, open_model
@@ -53,6 +55,13 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0  # between two looks at the swarm
 _MAX_RETRIES = 5  # of one step; with the pauses between them that is about 15 s
+
+
+def open_engine(settings: EngineSettings) -> TextEngine:
+    """Join the swarm of the peers. Raises UserError as `PetalsEngine.connect`, and if no peers are named."""
+    if not settings.peers:
+        raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    return TextEngine(PetalsEngine.connect(settings.model, settings.peers, token=settings.token))
 
 
 class PetalsEngine:

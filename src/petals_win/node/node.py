@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from hivemind.dht.routing import DHTID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.server.reachability import check_direct_reachability
@@ -26,15 +25,14 @@ from petals_win.host.addresses import is_loopback, listen_maddr, most_useful
 from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
 from petals_win.models.source import ModelSource, open_model
+from petals_win.span.choices import choose_device, choose_dtype, choose_quant
 from petals_win.span.needs import check_fits, needs_of
-from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 from petals_win.swarm.identity import Identity, hold_identity
 from petals_win.swarm.members import checked_members, noting_members, rejoin
 from petals_win.swarm.revision import check_content
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END_OF_DAEMON_S = 5.0  # from its last word until the system has reported that it is gone
 _UPDATE_SECONDS = 20  # how often blocks are announced; a node that dies is forgotten after three times as long
 
@@ -215,46 +213,6 @@ def check_reachable(peers: Sequence[str], listen: Sequence[str]) -> None:
     where = {"initial_peers": list(peers), "host_maddrs": list(listen), "startup_timeout": 60}
     if check_direct_reachability(use_relay=False, **where) is False:
         raise UserError(CANNOT_BE_REACHED)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU if there is one. Raises UserError if it does not exist here."""
-    if name is None:
-        name = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"This PC has no device {name!r} that torch can use. Leave --device out, or use cpu.") from e
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
-
-
-def choose_dtype(name: str | None, source: ModelSource, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or the checkpoint's; float16 is computed as bfloat16 on a CPU, which has no fast float16."""
-    if name is None:
-        return torch.bfloat16 if source.dtype is torch.float16 and device.type == "cpu" else source.dtype
-    if name not in _DTYPES:
-        raise UserError(f"There is no dtype {name!r} to serve in. Use one of: {', '.join(_DTYPES)}.")
-    dtype = _DTYPES[name]
-    if dtype is torch.float16 and device.type == "cpu":
-        raise UserError("A CPU does not compute in float16. Use --dtype bfloat16 or --dtype float32.")
-    return dtype
-
-
-def choose_quant(name: str | None, device: torch.device, adapters: bool = False) -> Quant:
-    """The quantization asked for, or nf4 on a GPU if it can be had there. Raises UserError if it cannot."""
-    if name is None:
-        if device.type != "cuda" or adapters:
-            return "none"
-        if not is_installed():
-            logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 4 bits would do")
-            return "none"
-        return "nf4"
-    quant = parse_quant(name)
-    check_quantizes(quant, device)
-    if adapters and quant != "none":
-        raise UserError("Adapters are for plain weights. Use --quant none with --adapters.")
-    return quant
 
 
 def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:

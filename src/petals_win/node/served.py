@@ -10,10 +10,12 @@ import logging
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from petals_win.errors import NodeFull, NodeRefused
+from petals_win.host.futures import AwaitableFuture
 from petals_win.node.budget import CacheBudget, Share
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
@@ -104,13 +106,14 @@ class ServedSession:
         if hidden.shape[1] == 0:
             return hidden
         try:
-            return await self._compute.submit(
-                _step, self._span, session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=priority
-            )
+            return await self._submit(session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=priority)
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
         except RuntimeError as e:
             raise _full_or(e) from None
+
+    def _submit(self, session: Session, hidden: torch.Tensor, **more: Any) -> AwaitableFuture[torch.Tensor]:
+        return self._compute.submit(_step, self._span, session, hidden, **more)
 
     async def _with_room(self, tokens: int) -> Session:
         """The session, with memory promised to it for so many tokens."""

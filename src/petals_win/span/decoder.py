@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
@@ -44,19 +44,37 @@ class CutDecoder:
         """The blocks themselves, in order."""
         return self._layers
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
     def to(self, device: torch.device) -> None:
         """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
         for module in [self._frame, *self._layers]:
             module.to(device)
         self._views.clear()
 
+    def configs(self, start: int, end: int) -> list[PreTrainedConfig]:
+        """The configurations that the blocks [start, end), and the decoder around them, look at as they run."""
+        modules = self._view(start, end).modules()
+        found = [
+            config for module in modules if isinstance(config := getattr(module, "config", None), PreTrainedConfig)
+        ]
+        return list({id(config): config for config in found}.values())
+
     def run(
-        self, hidden: torch.Tensor, start: int, end: int, cache: Cache | None = None, prompts: Prompts | None = None
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        cache: Cache | None = None,
+        prompts: Prompts | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] through the blocks [start, end), which lie within this run.
 
         `prompts` has an entry for each block: None or [batch or 1, p, hidden], added to the block's input at its first p
-        tokens.
+        tokens. `position_ids`, [1 or batch, tokens], default to what follows the cache's length.
         """
         layers = self._layers[start - self.start : end - self.start]
         output: list[torch.Tensor] = []
@@ -76,7 +94,8 @@ class CutDecoder:
         hooks.append(layers[-1].register_forward_hook(leave))
         in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
         try:
-            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None)
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **positions)
         finally:
             for hook in hooks:
                 hook.remove()

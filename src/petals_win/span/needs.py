@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MIB = 2**20
 
 # Of the memory that is free: for activations, and for whoever else uses the PC.
-_SPARE = 0.1
+SPARE = 0.1
 # Tokens for which a node sets memory aside in each block at least, for all of its sessions together, as long as they fit beside
 # the weights. With grouped heads one costs less.
 _CACHE_TOKENS, _CACHE_TOKENS_GROUPED = 4096, 16384
@@ -88,7 +88,7 @@ def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: 
     blocks. Raises UserError if that is room for next to nothing.
     """
     share = _SESSIONS_SHARE_OF_RAM if device.type == "cpu" else _SESSIONS_SHARE
-    budget = int(min(max(least_bytes, share * free_bytes), (1 - _SPARE) * free_bytes))
+    budget = int(min(max(least_bytes, share * free_bytes), (1 - SPARE) * free_bytes))
     if budget < _FEWEST_TOKENS * token_bytes:
         raise UserError(
             f"With its blocks loaded this PC has {free_bytes / _MIB:,.0f} MiB free on {device}, which is no room for conversations. "
@@ -99,7 +99,7 @@ def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: 
 
 def blocks_that_fit(free_bytes: int, needs: Needs) -> int:
     """How many blocks of the model fit, with their caches, into memory of which so many bytes are free."""
-    return min(int((1 - _SPARE) * free_bytes / needs.served_block_bytes), needs.num_blocks)
+    return min(int((1 - SPARE) * free_bytes / needs.served_block_bytes), needs.num_blocks)
 
 
 def choose_num_blocks(needs: Needs, device: torch.device) -> int:

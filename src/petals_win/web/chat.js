@@ -71,7 +71,7 @@ async function lookAtSwarm() {
     if (swarm.error) throw new ApiError(swarm.error.message);
     const count = swarm.peers.length;
     const nodes = `${count} ${count === 1 ? "node" : "nodes"}`;
-    if (swarm.ready) show("ready", `Ready · ${nodes}`);
+    if (swarm.ready) show("ready", `Ready · ${count ? nodes : "this PC alone"}`);
     else show("missing", `${swarm.detail} (${nodes} online)`);
   } catch (error) {
     show("broken", sentence(error));

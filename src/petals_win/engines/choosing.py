@@ -1,0 +1,39 @@
+"""Which engine answers where the user named none: what fits this PC is not split.
+
+Knows what the user asked for and what this PC has free. Does not open an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petals_win.engines.registry import AUTO, EngineSettings
+from petals_win.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of an engine, and why it is that one, as the end of a sentence."""
+
+    name: str
+    why: str
+
+
+def choose_engine(asked: str, settings: EngineSettings) -> Choice:
+    """The engine that was asked for, or for "auto" the one that suits.
+
+    Raises UserError if none does: no swarm is named, and the model does not fit into this PC.
+    """
+    if asked != AUTO:
+        return Choice(asked, "as asked for")
+    if settings.peers:
+        return Choice("petals", "since --peers names a swarm")
+    from petals_win.engines.local import whole_model_here
+
+    here = whole_model_here(settings)
+    if here.fits:
+        return Choice("local", f"since {here} fit into this PC, and no --peers name a swarm")
+    raise UserError(
+        f"{here} do not fit into this PC alone. Start 'petals-win serve' with the same --model on several PCs, "
+        "and give --peers with the address that it prints."
+    )

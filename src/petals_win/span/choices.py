@@ -1,0 +1,58 @@
+"""On which device blocks are computed, in which dtype, and quantized how: what the user asks for, or what suits this PC.
+
+Knows torch's devices and what they are good at. Does not know how much memory they have.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from petals_win.errors import UserError
+from petals_win.models.source import ModelSource
+from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU if there is one. Raises UserError if it does not exist here."""
+    if name is None:
+        name = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"This PC has no device {name!r} that torch can use. Leave --device out, or use cpu.") from e
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+
+def choose_dtype(name: str | None, source: ModelSource, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the checkpoint's; float16 is computed as bfloat16 on a CPU, which has no fast float16."""
+    if name is None:
+        return torch.bfloat16 if source.dtype is torch.float16 and device.type == "cpu" else source.dtype
+    if name not in _DTYPES:
+        raise UserError(f"There is no dtype {name!r} to serve in. Use one of: {', '.join(_DTYPES)}.")
+    dtype = _DTYPES[name]
+    if dtype is torch.float16 and device.type == "cpu":
+        raise UserError("A CPU does not compute in float16. Use --dtype bfloat16 or --dtype float32.")
+    return dtype
+
+
+def choose_quant(name: str | None, device: torch.device, adapters: bool = False) -> Quant:
+    """The quantization asked for, or nf4 on a GPU if it can be had there. Raises UserError if it cannot."""
+    if name is None:
+        if device.type != "cuda" or adapters:
+            return "none"
+        if not is_installed():
+            logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 4 bits would do")
+            return "none"
+        return "nf4"
+    quant = parse_quant(name)
+    check_quantizes(quant, device)
+    if adapters and quant != "none":
+        raise UserError("Adapters are for plain weights. Use --quant none with --adapters.")
+    return quant

@@ -1,0 +1,288 @@
+"""What every engine keeps, whatever computes: one suite. A test class inherits it and says how its engine is made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pytest
+
+from petals_win.engines.base import (
+    ContextTooLong,
+    Engine,
+    EngineClosed,
+    Event,
+    Finished,
+    Full,
+    GenerationRequest,
+    ModelNotFound,
+    Token,
+    Usage,
+)
+from petals_win.errors import UserError
+
+T = TypeVar("T")
+AT_ONCE = 16
+
+
+@dataclass
+class Subject:
+    """An engine that has started, and how a suite that knows nothing of it makes it do things.
+
+    held: how much it holds for answers, in any unit; 0 if nothing runs.
+    full: within it, the engine has no room for one answer more, and nobody waits long for it.
+    """
+
+    engine: Engine
+    held: Callable[[], int]
+    full: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+
+    def asked(self, text: str = "count 5000", **settings: Any) -> GenerationRequest:
+        """A question; the answer to the one that is there by default has as many tokens as fit."""
+        messages = ({"role": "user", "content": text},)
+        model = self.engine.models()[0].id
+        return GenerationRequest(**{"model": model, "messages": messages, "temperature": 0, **settings})
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A complete answer."""
+
+    text: str
+    reason: str
+    usage: Usage
+
+
+async def whole(engine: Engine, request: GenerationRequest) -> Whole:
+    """Ask, and check on the way that the events come in the order of the protocol."""
+    events: list[Event] = [event async for event in engine.generate(request)]
+    assert len(events) >= 2, f"an answer of {events}"
+    *tokens, finished, usage = events
+    assert isinstance(finished, Finished) and finished.reason in ("stop", "length"), f"{finished} is no end"
+    assert isinstance(usage, Usage), f"{usage} is no usage"
+    for token in tokens:
+        assert isinstance(token, Token) and token.text, f"{token} is no piece of an answer"
+    return Whole("".join(token.text for token in tokens), finished.reason, usage)
+
+
+async def soon(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+async def refusal(engine: Engine, request: GenerationRequest) -> UserError:
+    """The error that comes before any event."""
+    with pytest.raises(UserError) as raised:
+        await anext(engine.generate(request))
+    return raised.value
+
+
+class EngineContract:
+    """The suite. `subject` opens and starts an engine of its own for each test, and closes it."""
+
+    def subject(self) -> contextlib.AbstractAsyncContextManager[Subject]:
+        raise NotImplementedError
+
+    def use(self, action: Callable[[Subject], Awaitable[T]], seconds: float = 120) -> T:
+        """Run a coroutine function on a subject; afterwards the engine must hold nothing any more."""
+
+        async def within() -> T:
+            async with self.subject() as subject:
+                result = await asyncio.wait_for(action(subject), seconds)
+                assert await soon(lambda: subject.held() == 0), f"{subject.held()} is held after the last answer"
+                return result
+
+        return asyncio.run(within())
+
+    def test_events_come_in_order_and_are_counted(self):
+        async def ask(subject: Subject):
+            return [await whole(subject.engine, subject.asked(max_tokens=n)) for n in (1, 7)]
+
+        one, seven = self.use(ask)
+        assert (one.reason, one.usage.completion_tokens) == ("length", 1)
+        assert (seven.reason, seven.usage.completion_tokens) == ("length", 7)
+        assert seven.text.startswith(one.text) and seven.usage.prompt_tokens == one.usage.prompt_tokens > 0
+
+    def test_a_longer_prompt_counts_more(self):
+        async def ask(subject: Subject):
+            asked = [subject.asked(text, max_tokens=1) for text in ("count 50", "count 50 and more")]
+            return [(await whole(subject.engine, each)).usage.prompt_tokens for each in asked]
+
+        short, long = self.use(ask)
+        assert short < long
+
+    def test_without_a_limit_an_answer_ends_with_the_context(self):
+        async def ask(subject: Subject):
+            return subject.engine.models()[0].context_length, await whole(subject.engine, subject.asked())
+
+        context, answer = self.use(ask)
+        assert answer.usage.prompt_tokens + answer.usage.completion_tokens == context
+        assert answer.reason == "length"
+
+    def test_a_stop_string_ends_an_answer_and_is_not_shown(self):
+        async def ask(subject: Subject):
+            free = await whole(subject.engine, subject.asked(max_tokens=30))
+            stop = free.text[len(free.text) // 2 :][:2]
+            return free, stop, await whole(subject.engine, subject.asked(max_tokens=30, stop=("nowhere", stop)))
+
+        free, stop, stopped = self.use(ask)
+        assert stopped.reason == "stop" and stopped.text == free.text[: free.text.index(stop)]
+        assert stopped.usage.completion_tokens <= free.usage.completion_tokens
+
+    def test_a_seed_repeats_an_answer_whoever_else_asks(self):
+        async def ask(subject: Subject):
+            def drawn(seed: int) -> Awaitable[Whole]:
+                return whole(subject.engine, subject.asked("count 5", temperature=1.0, max_tokens=12, seed=seed))
+
+            alone = [await drawn(seed) for seed in (7, 7, 8)]
+            beside, *_ = await asyncio.gather(*(drawn(seed) for seed in (7, 9, 10, 11)))
+            return *alone, beside
+
+        first, again, other, beside = self.use(ask)
+        assert first == again == beside
+        assert first.text != other.text
+
+    def test_sixteen_at_once_answer_as_each_alone(self):
+        async def ask(subject: Subject):
+            asked = [subject.asked(f"count {n}{n}", max_tokens=4 + n) for n in range(1, AT_ONCE + 1)]
+            alone = [await whole(subject.engine, each) for each in asked]
+            return alone, await asyncio.gather(*(whole(subject.engine, each) for each in asked))
+
+        alone, at_once = self.use(ask)
+        assert at_once == alone
+        assert len({answer.text for answer in alone}) > 1, "they all say the same, so the test shows nothing"
+
+    def test_whoever_stops_reading_frees_what_was_held(self):
+        async def ask(subject: Subject):
+            generation = subject.engine.generate(subject.asked())
+            assert isinstance(await anext(generation), Token)
+            assert subject.held() > 0
+            began = time.monotonic()
+            await generation.aclose()
+            assert time.monotonic() - began < 1
+            assert await soon(lambda: subject.held() == 0), f"{subject.held()} is held by nobody"
+            return await whole(subject.engine, subject.asked(max_tokens=3))
+
+        assert self.use(ask).usage.completion_tokens == 3
+
+    @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.1])
+    def test_whoever_is_cancelled_frees_what_was_held(self, seconds: float):
+        """Before the first token, or between two."""
+
+        async def ask(subject: Subject):
+            tasks = [asyncio.create_task(whole(subject.engine, subject.asked())) for _ in range(3)]
+            await asyncio.sleep(seconds)
+            began = time.monotonic()
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            assert time.monotonic() - began < 1
+            assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
+            assert await soon(lambda: subject.held() == 0), f"{subject.held()} is held by nobody"
+            return await whole(subject.engine, subject.asked(max_tokens=3))
+
+        assert self.use(ask).usage.completion_tokens == 3
+
+    def test_one_that_is_cancelled_disturbs_no_other(self):
+        async def ask(subject: Subject):
+            alone = await whole(subject.engine, subject.asked(max_tokens=40))
+            others = [asyncio.create_task(whole(subject.engine, subject.asked(max_tokens=40))) for _ in range(3)]
+            leaving = asyncio.create_task(whole(subject.engine, subject.asked()))
+            await asyncio.sleep(0.02)
+            leaving.cancel()
+            return alone, await asyncio.gather(*others)
+
+        alone, others = self.use(ask)
+        assert others == [alone] * 3
+
+    def test_an_unknown_model(self):
+        async def ask(subject: Subject):
+            return await refusal(subject.engine, replace(subject.asked(), model="gpt-5")), subject.engine.models()
+
+        error, (card,) = self.use(ask)
+        assert isinstance(error, ModelNotFound) and "gpt-5" in str(error) and card.id in str(error)
+
+    def test_a_prompt_that_leaves_no_room_for_an_answer(self):
+        async def ask(subject: Subject):
+            context = subject.engine.models()[0].context_length
+            by_ids = dict(messages=None, max_tokens=1)
+            fits = await whole(subject.engine, subject.asked(**by_ids, prompt=(5,) * (context - 1)))
+            return (
+                context,
+                fits,
+                [
+                    await refusal(subject.engine, subject.asked(**by_ids, prompt=(5,) * length))
+                    for length in (context, context + 1)
+                ],
+            )
+
+        context, fits, errors = self.use(ask)
+        assert (fits.usage.prompt_tokens, fits.usage.completion_tokens) == (context - 1, 1)
+        for error, length in zip(errors, (context, context + 1), strict=True):
+            assert isinstance(error, ContextTooLong)
+            assert (error.prompt_tokens, error.context_length) == (length, context)
+
+    def test_full_is_told_as_that_and_passes(self):
+        async def ask(subject: Subject):
+            async with subject.full():
+                began = time.monotonic()
+                error = await refusal(subject.engine, subject.asked(max_tokens=5))
+                assert time.monotonic() - began < 30
+            return error, await whole(subject.engine, subject.asked(max_tokens=5))
+
+        error, answer = self.use(ask)
+        assert isinstance(error, Full), f"{error!r}"
+        assert answer.usage.completion_tokens == 5
+
+    def test_what_it_says_of_itself(self):
+        async def ask(subject: Subject):
+            return subject.engine.models(), subject.engine.status()
+
+        (card,), status = self.use(ask)
+        assert card.id and card.context_length > 0 and abs(card.created - time.time()) < 10**9
+        assert status.ready and status.missing_blocks == () and status.detail.endswith(".")
+
+    def test_closing_breaks_off_what_is_running(self):
+        async def ask(subject: Subject):
+            asked = [asyncio.create_task(whole(subject.engine, subject.asked())) for _ in range(3)]
+            reading = subject.engine.generate(subject.asked())
+            assert isinstance(await anext(reading), Token)
+            began = time.monotonic()
+            await subject.engine.close()
+            ends = await asyncio.gather(*asked, return_exceptions=True)
+            with pytest.raises(EngineClosed):
+                async for _ in reading:
+                    pass
+            assert time.monotonic() - began < 5
+            return ends
+
+        ends = self.use(ask)
+        assert all(isinstance(end, EngineClosed) for end in ends), ends
+
+    def test_closing_twice_and_asking_afterwards(self):
+        async def ask(subject: Subject):
+            await subject.engine.close()
+            await subject.engine.close()
+            return await refusal(subject.engine, subject.asked())
+
+        assert isinstance(self.use(ask), EngineClosed)
+
+
+@contextlib.asynccontextmanager
+async def started(engine: Engine) -> AsyncIterator[Engine]:
+    """Start an engine, and close it at the end; it must not be lost meanwhile."""
+    lost: list[UserError] = []
+    try:
+        await engine.start(lost.append)
+        yield engine
+    finally:
+        await engine.close()
+    assert not lost, f"the engine was lost: {lost[0]}"

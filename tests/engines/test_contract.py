@@ -1,0 +1,107 @@
+"""The suite that every engine passes, on each that there is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from api.fake_engine import FakeEngine
+from contract import EngineContract, Subject, started
+from nodes_here import NodeHere, nodes_here
+from tiny_chat import tiny_chat_model
+
+from petals_win.engines import local_blocks
+from petals_win.engines.local import LocalEngine
+from petals_win.engines.registry import EngineSettings, find_engine
+from petals_win.engines.text import TextEngine
+from petals_win.node.budget import CacheBudget, Share
+
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_chat_model(tmp_path_factory.mktemp("chat") / "tiny", context=CONTEXT, ends=0)
+
+
+@pytest.fixture(scope="module")
+def nodes(folder):
+    with nodes_here(folder, ["0:2", "2:4"]) as nodes:
+        yield nodes
+
+
+class TestFake(EngineContract):
+    """The engine of the API's tests: what they show is worth something only if it does as the others do."""
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        engine = FakeEngine()
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            engine.full = True
+            yield
+            engine.full = False
+
+        async with started(engine):
+            yield Subject(engine, lambda: engine.running, full)
+
+
+class TestLocal(EngineContract):
+    @pytest.fixture(autouse=True)
+    def _prepared(self, folder, monkeypatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        opened = await asyncio.to_thread(find_engine("local"), EngineSettings(str(self.folder)))
+        assert isinstance(opened, TextEngine) and isinstance(opened.tokens, LocalEngine)
+        budget, blocks = opened.tokens._blocks._budget, opened.tokens._blocks
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            with self.monkeypatch.context() as within:
+                within.setattr(local_blocks, "_PATIENCE_S", 0.5)
+                everything = await _take_all(budget)
+                yield
+                everything.release()
+
+        async with started(opened):
+            yield Subject(opened, lambda: budget.total_bytes - budget.bytes_left + len(blocks._open), full)
+
+
+class TestPetals(EngineContract):
+    @pytest.fixture(autouse=True)
+    def _prepared(self, folder, nodes, monkeypatch):
+        self.folder, self.nodes, self.monkeypatch = folder, nodes, monkeypatch
+        for node in nodes:
+            node.make_room_for(64 * CONTEXT)
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        nodes: list[NodeHere] = self.nodes
+        settings = EngineSettings(str(self.folder), (nodes[0].peer,))
+        opened = await asyncio.to_thread(find_engine("petals"), settings)
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            with self.monkeypatch.context() as within:
+                within.setattr("petals.client.inference_session._patience", lambda: 1.0)
+                everything = nodes[1].server.dht.run_coroutine(lambda *_: _take_all(nodes[1].budget))
+                yield
+                nodes[1].server.dht.run_coroutine(lambda *_: _release(everything))
+
+        async with started(opened):
+            yield Subject(opened, lambda: sum(n.budget.total_bytes - n.budget.bytes_left for n in nodes), full)
+
+
+async def _take_all(budget: CacheBudget) -> Share:
+    """On the budget's event loop, as a long chat would."""
+    return await budget.admit(budget.total_bytes, budget.total_bytes, budget.total_bytes, 5)
+
+
+async def _release(share: Share) -> None:
+    share.release()
