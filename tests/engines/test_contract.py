@@ -89,7 +89,7 @@ class TestPetals(EngineContract):
         @contextlib.asynccontextmanager
         async def full() -> AsyncIterator[None]:
             with self.monkeypatch.context() as within:
-                within.setattr("petals.client.inference_session._patience", lambda: 1.0)
+                within.setattr("petals_win.client.session.PATIENCE_SECONDS", 1.0)
                 everything = nodes[1].server.dht.run_coroutine(lambda *_: _take_all(nodes[1].budget))
                 yield
                 nodes[1].server.dht.run_coroutine(lambda *_: _release(everything))
