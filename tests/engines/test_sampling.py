@@ -127,7 +127,7 @@ def test_what_is_left_out_is_the_models_own(model, monkeypatch):
         return [type(processor).__name__ for processor in choose._processors] + drawn
 
     own = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1)
-    limits = ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"]
+    limits = ["TemperatureLogitsWarper", "TopKLogitsWarper", "_TopP", "MinPLogitsWarper"]
     assert chosen(own) == [*limits, "drawn"]
     assert chosen(own, top_k=0, top_p=1, min_p=0, temperature=1) == ["drawn"]
     assert chosen(own, temperature=0) == []
