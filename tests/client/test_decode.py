@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from span.families import FAMILIES, VOCABULARY, random_model
+from span.families import FAMILIES, VOCABULARY
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
@@ -27,8 +27,6 @@ from petals_win.span.span import Session, Span
 LENGTHS = (1, 13, 5, 30, 2, 8, 21, 3)  # of prompts that are answered at once
 LIMIT = 10
 CLOSE = 1e-4  # between the two best logits, where sums in another order may decide
-
-torch.set_num_threads(1)
 
 
 class LocalSession:
@@ -72,10 +70,9 @@ class LocalBlocks:
 class Decoding:
     """A model of one of the families, whole for reference, and cut into what a client and a node have of it."""
 
-    def __init__(self, folder: Path, family: str, compute: ComputeThread, **changes: Any) -> None:
-        random_model(family, **changes).save_pretrained(folder)
+    def __init__(self, folder: Path, compute: ComputeThread) -> None:
         source = open_model(str(folder))
-        self.whole: PreTrainedModel = random_model(family, **changes)
+        self.whole: PreTrainedModel = source.whole_model()
         self.hollow = hollow_model(source, nn.Identity())
         self.blocks = LocalBlocks(Span.load(source, 0, source.num_blocks), compute)
         self.loop = DecodeLoop(self.hollow, compute)
@@ -153,14 +150,16 @@ def compute() -> Iterator[ComputeThread]:
 
 
 @pytest.fixture(scope="module")
-def decoding(tmp_path_factory: pytest.TempPathFactory, compute: ComputeThread) -> Callable[..., Decoding]:
-    made: dict[str, Decoding] = {}
+def made() -> dict[str, Decoding]:
+    return {}
 
-    def make(family: str = "llama", **changes: Any) -> Decoding:
-        key = f"{family}{changes}"
-        if key not in made:
-            made[key] = Decoding(tmp_path_factory.mktemp(family) / family, family, compute, **changes)
-        return made[key]
+
+@pytest.fixture
+def decoding(checkpoint, compute: ComputeThread, made: dict[str, Decoding]) -> Callable[[str], Decoding]:
+    def make(family: str) -> Decoding:
+        if family not in made:
+            made[family] = Decoding(checkpoint(family), compute)
+        return made[family]
 
     return make
 
@@ -183,9 +182,10 @@ def test_greedy_answers_at_once_are_those_of_generate(decoding, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_positions_that_cannot_be_given(tmp_path, compute, monkeypatch, family):
+def test_positions_that_cannot_be_given(checkpoint, monkeypatch, family):
     """A decoder that counts positions by its cache alone: found out by numbers where they matter, and then one by one."""
-    model = hollow_model(_saved(tmp_path, family), nn.Identity())
+    source = open_model(str(checkpoint(family)))
+    right, model = Ends(hollow_model(source, nn.Identity())), hollow_model(source, nn.Identity())
     decoder = model.get_decoder()
     forward = decoder.forward
 
@@ -194,17 +194,11 @@ def test_positions_that_cannot_be_given(tmp_path, compute, monkeypatch, family):
             raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
         return forward(input_ids=input_ids, **given)
 
-    right = Ends(hollow_model(_saved(tmp_path, family), nn.Identity()))
     monkeypatch.setattr(decoder, "forward", without_positions)
     ends = Ends(model)
     assert ends.batched == (family != "gpt2")
     ids, positions = torch.tensor([5, 6, 7, 8, 9, 5]), torch.tensor([3, 4, 5, 0, 1, 7])
     assert torch.equal(ends.embed(ids, positions), right.embed(ids, positions))
-
-
-def _saved(folder: Path, family: str):
-    random_model(family).save_pretrained(folder / family)
-    return open_model(str(folder / family))
 
 
 def test_one_answer_is_the_same_alone_and_beside_others(decoding):
@@ -244,8 +238,8 @@ def test_what_generate_applies_is_applied(decoding, settings):
     assert answer != made.run([prompt])[0], "it makes a difference"
 
 
-def test_settings_of_the_models_own(tmp_path, compute):
-    made = Decoding(tmp_path / "llama", "llama", compute)
+def test_settings_of_the_models_own(checkpoint, compute):
+    made = Decoding(checkpoint("llama"), compute)
     (prompt,) = some_prompts([9])
     plain = made.run([prompt])[0]
     for model in (made.hollow, made.whole):
@@ -342,6 +336,28 @@ def test_an_error_of_one_answer_is_no_other_s(decoding, monkeypatch):
     assert third is None and whole == alone
 
 
+def test_a_session_that_is_closed_meanwhile_does_not_cancel_the_reader(decoding, monkeypatch):
+    made = decoding("llama")
+
+    async def closed(session: LocalSession) -> None:
+        if len(session.steps) == 3:
+            gone = asyncio.get_running_loop().create_future()
+            gone.cancel()
+            await gone
+
+    monkeypatch.setattr(made.blocks, "before_a_step", closed)
+
+    async def run() -> int:
+        session, count = made.blocks.open(40), 0
+        choose = Sampler(LogitsProcessorList())
+        with pytest.raises(ConnectionAbortedError, match="closed in the middle of a step"):
+            async for _ in made.loop.generate(session, [5, 6], choose=choose, limit=LIMIT, ends=set()):
+                count += 1
+        return count
+
+    assert asyncio.run(run()) == 2
+
+
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
 @pytest.mark.parametrize("slow", ["step", "compute"])
 def test_whoever_stops_reading_ends_the_computation(decoding, monkeypatch, how, slow):
@@ -392,10 +408,10 @@ async def _rest_of(tokens) -> list[int]:
     return [token async for token in tokens]
 
 
-def test_the_compute_thread_ends(tmp_path):
+def test_the_compute_thread_ends(checkpoint):
     compute = ComputeThread()
     compute.start()
-    made = Decoding(tmp_path / "llama", "llama", compute)
+    made = Decoding(checkpoint("llama"), compute)
     (prompt,) = some_prompts([4])
 
     async def run() -> None:

@@ -92,15 +92,13 @@ async def answer(engine: TextEngine, asked: GenerationRequest) -> tuple[str, int
 
 
 def banned(engine: TextEngine) -> list[object]:
-    manager = engine.tokens._model.blocks.sequence_manager
+    manager = engine.tokens._nodes
     return [peer for node in engine.status().peers if (peer := node.peer_id) in manager.state.banned_peers]
 
 
 def routes(engine: TextEngine) -> list[int]:
     """How many servers each block has in the client's view."""
-    return [
-        len(block.servers) for block in engine.tokens._model.blocks.sequence_manager.state.sequence_info.block_infos
-    ]
+    return [len(block.servers) for block in engine.tokens._nodes.state.sequence_info.block_infos]
 
 
 def test_four_chats_without_a_limit_and_then_a_fifth(folder, nodes):
@@ -183,7 +181,7 @@ def test_what_the_nodes_hold_is_the_context_that_is_offered(folder, nodes):
         with pytest.raises(ContextTooLong) as refused:
             await answer(engine, chat("x" * 700))
         assert refused.value.context_length == 700
-        assert engine.tokens._model.blocks.sequence_manager.state.rpc_info is None, "nothing was computed"
+        assert engine.tokens._nodes.state.rpc_info is None, "nothing was computed"
         assert (await answer(engine, chat("x" * 600, temperature=0)))[1] == 700 - 604
 
     use(folder, nodes, ask)
@@ -207,7 +205,7 @@ def test_a_failure_is_called_a_failure(folder, nodes, monkeypatch):
         raise RuntimeError("the\x1b[31m cable \x00is loose")
 
     async def ask(engine):
-        engine.tokens._model.blocks.sequence_manager.config.max_retries = 2
+        engine.tokens._nodes.config.max_retries = 2
         with monkeypatch.context() as within:
             within.setattr(nodes[0].service.span, "step", broken)
             with pytest.raises(SwarmFailed, match=r"the \[31m cable is loose"):

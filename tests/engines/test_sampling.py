@@ -1,4 +1,4 @@
-"""How tokens are chosen: transformers' own generate() on a tiny random model, with what requests ask for."""
+"""How tokens are chosen from the logits of a tiny random model, by what requests ask for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from petals_win.engines.base import GenerationRequest
-from petals_win.engines.sampling import check_token_ids, generate_arguments
+from petals_win.engines.sampling import check_token_ids, sampler
 from petals_win.errors import UserError
 
 PROMPT = [3, 5, 7]
@@ -35,8 +35,10 @@ def model() -> LlamaForCausalLM:
 
 def answer(model: LlamaForCausalLM, length: int = 12, **asked: Any) -> list[int]:
     request = GenerationRequest(model="M", prompt=tuple(PROMPT), **asked)
-    arguments = generate_arguments(request, model.generation_config, prompt_tokens=len(PROMPT), max_tokens=length)
-    return model.generate(torch.tensor([PROMPT]), **arguments)[0, len(PROMPT) :].tolist()
+    choose, tokens = sampler(request, model, PROMPT, length), list(PROMPT)
+    while len(tokens) < len(PROMPT) + length and tokens[-1] != END:
+        tokens.append(choose(torch.tensor([tokens]), logits(model, tokens)[None]))
+    return tokens[len(PROMPT) :]
 
 
 def logits(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
@@ -117,19 +119,33 @@ def test_a_turn_that_may_not_end(model):
     assert len(endless) == 12 and END not in endless
 
 
-def test_what_is_left_out_is_the_models_own(model):
+def test_what_is_left_out_is_the_models_own(model, monkeypatch):
     def chosen(default: GenerationConfig, **asked: Any) -> list[str]:
-        request = GenerationRequest(model="M", prompt="x", **asked)
-        arguments = generate_arguments(request, default, prompt_tokens=1, max_tokens=1)
-        return [type(processor).__name__ for processor in arguments.get("logits_processor", [])]
+        monkeypatch.setattr(model, "generation_config", default)
+        choose = sampler(GenerationRequest(model="M", prompt="x", **asked), model, [3], 1)
+        drawn = [] if choose._generator is None else ["drawn"]
+        return [type(processor).__name__ for processor in choose._processors] + drawn
 
     own = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1)
-    limits = ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"]
-    assert chosen(own) == [*limits, "_SeededChoice"]
-    assert chosen(own, top_k=0, top_p=1, min_p=0, temperature=1) == ["_SeededChoice"]
+    limits = ["TemperatureLogitsWarper", "TopKLogitsWarper", "_TopP", "MinPLogitsWarper"]
+    assert chosen(own) == [*limits, "drawn"]
+    assert chosen(own, top_k=0, top_p=1, min_p=0, temperature=1) == ["drawn"]
     assert chosen(own, temperature=0) == []
     assert chosen(GenerationConfig(do_sample=False)) == []
-    assert chosen(GenerationConfig(do_sample=False), min_p=0.1) == ["MinPLogitsWarper", "_SeededChoice"]
+    assert chosen(GenerationConfig(do_sample=False), min_p=0.1) == ["MinPLogitsWarper", "drawn"]
+    assert chosen(GenerationConfig(do_sample=True, num_beams=4, guidance_scale=3.0), top_k=2) == [
+        "TopKLogitsWarper",
+        "drawn",
+    ]
+
+
+def test_a_seed_draws_what_generate_draws(model):
+    """From the same logits with the same settings, by transformers' own sampling and torch's generator of all."""
+    settings = {"temperature": 1.7, "top_k": 30, "top_p": 0.95}
+    torch.manual_seed(11)
+    made = model.generate(torch.tensor([PROMPT]), do_sample=True, max_new_tokens=12, **settings)
+    assert answer(model, seed=11, **settings) == made[0, len(PROMPT) :].tolist()
+    assert answer(model, seed=12, **settings) != answer(model, seed=11, **settings)
 
 
 def test_the_models_own_penalty_can_be_turned_off(model):

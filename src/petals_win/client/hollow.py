@@ -14,11 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
+from petals_win.client.head import fast_head
 from petals_win.host.threads import computing
 from petals_win.models.architecture import config_of_blocks, find_blocks, text_config
 from petals_win.models.loading import load_parts, model_to_fill
 from petals_win.models.source import ModelSource
-from petals_win.span.packed_linear import packed_if_possible, packing_pays
 
 _TASKS = {
     "base": AutoModel,
@@ -113,8 +113,8 @@ def hollow_model(
     layer.in_a_tuple = _expects_tuples(decoder, layer)
     head = model.get_output_embeddings()
     if head is not None:
-        if packing_pays(dtype):
-            head = packed_if_possible(head)
+        if (faster := fast_head(head, model.get_input_embeddings())) is not head:
+            head = faster
             model.set_output_embeddings(head)
         head.forward = _with_free_cores(head.forward)
     if model.can_generate():

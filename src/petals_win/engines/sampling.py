@@ -1,6 +1,6 @@
-"""How the next token is chosen: what a request asks for, as arguments of transformers' generate().
+"""How the next token is chosen: what a request asks for, in the words of transformers' generate().
 
-Knows transformers' logits processors and the order in which they apply. Does not know text, sessions or swarms.
+Knows transformers' settings and logits processors, and what the API's numbers mean. Does not know text, sessions or swarms.
 """
 
 from __future__ import annotations
@@ -9,16 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from petals_win.client.choosing import Sampler, processors_of_generate
 from petals_win.engines.base import GenerationRequest
@@ -28,22 +19,15 @@ from petals_win.errors import UserError
 _GREEDY_BELOW = 1e-5
 
 
-def generate_arguments(
-    request: GenerationRequest, default: GenerationConfig, *, prompt_tokens: int, max_tokens: int
-) -> dict[str, Any]:
-    """Arguments of generate() for what the request asks; what it leaves open is the model's own default.
+def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> Sampler:
+    """What chooses the tokens of the answer to `prompt`, at most `max_tokens`.
 
-    Sampling is done by our last logits processor, which leaves one token to choose, so generate() itself is greedy.
-    `prompt_tokens` is the length of the prompt, `max_tokens` the longest answer.
+    What the request leaves open is as the generation_config of `model` says, of which nothing is computed here.
     """
-    arguments: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-        "min_p": None,
-        "max_new_tokens": max_tokens,
-    }
+    default: GenerationConfig = model.generation_config  # pyright: ignore[reportAssignmentType]
+    # Of what this file does not decide: several texts at once, and a second pass of the model for each token.
+    arguments: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": None}
+    arguments |= {"max_new_tokens": max_tokens, **_choice(request, default)}
     if request.repetition_penalty is not None:
         arguments["repetition_penalty"] = float(request.repetition_penalty)
     if request.logit_bias:
@@ -51,21 +35,20 @@ def generate_arguments(
     # As long as a turn must not end, its end tokens are no choice.
     if shortest := max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens):
         arguments["min_new_tokens"] = shortest
-    processors = LogitsProcessorList()
     if request.frequency_penalty or request.presence_penalty:
-        processors.append(_Penalties(request.frequency_penalty, request.presence_penalty, prompt_tokens))
-    processors.extend(_choice(request, default))
-    if processors:
-        arguments["logits_processor"] = processors
-    return arguments
+        penalties = _Penalties(request.frequency_penalty, request.presence_penalty, len(prompt))
+        arguments["logits_processor"] = LogitsProcessorList([penalties])
+    processors = processors_of_generate(model, torch.tensor([prompt]), **arguments)
+    return Sampler(processors, _generator(request.seed) if arguments["do_sample"] else None)
 
 
-def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> Sampler:
-    """What chooses the tokens of the answer to `prompt`, at most `max_tokens`, as generate() of `model` would."""
-    arguments = generate_arguments(
-        request, model.generation_config, prompt_tokens=len(prompt), max_tokens=max_tokens  # pyright: ignore
-    )
-    return Sampler(processors_of_generate(model, torch.tensor([prompt]), **arguments))
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def check_token_ids(bias: Mapping[int, float], vocabulary: int) -> None:
@@ -75,8 +58,8 @@ def check_token_ids(bias: Mapping[int, float], vocabulary: int) -> None:
             raise UserError(f"logit_bias: the model has the tokens 0 to {vocabulary - 1}, but not {token}.")
 
 
-def _choice(request: GenerationRequest, default: GenerationConfig) -> list[LogitsProcessor]:
-    """What draws a token; nothing where the most likely one is taken."""
+def _choice(request: GenerationRequest, default: GenerationConfig) -> dict[str, Any]:
+    """Whether a token is drawn, and from which; without drawing the most likely one is taken."""
 
     def chosen(name: str) -> Any:
         value = getattr(request, name)
@@ -85,21 +68,16 @@ def _choice(request: GenerationRequest, default: GenerationConfig) -> list[Logit
     temperature, top_k, top_p, min_p = (chosen(name) for name in ("temperature", "top_k", "top_p", "min_p"))
     # A value that limits nothing does not make a model draw that is greedy by its makers' will.
     drawn = default.do_sample or temperature is not None or top_k or min_p or (top_p is not None and top_p < 1)
-    if not drawn:
-        return []
     # top_p 0 leaves the most likely token alone, as OpenAI's servers and llama.cpp understand it.
-    if (temperature is not None and temperature < _GREEDY_BELOW) or top_p == 0:
-        return []
-    warpers: list[LogitsProcessor] = []
-    if temperature is not None and temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    if min_p:
-        warpers.append(MinPLogitsWarper(float(min_p)))
-    return [*warpers, _SeededChoice(request.seed)]
+    if not drawn or (temperature is not None and temperature < _GREEDY_BELOW) or top_p == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
+    return {
+        "do_sample": True,
+        "temperature": None if temperature is None else float(temperature),
+        "top_k": top_k or None,
+        "top_p": None if top_p is None else float(top_p),
+        "min_p": min_p or None,
+    }
 
 
 class _Penalties(LogitsProcessor):
@@ -116,21 +94,3 @@ class _Penalties(LogitsProcessor):
         generated = input_ids[:, self._prompt_tokens :]
         times = torch.zeros_like(scores).scatter_add(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._frequency * times - self._presence * (times > 0)
-
-
-class _SeededChoice(LogitsProcessor):
-    """Draws the next token with a generator of its own and leaves only that one to choose.
-
-    torch's global generator is shared by all requests of the process, so a seed there would not repeat an answer.
-    """
-
-    def __init__(self, seed: int | None):
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        choice = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)
-        return torch.full_like(scores, float("-inf")).scatter(1, choice, 0.0)

@@ -1,0 +1,71 @@
+"""The output layer of a model, for one answer's token and for those of several answers at once.
+
+Knows that a plain layer and a packed one differ by the number of rows. Does not know models.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from petals_win.host.threads import computing
+from petals_win.span.linear import linear_weight
+from petals_win.span.packed_linear import packed_if_possible, packing_pays
+
+logger = logging.getLogger(__name__)
+
+_SEVERAL = 4  # rows from which on the packed layer is taken, if it is faster for _TRIED_ROWS
+_TRIED_ROWS, _TRIED_ROUNDS = 8, 3
+
+
+def fast_head(head: nn.Module, embedding: nn.Module) -> nn.Module:
+    """What computes as `head` does, as fast as this PC can. `embedding` is the model's, which may have the same weight."""
+    weight = linear_weight(head)
+    if weight is None:
+        return head
+    if packing_pays(weight.dtype):
+        return packed_if_possible(head)
+    # Where one row is slower for a packed layer, several may still be several times as fast. Another copy of the weight is
+    # worth it only where the plain one has to stay anyway.
+    shared = getattr(embedding, "weight", None)
+    if shared is None or shared.data_ptr() != weight.data_ptr():
+        return head
+    packed = packed_if_possible(head)
+    return _HeadForSeveral(head, packed) if packed is not head and _faster(packed, head, weight) else head
+
+
+class _HeadForSeveral(nn.Module):
+    """A plain layer for few rows and a packed one for more. Frozen."""
+
+    def __init__(self, plain: nn.Module, packed: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.packed = plain, packed
+
+    @property
+    def weight(self) -> Any:
+        """[vocabulary, hidden], as the model's embedding has it, too."""
+        return self.plain.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to [..., vocabulary]."""
+        several = inputs.numel() >= _SEVERAL * inputs.shape[-1]
+        return self.packed(inputs) if several else self.plain(inputs)
+
+
+@torch.inference_mode()
+def _faster(one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], weight: torch.Tensor) -> bool:
+    inputs = torch.ones(_TRIED_ROWS, weight.shape[1], dtype=weight.dtype)
+
+    def seconds(layer: Callable[..., torch.Tensor]) -> float:
+        began = time.perf_counter()
+        layer(inputs)
+        return time.perf_counter() - began
+
+    with computing():
+        rounds = [(seconds(one), seconds(other)) for _ in range(_TRIED_ROUNDS)]
+    return min(first for first, _ in rounds) < min(second for _, second in rounds)
