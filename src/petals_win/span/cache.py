@@ -136,6 +136,16 @@ class _Slots(CacheLayerMixin):
         first = self._first_visible()
         return self.keys[:, :, first:end], self.values[:, :, first:end]
 
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` for one token of one sequence, [1, heads, size], in fewer operations."""
+        assert self.keys is not None and self.values is not None
+        position = self._owner.position
+        self.keys.select(2, position).copy_(key)
+        self.values.select(2, position).copy_(value)
+        first = self._first_visible()
+        length = position + 1 - first
+        return self.keys.narrow(2, first, length), self.values.narrow(2, first, length)
+
     def _first_visible(self) -> int:
         return 0 if self.window is None else max(self._owner.position - self.window + 1, 0)
 

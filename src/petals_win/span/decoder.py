@@ -38,6 +38,7 @@ class CutDecoder:
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
         self._views: dict[tuple[int, int], nn.Module] = {}
+        self._configs: dict[tuple[int, int], list[PreTrainedConfig]] = {}
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -53,14 +54,17 @@ class CutDecoder:
         for module in [self._frame, *self._layers]:
             module.to(device)
         self._views.clear()
+        self._configs.clear()
 
     def configs(self, start: int, end: int) -> list[PreTrainedConfig]:
         """The configurations that the blocks [start, end), and the decoder around them, look at as they run."""
-        modules = self._view(start, end).modules()
-        found = [
-            config for module in modules if isinstance(config := getattr(module, "config", None), PreTrainedConfig)
-        ]
-        return list({id(config): config for config in found}.values())
+        if (start, end) not in self._configs:
+            modules = [module for module in self._view(start, end).modules() if hasattr(module, "config")]
+            configs = {
+                id(config): config for module in modules if isinstance(config := module.config, PreTrainedConfig)
+            }
+            self._configs[start, end] = list(configs.values())
+        return self._configs[start, end]
 
     def run(
         self,

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder
@@ -55,79 +57,96 @@ class JointPass:
 
         Returns the same shapes, on the CPU. The caller advances the positions.
         """
-        hidden = torch.cat([hidden.reshape(1, -1, hidden.shape[-1]) for _, hidden in parts], dim=1)
-        joint = JointCache(parts, start, self._device)
+        # Single tokens come first: attention has a short way for them.
+        order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
+        ordered = [parts[index] for index in order]
+        hidden = torch.cat([hidden.reshape(1, -1, hidden.shape[-1]) for _, hidden in ordered], dim=1)
+        joint = JointCache(
+            [cache for cache, _ in ordered], [hidden.shape[:2] for _, hidden in ordered], start, self._device
+        )
         with _attention_by(joint, self._decoder.configs(start, end)):
             output = self._decoder.run(
                 hidden.to(self._device, self._dtype), start, end, joint, position_ids=joint.position_ids
             )
-        rows = output.cpu().split([hidden.shape[0] * hidden.shape[1] for _, hidden in parts], dim=1)
-        return [row.view(hidden.shape) for row, (_, hidden) in zip(rows, parts, strict=True)]
+        rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
+        outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
+        return [outputs[index] for index in range(len(parts))]
+
+
+def _rows_of(hidden: torch.Tensor) -> int:
+    """How many rows of a joint pass [batch, tokens, hidden] make up."""
+    return hidden.shape[0] * hidden.shape[1]
 
 
 class JointCache(Cache):
-    """The caches of several sessions as one, while all their new tokens stand in one row."""
+    """The caches of several sessions as one, while all their new tokens stand in one row: single ones first."""
 
-    def __init__(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], first: int, device: torch.device) -> None:
+    def __init__(
+        self, caches: Sequence[SessionCache], shapes: Sequence[Sequence[int]], first: int, device: torch.device
+    ) -> None:
+        """`shapes` are batch and new tokens of each session; `first` is the number of the first block."""
         super().__init__(layers=[])
         self._first = first
         self._device = device
-        self._caches = [cache for cache, _ in parts]
-        self.shapes = [(hidden.shape[0], hidden.shape[1]) for _, hidden in parts]
-        self.length = sum(rows * tokens for rows, tokens in self.shapes)
+        self._caches = caches
+        rows = [batch * tokens for batch, tokens in shapes]
+        self.singles = sum(count == 1 for count in rows)
+        self._rows, self._shapes = rows[self.singles :], shapes[self.singles :]
+        self._length = sum(rows)
         self.held: list[tuple[torch.Tensor, torch.Tensor]] = []  # by the block that computes, of each session
         self._window: int | None = None
-        self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = {}
-        self.position_ids = torch.tensor(
-            [
-                [
-                    position
-                    for cache, (rows, tokens) in zip(self._caches, self.shapes, strict=True)
-                    for _ in range(rows)
-                    for position in range(cache.position, cache.position + tokens)
-                ]
-            ],
-            device=device,
-        )
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        positions = [
+            position
+            for cache, (batch, tokens) in zip(caches, shapes, strict=True)
+            for position in [*range(cache.position, cache.position + tokens)] * batch
+        ]
+        self.position_ids = torch.tensor([positions], device=device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         slots: list[Any] = [cache.layers[layer_idx - self._first] for cache in self._caches]
         self._window = slots[0].window
-        keys, values = self.of_each(key_states), self.of_each(value_states)
-        self.held = [slot.update(key, value) for slot, key, value in zip(slots, keys, values, strict=True)]
+        keys, values = (states[:, :, : self.singles].unbind(2) for states in (key_states, value_states))
+        self.held = [slot.append(key, value) for slot, key, value in zip(slots, keys, values, strict=False)]
+        if self._rows:
+            keys, values = self.of_the_others(key_states), self.of_the_others(value_states)
+            others = zip(slots[self.singles :], keys, values, strict=True)
+            self.held += [slot.update(key, value) for slot, key, value in others]
         return key_states, value_states
 
-    def of_each(self, states: torch.Tensor) -> list[torch.Tensor]:
-        """[1, heads, length, size] as [batch, heads, tokens, size] for each session."""
-        parts = states[0].split([rows * tokens for rows, tokens in self.shapes], dim=1)
-        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
+    def of_the_others(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of [1, heads, length, size] the part [batch, heads, tokens, size] of each session with more than one row."""
+        parts = states[0, :, self.singles :].split(self._rows, dim=1)
+        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def mask(self, index: int, dtype: torch.dtype, additive: bool) -> torch.Tensor | None:
-        """What the new tokens of session `index` see of what the present block holds, [1, 1, tokens, held]; None: all of it."""
-        tokens, position = self.shapes[index][1], self._caches[index].position
+    def mask(self, index: int, additive: torch.dtype | None) -> torch.Tensor | None:
+        """What new tokens of the session see of what the present block holds for it, [1, 1, tokens, held]; None: all of it.
+
+        `index` counts sessions with more than one row. The mask is True where something is seen, or is added in a dtype.
+        """
+        tokens, position = self._shapes[index][1], self._caches[self.singles + index].position
         if tokens == 1:
             return None
-        key = (index, self._window, dtype)
-        if key not in self._masks:
-            held = self.held[index][0].shape[-2]
+        if (index, self._window) not in self._masks:
+            held = self.held[self.singles + index][0].shape[-2]
             asking = torch.arange(position, position + tokens, device=self._device)[:, None]
             asked = torch.arange(position + tokens - held, position + tokens, device=self._device)[None, :]
             visible = asked <= asking
             if self._window is not None:
                 visible &= asked > asking - self._window
-            if additive:
-                hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self._device)
-                visible = torch.where(visible, torch.zeros_like(hidden), hidden)
-            self._masks[key] = visible[None, None]
-        return self._masks[key]
+            if additive is not None:
+                zero = torch.zeros((), dtype=additive, device=self._device)
+                visible = torch.where(visible, zero, torch.finfo(additive).min)
+            self._masks[index, self._window] = visible[None, None]
+        return self._masks[index, self._window]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.length, 0
+        return self._length, 0
 
 
 @contextmanager
@@ -156,10 +175,27 @@ def _attend(
     """[1, heads, length, size] to [1, length, heads, size]: what the model's usual function computes for each session alone."""
     joint: JointCache = _of_this_thread.joint
     usual = _usual_attention(module, _of_this_thread.usual)
-    outputs = []
-    for index, (part, (keys, values)) in enumerate(zip(joint.of_each(query), joint.held, strict=True)):
-        mask = joint.mask(index, query.dtype, additive=_of_this_thread.usual == "eager")
-        output, _ = usual(module, part, keys, values, mask, **settings)
+    plain = usual is sdpa_attention_forward and settings.get("position_bias") is None
+    parts = query[:, :, : joint.singles]
+    if plain:
+        # The queries of the heads that share a key stand in for tokens: keys need not be repeated for them.
+        heads = key.shape[1]
+        parts = parts.unflatten(1, (heads, query.shape[1] // heads)).unbind(3)
+        scale = settings.get("scaling")
+        outputs = [
+            scaled_dot_product_attention(part, keys, values, scale=scale)
+            for part, (keys, values) in zip(parts, joint.held, strict=False)
+        ]
+        outputs = [torch.cat(outputs).flatten(1, 2)] if outputs else []
+    else:
+        held = zip(parts.split(1, dim=2), joint.held, strict=False)
+        outputs = [
+            usual(module, part, keys, values, None, **settings)[0].flatten(0, 1) for part, (keys, values) in held
+        ]
+    others = zip(joint.of_the_others(query), joint.held[joint.singles :], strict=True)
+    additive = query.dtype if _of_this_thread.usual == "eager" else None
+    for index, (part, (keys, values)) in enumerate(others):
+        output, _ = usual(module, part, keys, values, joint.mask(index, additive), **settings)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None], None
 
