@@ -122,7 +122,7 @@ def test_a_long_prompt_goes_through_in_pieces(span, monkeypatch):
     hidden = hidden_states(23)
     prompts = [hidden_states(9, seed=1), None, None]
     whole = span.step(span.open(BATCH, 23), hidden, prompts=prompts)
-    monkeypatch.setattr(span_module, "_CHUNK_TOKENS", 8)  # four tokens of each row at a time
+    monkeypatch.setattr(span_module, "CHUNK_TOKENS", 8)  # four tokens of each row at a time
     seen = []
     run = span._decoder.run
     monkeypatch.setattr(span._decoder, "run", lambda *args: seen.append(args[0].shape[1]) or run(*args))
@@ -225,7 +225,7 @@ def test_a_failed_step_can_be_made_again(span, block, monkeypatch):
         span.step(session, hidden[:, :2])
     expected = span.step(untouched, hidden[:, 2:])
 
-    monkeypatch.setattr(span_module, "_CHUNK_TOKENS", 2)  # the first piece passes, the second fails
+    monkeypatch.setattr(span_module, "CHUNK_TOKENS", 2)  # the first piece passes, the second fails
     hook = fail_at_second_call(span, block)
     with pytest.raises(RuntimeError, match="out of memory"):
         span.step(failing, hidden[:, 2:])
@@ -238,7 +238,7 @@ def test_a_failed_step_that_reordered_rows_closes_the_session(span, monkeypatch)
     """Its rows were overwritten: going on from them would give wrong numbers without a word."""
     session, hidden = span.open(BATCH, 8), hidden_states(5)
     span.step(session, hidden[:, :2])
-    monkeypatch.setattr(span_module, "_CHUNK_TOKENS", 2)
+    monkeypatch.setattr(span_module, "CHUNK_TOKENS", 2)
     fail_at_second_call(span, 1)
     with pytest.raises(RuntimeError, match="out of memory"):
         span.step(session, hidden[:, 2:], hypo_ids=torch.tensor([1, 1]))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
@@ -38,25 +38,47 @@ class CutDecoder:
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
         self._views: dict[tuple[int, int], nn.Module] = {}
+        self._configs: dict[tuple[int, int], list[PreTrainedConfig]] = {}
 
     @property
     def layers(self) -> list[nn.Module]:
         """The blocks themselves, in order."""
         return self._layers
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
     def to(self, device: torch.device) -> None:
         """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
         for module in [self._frame, *self._layers]:
             module.to(device)
         self._views.clear()
+        self._configs.clear()
+
+    def configs(self, start: int, end: int) -> list[PreTrainedConfig]:
+        """The configurations that the blocks [start, end), and the decoder around them, look at as they run."""
+        if (start, end) not in self._configs:
+            modules = [module for module in self._view(start, end).modules() if hasattr(module, "config")]
+            configs = {
+                id(config): config for module in modules if isinstance(config := module.config, PreTrainedConfig)
+            }
+            self._configs[start, end] = list(configs.values())
+        return self._configs[start, end]
 
     def run(
-        self, hidden: torch.Tensor, start: int, end: int, cache: Cache | None = None, prompts: Prompts | None = None
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        cache: Cache | None = None,
+        prompts: Prompts | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] through the blocks [start, end), which lie within this run.
 
         `prompts` has an entry for each block: None or [batch or 1, p, hidden], added to the block's input at its first p
-        tokens.
+        tokens. `position_ids`, [1 or batch, tokens], default to what follows the cache's length.
         """
         layers = self._layers[start - self.start : end - self.start]
         output: list[torch.Tensor] = []
@@ -76,7 +98,8 @@ class CutDecoder:
         hooks.append(layers[-1].register_forward_hook(leave))
         in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
         try:
-            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None)
+            positions = {} if position_ids is None else {"position_ids": position_ids}
+            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **positions)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +19,10 @@ from petals_win.models.loading import load_parts
 from petals_win.models.source import ModelSource
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
+from petals_win.span.joint import JointPass
 from petals_win.span.packed_linear import pack_linears, packing_pays
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
+from petals_win.span.session import Session, Step
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters
@@ -30,41 +31,7 @@ logger = logging.getLogger(__name__)
 
 # A long prompt goes through the blocks in pieces of at most so many tokens (of all rows together), which bounds the memory for
 # activations and attention.
-_CHUNK_TOKENS = 1024
-
-
-@dataclass
-class Session:
-    """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end).
-
-    `room` is how many tokens it may keep now, up to `max_length`; whoever opened it may raise it between two steps, and the
-    cache grows when a step needs it.
-    """
-
-    batch_size: int
-    max_length: int
-    room: int
-    start: int
-    end: int
-    adapter: str
-    cache: SessionCache | None = field(repr=False)
-
-    @property
-    def position(self) -> int:
-        """How many tokens the session has seen."""
-        return self._open_cache.position
-
-    @property
-    def _open_cache(self) -> SessionCache:
-        if self.cache is None:
-            raise ValueError("The session is closed")
-        return self.cache
-
-    def close(self) -> None:
-        """Free the cache. Closing twice is allowed."""
-        if self.cache is not None:
-            self.cache.free()
-        self.cache = None
+CHUNK_TOKENS = 1024
 
 
 class Span:
@@ -81,6 +48,7 @@ class Span:
     ):
         self._decoder = decoder
         self._shapes = list(shapes)
+        self._joint = JointPass(decoder, device, shapes[0].dtype)
         self._adapters: Adapters | None = None
         self.config = config
         self.start, self.end = decoder.start, decoder.end
@@ -147,6 +115,7 @@ class Span:
             span._adapters = Adapters(decoder.layers, start, blocks.prefix, source.num_blocks)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
+        span._joint.try_out(shapes, exact=dtype is torch.float32 and quant == "none")
         seconds = time.perf_counter() - began
         logger.info(
             "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
@@ -212,14 +181,36 @@ class Span:
         prompts: Prompts | None = None,
         hypo_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Continue a session by hidden states [batch, tokens, hidden] of at least one token; returns the same shape.
+        """Continue a session by hidden states [batch, tokens, hidden] of at least one token; returns the same shape on the CPU.
 
         `hypo_ids` (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. `prompts` has an entry for each block of
         the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. Raises
         ValueError for shapes that do not fit the session, or more tokens than it can hold. A step that raises leaves the
         session as it was, and may be made again; if it had reordered rows, which cannot be put back, it closes the session.
         """
-        cache = session._open_cache
+        step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids)
+        tokens = max(1, CHUNK_TOKENS // session.batch_size)
+        try:
+            while step.left:
+                self.advance([(step, tokens)])
+            return step.output()
+        except BaseException:
+            step.undo()
+            raise
+
+    def begin(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        *,
+        prompts: Prompts | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> Step:
+        """Check what `step` is given, make room for it, reorder the rows; `advance` then computes it in pieces.
+
+        Raises as `step` does. Whoever cannot carry the step to its end calls its `undo`.
+        """
+        cache = session.open_cache
         self._check_hidden(hidden)
         batch_size, length, _ = hidden.shape
         if batch_size != session.batch_size:
@@ -228,32 +219,45 @@ class Span:
             raise ValueError(
                 f"The session holds {session.room} tokens, {cache.position} are used; {length} more were sent"
             )
-        hidden = hidden.to(self.device, self.dtype)
         prompts = self._check_prompts(prompts, session.end - session.start, batch_size)
-        self._switch_to(session.adapter)
-        begin, chunk = cache.position, max(1, _CHUNK_TOKENS // batch_size)
         if hypo_ids is not None:
             _check_rows(hypo_ids, batch_size)
-        reordered = False
-        try:
-            with torch.inference_mode():
-                if begin + length > cache.capacity:
-                    cache.grow(session.room)
-                if hypo_ids is not None:
-                    reordered = True
+        with torch.inference_mode():
+            if cache.position + length > cache.capacity:
+                cache.grow(session.room)
+            step = Step(session, hidden, prompts, reordered=hypo_ids is not None)
+            if hypo_ids is not None:
+                try:
                     cache.reorder(hypo_ids)
-                outputs = []
-                for offset in range(0, length, chunk):
-                    piece = hidden[:, offset : offset + chunk]
-                    added = prompts and [prompt if prompt is None else prompt[:, offset:] for prompt in prompts]
-                    outputs.append(self._decoder.run(piece, session.start, session.end, cache, added))
-                    cache.position += piece.shape[1]
-        except BaseException:
-            cache.position = begin
-            if reordered:
-                session.close()
-            raise
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+                except BaseException:
+                    step.undo()
+                    raise
+        return step
+
+    def companions(self, step: Step) -> tuple[int, int, str] | None:
+        """Steps for which this is equal can be computed together; None: the step can only be computed alone."""
+        if not self._joint.works or step.prompts is not None:
+            return None
+        return step.session.start, step.session.end, step.session.adapter
+
+    def advance(self, pieces: Sequence[tuple[Step, int]]) -> None:
+        """Compute the next tokens, at most so many of each row, of steps of different sessions in one pass.
+
+        Of more than one step `companions` must be the same. If it raises, all steps and sessions are as they were.
+        """
+        session = pieces[0][0].session
+        self._switch_to(session.adapter)
+        with torch.inference_mode():
+            if len(pieces) == 1:
+                step, tokens = pieces[0]
+                hidden, prompts = step.piece(tokens)
+                hidden = hidden.to(self.device, self.dtype)
+                outputs = [self._decoder.run(hidden, session.start, session.end, session.open_cache, prompts).cpu()]
+            else:
+                parts = [(step.session.open_cache, step.piece(tokens)[0]) for step, tokens in pieces]
+                outputs = self._joint.run(parts, session.start, session.end)
+        for (step, _), output in zip(pieces, outputs, strict=True):
+            step.took(output)
 
     def forward(
         self, hidden: torch.Tensor, start: int, end: int, *, prompts: Prompts | None = None, adapter: str = ""

@@ -1,0 +1,211 @@
+"""One pass of many sessions through a run of blocks: all their tokens in one row, attention for each session on its own.
+
+Everything but attention computes each token by itself, so that weights are read once for all sessions. Knows transformers'
+interface of attention functions. Does not know when sessions share a pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from petals_win.span.cache import KvShape, SessionCache
+from petals_win.span.decoder import CutDecoder
+from petals_win.span.probe import agrees
+
+logger = logging.getLogger(__name__)
+
+_NAME = "petals_win_joint"
+
+# The pass that this thread computes: an attention function is not told.
+_of_this_thread = threading.local()
+
+
+class JointPass:
+    """Passes of several sessions through the blocks of one decoder."""
+
+    def __init__(self, decoder: CutDecoder, device: torch.device, dtype: torch.dtype) -> None:
+        self._decoder = decoder
+        self._device, self._dtype = device, dtype
+        self.works = False
+
+    def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
+        """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
+        try:
+            with torch.inference_mode():
+                self.works = agrees(self._decoder, shapes, self.run, self._device, exact)
+        except Exception as e:  # whatever a model raises whose attention does not go through the interface
+            logger.debug("A joint pass fails", exc_info=True)
+            logger.info("Sessions are computed one by one: %s", e)
+            return
+        if not self.works:
+            logger.info("Sessions are computed one by one: this model computes something else for several together")
+
+    def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
+        """Hidden states [batch, tokens, hidden] of each session, after its cache's position, through the blocks [start, end).
+
+        Returns the same shapes, on the CPU. The caller advances the positions.
+        """
+        # Single tokens come first: attention has a short way for them.
+        order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
+        ordered = [parts[index] for index in order]
+        hidden = torch.cat([hidden.reshape(1, -1, hidden.shape[-1]) for _, hidden in ordered], dim=1)
+        joint = JointCache(
+            [cache for cache, _ in ordered], [hidden.shape[:2] for _, hidden in ordered], start, self._device
+        )
+        with _attention_by(joint, self._decoder.configs(start, end)):
+            output = self._decoder.run(
+                hidden.to(self._device, self._dtype), start, end, joint, position_ids=joint.position_ids
+            )
+        rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
+        outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
+        return [outputs[index] for index in range(len(parts))]
+
+
+def _rows_of(hidden: torch.Tensor) -> int:
+    """How many rows of a joint pass [batch, tokens, hidden] make up."""
+    return hidden.shape[0] * hidden.shape[1]
+
+
+class JointCache(Cache):
+    """The caches of several sessions as one, while all their new tokens stand in one row: single ones first."""
+
+    def __init__(
+        self, caches: Sequence[SessionCache], shapes: Sequence[Sequence[int]], first: int, device: torch.device
+    ) -> None:
+        """`shapes` are batch and new tokens of each session; `first` is the number of the first block."""
+        super().__init__(layers=[])
+        self._first = first
+        self._device = device
+        self._caches = caches
+        rows = [batch * tokens for batch, tokens in shapes]
+        self.singles = sum(count == 1 for count in rows)
+        self._rows, self._shapes = rows[self.singles :], shapes[self.singles :]
+        self._length = sum(rows)
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []  # by the block that computes, of each session
+        self._window: int | None = None
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        positions = [
+            position
+            for cache, (batch, tokens) in zip(caches, shapes, strict=True)
+            for position in [*range(cache.position, cache.position + tokens)] * batch
+        ]
+        self.position_ids = torch.tensor([positions], device=device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slots: list[Any] = [cache.layers[layer_idx - self._first] for cache in self._caches]
+        self._window = slots[0].window
+        keys, values = (states[:, :, : self.singles].unbind(2) for states in (key_states, value_states))
+        self.held = [slot.append(key, value) for slot, key, value in zip(slots, keys, values, strict=False)]
+        if self._rows:
+            keys, values = self.of_the_others(key_states), self.of_the_others(value_states)
+            others = zip(slots[self.singles :], keys, values, strict=True)
+            self.held += [slot.update(key, value) for slot, key, value in others]
+        return key_states, value_states
+
+    def of_the_others(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of [1, heads, length, size] the part [batch, heads, tokens, size] of each session with more than one row."""
+        parts = states[0, :, self.singles :].split(self._rows, dim=1)
+        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def mask(self, index: int, additive: torch.dtype | None) -> torch.Tensor | None:
+        """What new tokens of the session see of what the present block holds for it, [1, 1, tokens, held]; None: all of it.
+
+        `index` counts sessions with more than one row. The mask is True where something is seen, or is added in a dtype.
+        """
+        tokens, position = self._shapes[index][1], self._caches[self.singles + index].position
+        if tokens == 1:
+            return None
+        if (index, self._window) not in self._masks:
+            held = self.held[self.singles + index][0].shape[-2]
+            asking = torch.arange(position, position + tokens, device=self._device)[:, None]
+            asked = torch.arange(position + tokens - held, position + tokens, device=self._device)[None, :]
+            visible = asked <= asking
+            if self._window is not None:
+                visible &= asked > asking - self._window
+            if additive is not None:
+                zero = torch.zeros((), dtype=additive, device=self._device)
+                visible = torch.where(visible, zero, torch.finfo(additive).min)
+            self._masks[index, self._window] = visible[None, None]
+        return self._masks[index, self._window]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._length, 0
+
+
+@contextmanager
+def _attention_by(joint: JointCache, configs: Sequence[Any]) -> Iterator[None]:
+    """Let models of these configurations compute attention with the sessions' own keys and values."""
+    before = [config._attn_implementation for config in configs]
+    _of_this_thread.joint, _of_this_thread.usual = joint, before[0]
+    try:
+        for config in configs:
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        _of_this_thread.joint = None
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, heads, length, size] to [1, length, heads, size]: what the model's usual function computes for each session alone."""
+    joint: JointCache = _of_this_thread.joint
+    usual = _usual_attention(module, _of_this_thread.usual)
+    plain = usual is sdpa_attention_forward and settings.get("position_bias") is None
+    parts = query[:, :, : joint.singles]
+    if plain:
+        # The queries of the heads that share a key stand in for tokens: keys need not be repeated for them.
+        heads = key.shape[1]
+        parts = parts.unflatten(1, (heads, query.shape[1] // heads)).unbind(3)
+        scale = settings.get("scaling")
+        outputs = [
+            scaled_dot_product_attention(part, keys, values, scale=scale)
+            for part, (keys, values) in zip(parts, joint.held, strict=False)
+        ]
+        outputs = [torch.cat(outputs).flatten(1, 2)] if outputs else []
+    else:
+        held = zip(parts.split(1, dim=2), joint.held, strict=False)
+        outputs = [
+            usual(module, part, keys, values, None, **settings)[0].flatten(0, 1) for part, (keys, values) in held
+        ]
+    others = zip(joint.of_the_others(query), joint.held[joint.singles :], strict=True)
+    additive = query.dtype if _of_this_thread.usual == "eager" else None
+    for index, (part, (keys, values)) in enumerate(others):
+        output, _ = usual(module, part, keys, values, joint.mask(index, additive), **settings)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _usual_attention(module: nn.Module, implementation: str) -> Any:
+    """The function that the module's own code would call."""
+    code: Any = sys.modules[type(module).__module__]
+    functions = getattr(code, "ALL_ATTENTION_FUNCTIONS", None) or AttentionInterface()
+    eager: Any = getattr(code, "eager_attention_forward", None)
+    return functions.get_interface(implementation, eager)
+
+
+AttentionInterface.register(_NAME, _attend)

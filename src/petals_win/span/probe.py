@@ -1,0 +1,107 @@
+"""Trying out, on a loaded decoder, whether a joint pass computes what each session computes alone.
+
+Decided by numbers, since no configuration tells in which way a model's attention can be shared. Knows blocks and caches. Does not know
+how a joint pass works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from petals_win.span.cache import KvShape, SessionCache
+from petals_win.span.decoder import CutDecoder
+
+# Sessions of a trial: rows, and tokens that they have seen. The last one is as long as a window, if the block has one.
+_ROWS = (1, 1, 2)
+_PASTS = (5, 0, 40)
+_LONGEST = 8192
+_NEW_TOKENS = ((1, 1, 1), (1, 3, 4))  # of each session, in a pass of decodes, and in one with prefills
+
+# How far a token may be off, as a part of what another past would change. Rounding in 16 bits may lead single tokens to other experts.
+_EXACT, _ROUNDED = 1e-3, 0.1
+_TOKENS_OF_ROUNDED = 0.75
+
+Parts = Sequence[tuple[SessionCache, torch.Tensor]]
+
+
+def agrees(
+    decoder: CutDecoder,
+    shapes: Sequence[KvShape],
+    together: Callable[[Parts, int, int], list[torch.Tensor]],
+    device: torch.device,
+    exact: bool,
+) -> bool:
+    """Whether `together` computes on one block of each kind what `decoder.run` does for each session alone.
+
+    `together` takes the caches and hidden states [rows, tokens, hidden] of sessions, and a range of blocks. `exact`: the
+    blocks compute in 32 bits. Raises whatever the model does.
+    """
+    kinds = {
+        _kind(layer, shape): index for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
+    }
+    return all(_agrees_in(decoder, index, shapes[index], together, device, exact) for index in kinds.values())
+
+
+def _agrees_in(
+    decoder: CutDecoder,
+    index: int,
+    shape: KvShape,
+    together: Callable[[Parts, int, int], list[torch.Tensor]],
+    device: torch.device,
+    exact: bool,
+) -> bool:
+    number = decoder.start + index
+    chance = torch.Generator().manual_seed(0)
+    pasts = [*_PASTS[:-1], min((shape.window or 0) + _PASTS[-1], _LONGEST)]
+    room = max(max(each) for each in _NEW_TOKENS)
+
+    def caches() -> list[SessionCache]:
+        made = []
+        for rows, past in zip(_ROWS, pasts, strict=True):
+            cache = SessionCache([shape], number, rows, past + room, device)
+            cache.fill(past, chance)
+            made.append(cache)
+        return made
+
+    def alone(parts: Parts) -> list[torch.Tensor]:
+        return [decoder.run(hidden.to(device), number, number + 1, cache).cpu() for cache, hidden in parts]
+
+    ours, others = caches(), caches()
+    right: list[torch.Tensor] = []
+    try:
+        for tokens in _NEW_TOKENS:
+            # Small, so that what the block adds to its input is most of the output.
+            hidden = [
+                (0.1 * torch.randn(rows, new, decoder.hidden_size, generator=chance)).to(shape.dtype)
+                for rows, new in zip(_ROWS, tokens, strict=True)
+            ]
+            parts = list(zip(ours, hidden, strict=True))
+            expected, other = alone(parts), alone(list(zip(others, hidden, strict=True)))
+            matters = max(_distance(*pair).max() for pair in zip(other, expected, strict=True))
+            for want, got in zip(expected, together(parts, number, number + 1), strict=True):
+                right.append((_distance(got, want) <= (_EXACT if exact else _ROUNDED) * matters).flatten())
+    finally:
+        for cache in [*ours, *others]:
+            cache.free()
+    return bool(torch.cat(right).float().mean() >= (1.0 if exact else _TOKENS_OF_ROUNDED))
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of each token, [rows, tokens]."""
+    return (one.float() - other.float()).norm(dim=-1)
+
+
+def _kind(layer: nn.Module, shape: KvShape) -> object:
+    """Equal for blocks that compute alike."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and key != "layer_idx"
+        }
+        parts.append((name, type(module), sorted(settings.items())))
+    return repr((shape, parts))

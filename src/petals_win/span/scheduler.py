@@ -1,0 +1,194 @@
+"""The steps of all sessions of a span, computed together: each turn of the compute thread takes what waits.
+
+A turn is one call of the compute thread, so that other calls (opening, forward and backward passes) go between turns. It computes
+every waiting step of few tokens, and of the long ones (prefills) as many tokens as one chunk has. Nothing waits for company: what
+arrives while a turn is in work makes up the next one. Knows spans and the compute thread. Does not know networks or budgets.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+
+import torch
+
+from petals_win.host.futures import AwaitableFuture
+from petals_win.span.compute import ComputeThread
+from petals_win.span.decoder import Prompts
+from petals_win.span.session import Session, Step
+from petals_win.span.span import CHUNK_TOKENS, Span
+
+logger = logging.getLogger(__name__)
+
+# A step of no more tokens, of all rows together, is computed at once; longer ones share a chunk in each turn.
+_FEW_TOKENS = 16
+
+
+class _Waiting:
+    """A step that was asked for and is not through."""
+
+    def __init__(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        prompts: Prompts | None,
+        hypo_ids: torch.Tensor | None,
+        priority: float,
+    ) -> None:
+        self.future: AwaitableFuture[torch.Tensor] = AwaitableFuture()
+        self.session, self.hidden, self.prompts, self.hypo_ids = session, hidden, prompts, hypo_ids
+        self.priority = priority
+        self.rows, self._length = hidden.shape[:2] if hidden.ndim == 3 else (1, 1)
+        self.is_prefill = self.rows * self._length > _FEW_TOKENS
+        self.step: Step | None = None  # once it has had a turn
+        self.last_turn = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens of each row."""
+        return self._length if self.step is None else self.step.left
+
+
+class Scheduler:
+    """Computes the steps of the sessions of `span` on its compute thread, as many at once as there are."""
+
+    def __init__(self, span: Span, compute: ComputeThread) -> None:
+        self._span = span
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._arrived: list[_Waiting] = []  # under the lock, as is:
+        self._asked: float | None = None  # the priority of the turn that is on its way
+        self._waiting: list[_Waiting] = []  # the oldest first; on the compute thread only, as is:
+        self._turns = 0
+
+    def step(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        *,
+        prompts: Prompts | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        priority: float = 0.0,
+    ) -> AwaitableFuture[torch.Tensor]:
+        """As Span.step, with the result [batch, tokens, hidden] on the CPU.
+
+        Steps of one session are made in the order of the calls. A step that fails, or that is cancelled before its last tokens
+        are in work, leaves its session as Span.step does, and all others as if it had not been. `priority` is that of a call of
+        the compute thread. Raises RuntimeError once that has been stopped.
+        """
+        waiting = _Waiting(session, hidden, prompts, hypo_ids, priority)
+        with self._lock:
+            self._arrived.append(waiting)
+        self._ask_for_a_turn(priority)
+        return waiting.future
+
+    def _ask_for_a_turn(self, priority: float) -> None:
+        with self._lock:
+            if self._asked is not None and self._asked <= priority:
+                return
+            self._asked = priority
+        try:
+            turn = self._compute.submit(self._turn, priority=priority)
+        except RuntimeError as e:  # the thread was told to stop
+            self._give_up(e)
+            raise
+        turn.add_done_callback(self._turned)
+
+    def _turned(self, turn: Future[None]) -> None:
+        """Nobody is left waiting for turns that will not come."""
+        if turn.cancelled():
+            self._give_up(RuntimeError("The compute thread has ended"))
+        elif (error := turn.exception()) is not None:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._lock:
+            arrived, self._arrived, self._asked = self._arrived, [], None
+        left, self._waiting = [*self._waiting, *arrived], []
+        for waiting in left:
+            if not waiting.future.cancel() and not waiting.future.done():
+                waiting.future.set_exception(error)
+
+    def _turn(self) -> None:
+        with self._lock:
+            self._waiting += self._arrived
+            self._arrived = []
+            self._asked = None
+        self._turns += 1
+        for waiting in [each for each in self._waiting if each.future.cancelled()]:
+            self._drop(waiting)
+        groups: dict[object, list[tuple[_Waiting, Step, int]]] = {}
+        for waiting, tokens in self._chosen():
+            if (step := self._ready(waiting, tokens)) is not None:
+                groups.setdefault(self._span.companions(step) or waiting, []).append((waiting, step, tokens))
+        for group in groups.values():
+            self._compute_group(group)
+        if self._waiting:
+            with suppress(RuntimeError):  # the thread was told to stop, and nobody waits any more
+                self._ask_for_a_turn(min(each.priority for each in self._waiting))
+
+    def _chosen(self) -> list[tuple[_Waiting, int]]:
+        """The steps of this turn, at most one of each session, and how many tokens of each row."""
+        oldest: dict[int, _Waiting] = {}
+        for waiting in self._waiting:
+            oldest.setdefault(id(waiting.session), waiting)
+        chosen = [(each, each.left) for each in oldest.values() if not each.is_prefill]
+        budget = CHUNK_TOKENS
+        # Those whose last turn is longest ago come first, so that prefills go round.
+        for prefill in sorted((each for each in oldest.values() if each.is_prefill), key=lambda each: each.last_turn):
+            if budget < prefill.rows and budget < CHUNK_TOKENS:
+                break
+            tokens = min(max(1, budget // prefill.rows), prefill.left)
+            chosen.append((prefill, tokens))
+            budget -= prefill.rows * tokens
+        return chosen
+
+    def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
+        """The step, begun now at the latest and not to be cancelled from its last tokens on; None if it is over."""
+        waiting.last_turn = self._turns
+        if tokens >= waiting.left and not waiting.future.set_running_or_notify_cancel():
+            self._drop(waiting)
+            return None
+        if waiting.step is None:
+            try:
+                waiting.step = self._span.begin(
+                    waiting.session, waiting.hidden, prompts=waiting.prompts, hypo_ids=waiting.hypo_ids
+                )
+            except Exception as e:
+                self._fail(waiting, e)
+        return waiting.step
+
+    def _compute_group(self, group: Sequence[tuple[_Waiting, Step, int]]) -> None:
+        if self._advanced(group):
+            for waiting, step, _ in group:
+                if not step.left:
+                    self._waiting.remove(waiting)
+                    waiting.future.set_result(step.output())
+        elif len(group) > 1:
+            # Which of them it was, or whether all together took too much memory, shows when each is alone.
+            for single in group:
+                self._compute_group([single])
+
+    def _advanced(self, group: Sequence[tuple[_Waiting, Step, int]]) -> bool:
+        try:
+            self._span.advance([(step, tokens) for _, step, tokens in group])
+        except Exception as e:
+            if len(group) == 1:
+                self._fail(group[0][0], e)
+            else:
+                logger.debug("%d steps cannot be computed together; each is tried alone", len(group), exc_info=True)
+            return False
+        return True
+
+    def _drop(self, waiting: _Waiting) -> None:
+        self._waiting.remove(waiting)
+        if waiting.step is not None:
+            waiting.step.undo()
+
+    def _fail(self, waiting: _Waiting, error: Exception) -> None:
+        self._drop(waiting)
+        if not waiting.future.cancelled():
+            waiting.future.set_exception(error)

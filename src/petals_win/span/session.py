@@ -1,0 +1,90 @@
+"""A session of a span, and one step of it, which is computed in pieces.
+
+Knows what a session has seen and what is left of a step. Does not know how blocks compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from petals_win.span.cache import SessionCache
+from petals_win.span.decoder import Prompts
+
+
+@dataclass
+class Session:
+    """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end).
+
+    `room` is how many tokens it may keep now, up to `max_length`; whoever opened it may raise it between two steps, and the
+    cache grows when a step needs it.
+    """
+
+    batch_size: int
+    max_length: int
+    room: int
+    start: int
+    end: int
+    adapter: str
+    cache: SessionCache | None = field(repr=False)
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session has seen."""
+        return self.open_cache.position
+
+    @property
+    def open_cache(self) -> SessionCache:
+        """Raises ValueError once the session is closed."""
+        if self.cache is None:
+            raise ValueError("The session is closed")
+        return self.cache
+
+    def close(self) -> None:
+        """Free the cache. Closing twice is allowed."""
+        if self.cache is not None:
+            self.cache.free()
+        self.cache = None
+
+
+class Step:
+    """A step of a session, begun by `Span.begin`: its tokens go through the blocks in pieces, the first ones first."""
+
+    def __init__(self, session: Session, hidden: torch.Tensor, prompts: Prompts | None, reordered: bool) -> None:
+        """`hidden` is [batch, tokens, hidden]. `reordered`: the session's rows have other pasts than before the step."""
+        self.session = session
+        self.prompts = prompts
+        self._hidden = hidden
+        self._began = session.position
+        self._reordered = reordered
+        self._done = 0
+        self._outputs: list[torch.Tensor] = []
+
+    @property
+    def left(self) -> int:
+        """How many tokens of each row have not been computed yet."""
+        return self._hidden.shape[1] - self._done
+
+    def piece(self, tokens: int) -> tuple[torch.Tensor, Prompts | None]:
+        """The next tokens of each row, [batch, at most `tokens`, hidden], and what is left of the prompts for them."""
+        hidden = self._hidden[:, self._done : self._done + tokens]
+        prompts = self.prompts and [prompt if prompt is None else prompt[:, self._done :] for prompt in self.prompts]
+        return hidden, prompts
+
+    def took(self, output: torch.Tensor) -> None:
+        """The next tokens have been computed, with this output, and the session has seen them."""
+        self._outputs.append(output)
+        self._done += output.shape[1]
+        self.session.open_cache.position += output.shape[1]
+
+    def output(self) -> torch.Tensor:
+        """[batch, tokens, hidden], of all pieces."""
+        return self._outputs[0] if len(self._outputs) == 1 else torch.cat(self._outputs, dim=1)
+
+    def undo(self) -> None:
+        """Leave the session as it was before the step; if rows were reordered, which cannot be put back, close it."""
+        if self._reordered:
+            self.session.close()
+        elif self.session.cache is not None:
+            self.session.cache.position = self._began

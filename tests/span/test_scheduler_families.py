@@ -1,0 +1,45 @@
+"""In models of every family, sessions that share passes compute what each computes alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from petals_win.models.source import open_model
+from petals_win.span.span import Span
+from span.families import FAMILIES
+
+HIDDEN = 64
+ONE_BY_ONE = {"bloom", "mpt", "falcon", "falcon-new", "falcon-alibi", "deepseek_v3"}
+
+
+def hidden_states(batch: int, tokens: int, chance: random.Random) -> torch.Tensor:
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(chance.randrange(10**6)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_together_as_alone(checkpoint, family):
+    span, chance = Span.load(open_model(str(checkpoint(family))), 0, 4), random.Random(1)
+    rows, ranges = (1, 2, 1, 1, 3), ((0, 4), (0, 4), (0, 4), (1, 3), (1, 3))
+    pairs = [[span.open(batch, 60, *blocks) for _ in range(2)] for batch, blocks in zip(rows, ranges, strict=True)]
+    joint = 0
+    # Pasts of different lengths, some longer than the windows of 8 tokens; then decodes, prefills beside them, and reordered rows.
+    for lengths in ((3, 13, 0, 6, 9), (1, 1, 11, 1, 1), (1, 2, 1, 7, 1), (12, 1, 1, 1, 1), *([(1, 1, 1, 1, 1)] * 3)):
+        order = torch.tensor([chance.randrange(2), chance.randrange(2)]) if sum(lengths) == 5 else None
+        groups: dict[object, list] = {}
+        for (together, alone), batch, tokens in zip(pairs, rows, lengths, strict=True):
+            if tokens == 0:
+                continue
+            hidden, hypo_ids = hidden_states(batch, tokens, chance), order if batch == 2 else None
+            expected = span.step(alone, hidden, hypo_ids=hypo_ids)
+            step = span.begin(together, hidden, hypo_ids=hypo_ids)
+            groups.setdefault(span.companions(step) or step, []).append((step, tokens, expected))
+        for group in groups.values():
+            span.advance([(step, tokens) for step, tokens, _ in group])
+            joint += len(group) > 1
+            for step, _, expected in group:
+                assert torch.isfinite(expected).all()
+                torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)
+    assert joint == (0 if family in ONE_BY_ONE else 14)
