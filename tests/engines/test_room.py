@@ -207,7 +207,7 @@ def test_a_failure_is_called_a_failure(folder, nodes, monkeypatch):
     async def ask(engine):
         engine.tokens._nodes.config.max_retries = 2
         with monkeypatch.context() as within:
-            within.setattr(nodes[0].service.span, "step", broken)
+            within.setattr(nodes[0].service.span, "advance", broken)
             with pytest.raises(SwarmFailed, match=r"the \[31m cable is loose"):
                 await answer(engine, chat(max_tokens=5))
 

@@ -15,6 +15,7 @@ from petals_win.models.source import open_model
 from petals_win.node import served
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import PIECE_TOKENS, ServedSession, room_for
+from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
 
@@ -221,7 +222,14 @@ def span(checkpoint) -> Span:
 
 def session_of(span, compute, budget, *, max_length=5000, batch_size=1, patience=0.0) -> ServedSession:
     return ServedSession(
-        span, compute, budget, batch_size=batch_size, max_length=max_length, blocks=(0, 4), patience=patience
+        span,
+        compute,
+        Scheduler(span, compute),
+        budget,
+        batch_size=batch_size,
+        max_length=max_length,
+        blocks=(0, 4),
+        patience=patience,
     )
 
 
@@ -315,13 +323,20 @@ def test_memory_stays_within_the_budget_and_comes_back(checkpoint, compute, monk
     span = Span.load(open_model(str(large)), 0, 2)
     mib = 2**20
     assert span.cache_bytes_per_token == 32 * 1024, "2,048 tokens in all"
-    budget = CacheBudget(64 * mib)
+    budget, scheduler = CacheBudget(64 * mib), Scheduler(span, compute)
 
     async def ask():
         async def answer(number: int) -> None:
             for _ in range(100):
                 chat = ServedSession(
-                    span, compute, budget, batch_size=1, max_length=100_000, blocks=(0, 2), patience=20
+                    span,
+                    compute,
+                    scheduler,
+                    budget,
+                    batch_size=1,
+                    max_length=100_000,
+                    blocks=(0, 2),
+                    patience=20,
                 )
                 try:
                     await step(chat, hidden(200 + 20 * number))

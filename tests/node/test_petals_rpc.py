@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -366,6 +367,33 @@ def test_a_client_that_goes_away_in_the_middle_of_a_step_frees_its_session(rpc, 
         await freed(service)
 
     run(ask())
+
+
+def test_a_client_that_goes_away_in_the_middle_of_a_prefill_frees_its_session(rpc, service, span, monkeypatch):
+    monkeypatch.setattr("petals_win.span.scheduler.CHUNK_TOKENS", 20)
+    advance, chunks = span.advance, []
+
+    def slowly(pieces):
+        chunks.append([tokens for _, tokens in pieces])
+        time.sleep(0.05)
+        return advance(pieces)
+
+    monkeypatch.setattr(span, "advance", slowly)
+
+    async def ask():
+        prefill = asyncio.ensure_future(anext(answers(rpc, Client(step(states(1, 500, 64), max_length=500)))))
+        other = Client(*(step(states(1, 1, 64)) for _ in range(3)))
+        other.end()
+        while not chunks:
+            await asyncio.sleep(0.01)
+        assert len([answer async for answer in answers(rpc, other)]) == 3
+        prefill.cancel()
+        await asyncio.gather(prefill, return_exceptions=True)
+        await freed(service)
+
+    run(ask())
+    assert [1, 20] in chunks, "the other one's tokens were computed along with the chunks"
+    assert len(chunks) < 15
 
 
 def test_a_client_that_goes_away_between_two_steps_frees_its_session(rpc, service):

@@ -6,16 +6,13 @@ Knows sessions of a span and the memory that they share. Does not know tokens.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import torch
 
-from petals_win.host.futures import AwaitableFuture
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
 from petals_win.span.scheduler import Scheduler
-from petals_win.span.session import Session
 from petals_win.span.span import Span
 
 _ENDING = "The session was given up: this process is ending"
@@ -48,27 +45,16 @@ class LocalBlocks:
             session.give_up()
 
 
-class _Scheduled(ServedSession):
-    """Makes its steps together with those of other sessions."""
-
-    def __init__(self, scheduler: Scheduler, *where: Any, **sizes: Any):
-        super().__init__(*where, **sizes)
-        self._scheduler = scheduler
-
-    def _submit(self, session: Session, hidden: torch.Tensor, **more: Any) -> AwaitableFuture[torch.Tensor]:
-        return self._scheduler.step(session, hidden, **more)
-
-
 class LocalSession:
     """Implements BlockSession, with one row."""
 
     def __init__(self, blocks: LocalBlocks, max_length: int):
         self._blocks = blocks
         span = blocks._span
-        self._served = _Scheduled(
-            blocks._scheduler,
+        self._served = ServedSession(
             span,
             blocks._compute,
+            blocks._scheduler,
             blocks._budget,
             batch_size=1,
             max_length=max_length,

@@ -1,6 +1,6 @@
-"""A session as a node serves it: its place in the node's budget, and its steps on the compute thread.
+"""A session as a node serves it: its place in the node's budget, and its steps, which are computed together with others'.
 
-Knows spans, budgets and an event loop. Does not know networks.
+Knows spans, schedulers, budgets and an event loop. Does not know networks.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import logging
 import random
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from petals_win.errors import NodeFull, NodeRefused
-from petals_win.host.futures import AwaitableFuture
 from petals_win.node.budget import CacheBudget, Share
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
-from petals_win.span.span import Session, Span
+from petals_win.span.scheduler import Scheduler
+from petals_win.span.session import Session
+from petals_win.span.span import Span
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class ServedSession:
         self,
         span: Span,
         compute: ComputeThread,
+        scheduler: Scheduler,
         budget: CacheBudget,
         *,
         batch_size: int,
@@ -61,10 +62,10 @@ class ServedSession:
     ):
         if batch_size < 1 or max_length < 1:
             raise NodeRefused(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}.")
-        self._span, self._compute, self._budget = span, compute, budget
+        self._span, self._compute, self._scheduler, self._budget = span, compute, scheduler, budget
         self.batch_size, self._adapter, self._blocks, self._priority = batch_size, adapter, blocks, priority
         self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
-        self._max_length = max_length
+        self._max_length, self._hidden_size = max_length, span.hidden_size  # looking it up takes longer than a check
         self.longest = min(max_length, budget.total_bytes // self._token_bytes)
         if self.longest < 1:
             raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
@@ -79,9 +80,9 @@ class ServedSession:
 
     def check_step(self, shape: Sequence[int]) -> None:
         """Raise NodeRefused for hidden states of a shape that the session cannot take now."""
-        if len(shape) != 3 or shape[0] != self.batch_size or shape[2] != self._span.hidden_size or shape[1] < 0:
+        if len(shape) != 3 or shape[0] != self.batch_size or shape[2] != self._hidden_size or shape[1] < 0:
             raise NodeRefused(
-                f"Hidden states must be [{self.batch_size}, tokens, {self._span.hidden_size}], not {list(shape)}."
+                f"Hidden states must be [{self.batch_size}, tokens, {self._hidden_size}], not {list(shape)}."
             )
         tokens = self.position + shape[1]
         if tokens <= self.longest:
@@ -98,21 +99,21 @@ class ServedSession:
     ) -> torch.Tensor:
         """As Span.step, with the result on the CPU; no tokens at all only ask whether there is room.
 
-        Raises NodeFull if there was none in time, NodeRefused for what the span does not take.
+        Raises NodeFull if there was none in time, NodeRefused for what the span does not take. A step that is cancelled is dropped
+        before its turn, and a long one between two of its chunks.
         """
         self.check_step(hidden.shape)
         session = await self._with_room(self.position + hidden.shape[1])
         if hidden.shape[1] == 0:
             return hidden
         try:
-            return await self._submit(session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=self._priority)
+            return await self._scheduler.step(
+                session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=self._priority
+            )
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
         except RuntimeError as e:
             raise _full_or(e) from None
-
-    def _submit(self, session: Session, hidden: torch.Tensor, **more: Any) -> AwaitableFuture[torch.Tensor]:
-        return self._compute.submit(_step, self._span, session, hidden, **more)
 
     async def _with_room(self, tokens: int) -> Session:
         """The session, with memory promised to it for so many tokens."""
@@ -160,11 +161,6 @@ class ServedSession:
 def _full_or(error: RuntimeError) -> Exception:
     """NodeFull if it was memory that the device lacked, which torch says in other words for each, else the error itself."""
     return NodeFull(_NO_MEMORY) if _OUT_OF_MEMORY.search(str(error)) else error
-
-
-def _step(span: Span, session: Session, hidden: torch.Tensor, **more) -> torch.Tensor:
-    # On the compute thread: waiting for a GPU must not hold up the event loop.
-    return span.step(session, hidden, **more).cpu()
 
 
 def _close(session: Session | None) -> None:

@@ -16,6 +16,7 @@ from petals_win.errors import NodeRefused
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
+from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
 # What comes first on the compute thread: somebody reads along with a session, nobody with fine-tuning.
@@ -52,7 +53,7 @@ class BlockService:
     ):
         self.span, self.budget = span, budget
         self.context_length, self.request_tokens = context_length, request_tokens
-        self._compute, self._adapters = compute, adapters
+        self._compute, self._scheduler, self._adapters = compute, Scheduler(span, compute), adapters
 
     def info(self) -> ServiceInfo:
         """Of this moment."""
@@ -76,6 +77,7 @@ class BlockService:
         return ServedSession(
             self.span,
             self._compute,
+            self._scheduler,
             self.budget,
             batch_size=batch_size,
             max_length=min(max_length, self.context_length),
