@@ -7,15 +7,18 @@ is made of the times.
 from __future__ import annotations
 
 import asyncio
+import logging
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 from petals_win.bench.figures import time_per_token
-from petals_win.engines.base import Event, GenerationRequest, Token, Usage
+from petals_win.engines.base import Engine, Event, GenerationRequest, Token, Usage
 from petals_win.engines.petals import PetalsEngine
+from petals_win.engines.text import TextEngine
+
+logger = logging.getLogger(__name__)
 
 Prompt = Sequence[int]
 
@@ -27,7 +30,7 @@ _LONGEST_STREAM = 2000  # tokens of an answer that only fills the time beside a 
 class Asker:
     """Asks greedily for answers of an exact length, by an engine that is running. Made by `connected`."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Engine):
         self._engine = engine
         (card,) = engine.models()
         self._model, self.context_length = card.id, card.context_length
@@ -113,9 +116,9 @@ class Asker:
 @asynccontextmanager
 async def connected(model: str, peers: Sequence[str]) -> AsyncIterator[Asker]:
     """A client of the swarm of `peers`. Raises UserError if it cannot join."""
-    engine = await asyncio.to_thread(PetalsEngine.connect, model, peers)
+    engine = TextEngine(await asyncio.to_thread(PetalsEngine.connect, model, peers))
     try:
-        await engine.watch()
+        await engine.start(lambda why: logger.warning("%s", why))  # whoever asks is told by an error
         yield Asker(engine)
     finally:
         await engine.close()
