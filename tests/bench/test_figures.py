@@ -52,7 +52,8 @@ def test_figures_by_their_names():
         "sessions_1_tokens_per_s": [20, 40, 30],
         "sessions_2_tokens_per_s": [30, 60, 60],
         "local_batch_2_tokens_per_s": [40, 40, 60],
-        "busy_tokens_per_s": [10, 10, 15],
+        "sessions_1_busy_tokens_per_s": [10, 10, 15],
+        "sessions_2_busy_tokens_per_s": [30, 45, 15],
         "local_prefill_s": [3, 4, 3],
         "prefill_s": [2, 2, 3],
         "prefill_again_s": [1, 2, 1],
@@ -67,6 +68,7 @@ def test_figures_by_their_names():
         "ratio_busy": 0.5,
         "sessions_2_tokens_per_s": 60,
         "sessions_2_over_1": 1.5,
+        "sessions_2_busy_over_idle": 0.75,
         "local_batch_2_tokens_per_s": 40,
         "sessions_2_over_batch": 1,
     }

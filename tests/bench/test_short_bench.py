@@ -30,6 +30,7 @@ FIGURES = {
     "sessions_2_tokens_per_s",
     "sessions_2_over_1",
     "sessions_2_over_batch",
+    "sessions_2_busy_over_idle",
     "local_batch_2_tokens_per_s",
     "prefill_s",
     "prefill_ratio",

@@ -47,12 +47,13 @@ def swarm_figures(rounds: Rounds, sessions: Sequence[int]) -> dict[str, float]:
         "local_tokens_per_s": rounds.median("local_tokens_per_s"),
         "swarm_tokens_per_s": rounds.median(one),
         "ratio": rounds.ratio(one, "local_tokens_per_s"),
-        "ratio_busy": rounds.ratio("busy_tokens_per_s", one),
+        "ratio_busy": rounds.ratio(busy_speed_of(1), one),
     }
     for count in sessions:
         if count > 1:
             found[speed_of(count)] = rounds.median(speed_of(count))
             found[f"sessions_{count}_over_1"] = rounds.ratio(speed_of(count), one)
+            found[f"sessions_{count}_busy_over_idle"] = rounds.ratio(busy_speed_of(count), speed_of(count))
             found[batch_of(count)] = rounds.median(batch_of(count))
             found[f"sessions_{count}_over_batch"] = rounds.ratio(speed_of(count), batch_of(count))
     if rounds.has("prefill_s"):
@@ -66,6 +67,11 @@ def swarm_figures(rounds: Rounds, sessions: Sequence[int]) -> dict[str, float]:
 def speed_of(sessions: int) -> str:
     """Under which name the tokens/s of so many answers at once are kept."""
     return f"sessions_{sessions}_tokens_per_s"
+
+
+def busy_speed_of(sessions: int) -> str:
+    """Under which name the same beside a busy program is kept."""
+    return f"sessions_{sessions}_busy_tokens_per_s"
 
 
 def batch_of(sessions: int) -> str:

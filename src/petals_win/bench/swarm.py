@@ -17,7 +17,7 @@ import psutil
 
 from petals_win.bench.asking import Asker, connected
 from petals_win.bench.busy import busy_program
-from petals_win.bench.figures import Rounds, batch_of, speed_of, swarm_figures
+from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
 from petals_win.bench.one_process import OneProcess, fastest_process
 from petals_win.host.threads import most_threads
 from petals_win.models.source import ModelSource, open_model
@@ -169,7 +169,8 @@ class _Run:
             await self._one_process(batch_of(count) if count > 1 else "local_tokens_per_s", count)
             await self._swarm(speed_of(count), count)
         with busy_program():
-            await self._swarm("busy_tokens_per_s", 1)
+            for count in self._sessions:
+                await self._swarm(busy_speed_of(count), count)
         if self._prompt:
             await self._long_prompt(number)
 
