@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGUFReader, quants
@@ -109,3 +111,37 @@ def test_the_launcher_names_the_script():
     assert f'bootstrap.py" {SCRIPT.stem} ' in launcher
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and "--dtype {fp32,bf16}" in done.stdout
+
+
+WORKER = """#!{python}
+import socket, sys
+server = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("-p") + 1])))
+while True:
+    server.accept()[0].close()
+"""
+CLIENT = """#!{python}
+import json, socket, sys
+asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+for address in asked["--rpc"].split(","):
+    host, port = address.split(":")
+    socket.create_connection((host, int(port)), 5).close()
+for count in asked["-npl"].split(","):
+    print(json.dumps({{"pl": int(count), "tg": int(asked["-ntg"]), "t_pp": 0.5, "t_tg": 0.5}}))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="llama.cpp is measured on Linux and macOS")
+@pytest.mark.timeout(600)
+def test_the_sides_take_turns(script, checkpoint, home, tmp_path):
+    """With programs in the place of llama.cpp's, and our own swarm."""
+    for name, program in (("worker", WORKER), ("client", CLIENT)):
+        (tmp_path / name).write_text(program.format(python=sys.executable))
+        (tmp_path / name).chmod(0o700)
+    programs = script.Programs(tmp_path / "worker", tmp_path / "client")
+    packed = write_gguf(open_model(str(checkpoint("llama"))).whole_model(), tmp_path / "tiny.gguf")
+    before = psutil.Process().children()
+    rounds = asyncio.run(script.measure(programs, script.plain_file(packed, "fp32"), 2, 4))
+    assert psutil.Process().children() == before
+    assert rounds.values.keys() == {f"{side}_{count}" for side in script.SIDES for count in script.SESSIONS}
+    assert all(len(values) == 2 and min(values) > 0 for values in rounds.values.values())
+    assert rounds.values["llama_rpc_8"] == [32.0, 32.0]
