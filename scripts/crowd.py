@@ -22,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from petals_win.bench.busy import busy_program
+
 PYTHON = Path(".venv") / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 CLIENTS = (1, 2, 8)
 PROMPT = "The history of computing began with"
 START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 600, 60
-BUSY = "while True:\n    pass"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -60,20 +61,6 @@ def is_ready(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def busy_program(wanted: bool) -> Iterator[None]:
-    """A program that keeps one core busy, at the same priority."""
-    if not wanted:
-        yield
-        return
-    process = subprocess.Popen([sys.executable, "-S", "-c", BUSY])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(url: str, tokens: int) -> int:

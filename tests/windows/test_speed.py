@@ -18,12 +18,13 @@ ENOUGH = 0.5
 TRIES = 3  # whatever else the PC does takes from both, but not evenly
 
 
-@pytest.mark.timeout(TRIES * 300)
+@pytest.mark.timeout(TRIES * 420)
 def test_a_swarm_keeps_up_with_one_process():
     command = [sys.executable, "-m", "petals_win.cli.main", "bench", "--tokens", "16", "--rounds", "5", "--json"]
+    command += ["--sessions", "1", "--prompt", "0"]
     ratios = []
     while len(ratios) < TRIES and max(ratios, default=0) < ENOUGH:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         measured = json.loads(done.stdout)
         swarm, local = measured["swarm_tokens_per_s"], measured["local_tokens_per_s"]

@@ -18,8 +18,10 @@ app = typer.Typer(help="Measure this PC: a two-node swarm against one process; o
 def bench(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model to measure with.")] = "SmolLM2-135M-Instruct",
-    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.", min=5)] = 7,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate in each round.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.", min=5)] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate for each answer.", min=1)] = 32,
+    sessions: Annotated[str, typer.Option(help="How many answers at once.")] = "1,2,8,16",
+    prompt: Annotated[int, typer.Option(help="Tokens of a long prompt; 0 measures none.", min=0)] = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Compare a two-node swarm on this PC with the same model in one process.
@@ -28,28 +30,59 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
+    counts = _counts(sessions)
     from petals_win.host.threads import apply_thread_settings
 
     settings = apply_thread_settings(None)
     from petals_win.bench.swarm import run_bench
 
-    report = run_bench(model, rounds=rounds, tokens=tokens, report=lambda line: typer.echo(line, err=True))
+    report = run_bench(
+        model,
+        rounds=rounds,
+        tokens=tokens,
+        sessions=counts,
+        prompt=prompt,
+        report=lambda line: typer.echo(line, err=True),
+    )
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "thread_settings": settings}))
         return
     mib = 2**20
     typer.echo(f"{report.model}, medians of {report.rounds} rounds of {report.tokens} tokens, taking turns\n")
-    typer.echo(f"one process                 {report.local_tokens_per_s:8.1f} tokens/s")
-    typer.echo(f"two nodes and a client      {report.swarm_tokens_per_s:8.1f} tokens/s")
+    for name, value in report.figures.items():
+        typer.echo(f"{_WORDS.get(name) or name.replace('_', ' '):66}{value:10.3g}")
     typer.echo(
-        f"ratio                       {report.ratio:8.2f}   the swarm won {report.swarm_won} of {report.rounds}"
+        f"the swarm won {report.swarm_won} of {report.rounds} rounds; its start took {report.start_seconds:.1f} s"
     )
-    typer.echo(f"start of the swarm          {report.start_seconds:8.1f} s")
     typer.echo(
-        f"memory of a node            {report.node_bytes_over_weights:8.2f} of the weights' "
+        f"memory of a node: {report.node_bytes_over_weights:.2f} of the weights' "
         f"{report.weights_bytes / mib:.0f} MiB, plus {report.node_overhead_bytes / mib:.0f} MiB of Python and torch"
     )
-    typer.echo("each of these processes: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+    typer.echo(
+        f"one process: {report.local_setting}; the others: {', '.join(f'{k}={v}' for k, v in settings.items())}"
+    )
+    typer.echo("\nAll values, by round:")
+    for name, values in report.values.items():
+        typer.echo(f"{name:32}" + "".join(f"{value:10.3g}" for value in values))
+
+
+_WORDS = {
+    "local_tokens_per_s": "one process, tokens/s",
+    "swarm_tokens_per_s": "two nodes and a client, tokens/s",
+    "ratio": "two nodes and a client, times one process",
+    "ratio_busy": "beside a busy program, times an idle PC",
+    "prefill_s": "first token of a long prompt, s",
+    "prefill_ratio": "its speed, times one process",
+    "cached_prefill_speedup": "the same prompt again, times sooner",
+    "prefill_disturbance": "time per token of 4 answers while a long prompt is read, times without",
+}
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise typer.BadParameter("name numbers of answers, such as 1,2,8", param_hint="--sessions")
+    return counts
 
 
 @app.command("p2pd")
