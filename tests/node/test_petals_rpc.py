@@ -25,6 +25,7 @@ from petals_win.node import inbox
 from petals_win.node.budget import CacheBudget
 from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, TransformerConnectionHandler
 from petals_win.node.service import BlockService
+from petals_win.span.chunks import Chunks
 from petals_win.span.span import Span
 from petals_win.swarm.protocol import PETALS, PROTOCOL
 
@@ -370,7 +371,7 @@ def test_a_client_that_goes_away_in_the_middle_of_a_step_frees_its_session(rpc, 
 
 
 def test_a_client_that_goes_away_in_the_middle_of_a_prefill_frees_its_session(rpc, service, span, monkeypatch):
-    monkeypatch.setattr("petals_win.span.scheduler.CHUNK_TOKENS", 20)
+    service._scheduler._chunks = Chunks(20)
     advance, chunks = span.advance, []
 
     def slowly(pieces):
@@ -392,8 +393,10 @@ def test_a_client_that_goes_away_in_the_middle_of_a_prefill_frees_its_session(rp
         await freed(service)
 
     run(ask())
-    assert [1, 20] in chunks, "the other one's tokens were computed along with the chunks"
-    assert len(chunks) < 15
+    assert any(
+        len(pieces) == 2 and min(pieces) == 1 for pieces in chunks
+    ), f"the other one goes along with chunks: {chunks}"
+    assert sum(sum(pieces) for pieces in chunks) < 400, "it was given up in the middle"
 
 
 def test_a_client_that_goes_away_between_two_steps_frees_its_session(rpc, service):
