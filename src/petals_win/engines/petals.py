@@ -27,6 +27,7 @@ from petals_win.client.decode import DecodeLoop
 from petals_win.client.hollow import hollow_model
 from petals_win.client.looking import LookUpFailed
 from petals_win.client.rooms import Rooms
+from petals_win.client.routes import BlocksLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.daemon.process import DaemonLost
 from petals_win.engines.base import (
@@ -170,7 +171,7 @@ class PetalsEngine:
                 return SwarmFull(error.sentence)
             case NodeRefused():
                 return SwarmRefused(error.sentence)
-            case MissingBlocksError():
+            case MissingBlocksError() | BlocksLost():
                 return SwarmUnavailable(error.block_indices)
             case LookUpFailed() | P2PDaemonLost():
                 return SwarmOutOfReach(self._lost or str(error))

@@ -124,13 +124,14 @@ class Child:
 
     def stop(self, timeout: float = 10.0) -> int:
         """Ask the process to end, and end it by force after `timeout` seconds. Safe to call twice."""
+        if sys.platform != "win32":
+            # First: in the middle of its way out, which it begins when it is asked, Python no longer handles signals.
+            self._process.terminate()
         pipe = self._process.stdin
         if pipe is not None and not pipe.closed:
             with suppress(OSError):  # it has ended, and with it the other end of the pipe
                 pipe.write(_ASKED)
                 pipe.close()
-        if sys.platform != "win32":
-            self._process.terminate()
         try:
             return self.wait(timeout)
         except TimeoutError:
