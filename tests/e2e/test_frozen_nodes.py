@@ -51,7 +51,9 @@ def test_a_node_freezes_in_the_middle_of_a_text(checkpoint, with_p2pd):
         remote = connect(swarm, str(folder))
         frozen: list[psutil.Process] = []
         try:
+            began = time.monotonic()
             undisturbed = remote.generate(PROMPT, **GREEDY)
+            usual = time.monotonic() - began  # the past is computed anew, which takes its time on a slow PC
             with remote.inference_session(max_length=64) as session:
 
                 def freeze_the_node_in_use():
@@ -63,11 +65,11 @@ def test_a_node_freezes_in_the_middle_of_a_text(checkpoint, with_p2pd):
                 watched = Watched(12, freeze_the_node_in_use)
                 text = remote.generate(PROMPT, session=session, streamer=watched, **GREEDY)
             assert frozen and torch.equal(text, undisturbed)
-            assert max(watched.gaps) < 6, watched.gaps
+            assert max(watched.gaps) < 6 + usual, watched.gaps
 
             began = time.monotonic()
             assert torch.equal(remote.generate(PROMPT, **GREEDY), undisturbed)
-            assert time.monotonic() - began < 6, "the next question does not go there"
+            assert time.monotonic() - began < 6 + usual, "the next question does not go there"
 
             # Who has never asked before, and finds the frozen node by its announcement, is not held up for long either.
             other = connect(swarm, str(folder), daemon_startup_timeout=30) if not with_p2pd else None
