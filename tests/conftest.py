@@ -1,8 +1,8 @@
-"""What tests of several rooms need: checkpoints of small random models, made once each, and an empty home."""
+"""What tests of several rooms need: checkpoints of small random models, made once each, a thread that computes, an empty home."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+    from petals_win.span.compute import ComputeThread
 
 Checkpoint = Callable[..., Path]
 
@@ -32,6 +34,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def compute() -> Iterator[ComputeThread]:
+    """A thread that computes, and ends with the test."""
+    from petals_win.span.compute import ComputeThread
+
+    thread = ComputeThread()
+    thread.start()
+    yield thread
+    thread.stop()
 
 
 @pytest.fixture

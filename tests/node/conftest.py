@@ -1,17 +1,13 @@
-"""A thread that computes."""
+"""The service of a test's `span`, without a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from petals_win.span.compute import ComputeThread
+from petals_win.node.budget import CacheBudget
+from petals_win.node.service import BlockService
 
 
 @pytest.fixture
-def compute() -> Iterator[ComputeThread]:
-    thread = ComputeThread()
-    thread.start()
-    yield thread
-    thread.stop()
+def service(span, compute) -> BlockService:
+    return BlockService(span, compute, CacheBudget(8 * 2**20), context_length=512, request_tokens=64)

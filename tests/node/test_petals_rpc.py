@@ -22,7 +22,6 @@ from petals.utils.packaging import pack_args_kwargs
 from petals_win.errors import NodeFull, NodeRefused, node_error
 from petals_win.models.source import open_model
 from petals_win.node import inbox
-from petals_win.node.budget import CacheBudget
 from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, TransformerConnectionHandler
 from petals_win.node.service import BlockService
 from petals_win.span.chunks import Chunks
@@ -38,11 +37,6 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def span(checkpoint) -> Span:
     return Span.load(open_model(str(checkpoint("llama"))), 0, 4)
-
-
-@pytest.fixture
-def service(span, compute) -> BlockService:
-    return BlockService(span, compute, CacheBudget(8 * MIB), context_length=512, request_tokens=64)
 
 
 def rpc_of(service: BlockService, **deadlines: float) -> TransformerConnectionHandler:

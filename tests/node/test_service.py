@@ -21,11 +21,6 @@ def span(checkpoint) -> Span:
     return Span.load(open_model(str(checkpoint("llama"))), 1, 4)
 
 
-@pytest.fixture
-def service(span, compute) -> BlockService:
-    return BlockService(span, compute, CacheBudget(8 * MIB), context_length=512, request_tokens=64)
-
-
 def hidden(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

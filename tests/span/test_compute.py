@@ -6,20 +6,11 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
 import pytest
 
 from petals_win.span.compute import ComputeThread
-
-
-@pytest.fixture
-def compute() -> Iterator[ComputeThread]:
-    thread = ComputeThread()
-    thread.start()
-    yield thread
-    thread.stop()
 
 
 class Gate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
 import pytest
@@ -17,14 +16,6 @@ from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
 HIDDEN = 64
-
-
-@pytest.fixture(scope="module")
-def compute() -> Iterator[ComputeThread]:
-    thread = ComputeThread()
-    thread.start()
-    yield thread
-    thread.stop()
 
 
 @pytest.fixture(scope="module")

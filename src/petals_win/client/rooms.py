@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
-from hivemind import MSGPackSerializer, PeerID
+from hivemind import PeerID
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
-from hivemind.proto import runtime_pb2
 from petals.data_structures import UID_DELIMITER
 
-from petals_win.node.petals_rpc import SESSION_TOKENS, TransformerConnectionHandler
+from petals_win.client.wire import BadAnswer, NodeRpc
+from petals_win.node.petals_rpc import SESSION_TOKENS
 from petals_win.swarm.naming import chain_for
 from petals_win.swarm.state import PeerState, SwarmState
 
@@ -46,12 +45,14 @@ class Rooms:
                 self._tokens[key] = answer
 
     async def _ask(self, peer: PeerState, p2p: P2P) -> int | None:
-        stub: Any = TransformerConnectionHandler.get_stub(p2p, PeerID.from_base58(peer.peer_id))
-        uid_of: Any = getattr(runtime_pb2, "ExpertUID")  # noqa: B009  (made at run time)
-        uid = uid_of(uid=chain_for(peer)([f"{self._swarm_name}{UID_DELIMITER}{peer.start}"]))
-        answer = RemoteExpertWorker.run_coroutine(stub.rpc_info(uid, timeout=_ASK_SECONDS), return_future=True)
-        info = MSGPackSerializer.loads((await asyncio.wait_for(answer, _ASK_SECONDS)).serialized_info)
-        tokens = info.get(SESSION_TOKENS) if isinstance(info, dict) else None
+        asking = NodeRpc(p2p, PeerID.from_base58(peer.peer_id)).info(
+            chain_for(peer)([f"{self._swarm_name}{UID_DELIMITER}{peer.start}"])
+        )
+        answer = RemoteExpertWorker.run_coroutine(asking, return_future=True)
+        try:
+            tokens = (await asyncio.wait_for(answer, _ASK_SECONDS)).get(SESSION_TOKENS)
+        except BadAnswer:
+            return None
         return tokens if type(tokens) is int and tokens > 0 else None
 
     def longest(self, state: SwarmState) -> int | None:

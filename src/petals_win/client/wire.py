@@ -43,10 +43,7 @@ class NodeRpc:
 
     async def info(self, uid: str = "") -> dict[str, Any]:
         """What the node tells about itself and, with a block's uid, about that block."""
-        answer: Any = await self._p2p.call_protobuf_handler(
-            self.peer_id, f"{_HANDLER}.rpc_info", messages.ExpertUID(uid=uid), messages.ExpertInfo
-        )
-        info = MSGPackSerializer.loads(answer.serialized_info)
+        info = MSGPackSerializer.loads((await self._ask(uid)).serialized_info)
         if not isinstance(info, dict):
             raise BadAnswer("A node told nothing about itself that can be read")
         return info
@@ -54,11 +51,14 @@ class NodeRpc:
     async def ping(self) -> None:
         """Returns as soon as the node says anything at all."""
         try:
-            await self._p2p.call_protobuf_handler(
-                self.peer_id, f"{_HANDLER}.rpc_info", messages.ExpertUID(), messages.ExpertInfo
-            )
+            await self._ask("")
         except P2PHandlerError:  # that it will not tell is an answer, too
             return
+
+    async def _ask(self, uid: str) -> Any:
+        return await self._p2p.call_protobuf_handler(
+            self.peer_id, f"{_HANDLER}.rpc_info", messages.ExpertUID(uid=uid), messages.ExpertInfo
+        )
 
 
 def compression_of(info: dict[str, Any]) -> Any:
