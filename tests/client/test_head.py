@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from petals_win.client import head as head_module
 from petals_win.client.head import fast_head
+from petals_win.span import layouts
 from petals_win.span.packed_linear import PackedLinear, packed_if_possible
 
 packs = isinstance(packed_if_possible(nn.Linear(8, 8).requires_grad_(False)), PackedLinear)
@@ -27,7 +30,8 @@ def tied(plain) -> nn.Embedding:
 
 
 def decide(monkeypatch, *, for_one: bool, for_several: bool) -> None:
-    monkeypatch.setattr(head_module, "packing_pays", lambda dtype: for_one)
+    monkeypatch.setattr(head_module, "fastest_layout", lambda *weight: "packed" if for_one else "by rows")
+    monkeypatch.setattr(layouts, "fastest_layout", lambda *weight: "packed" if for_one else "by columns")
     monkeypatch.setattr(head_module, "_faster", lambda one, other, weight: for_several)
 
 
@@ -37,7 +41,11 @@ def test_as_it_was_measured(monkeypatch, plain, tied):
     decide(monkeypatch, for_one=True, for_several=False)
     assert isinstance(fast_head(plain, tied), PackedLinear) == packs
     decide(monkeypatch, for_one=False, for_several=True)
-    assert fast_head(plain, nn.Embedding(300, 48)) is plain, "the weight would be there twice for it"
+    own = fast_head(copy.deepcopy(plain), nn.Embedding(300, 48))
+    assert type(own) is nn.Linear and own.weight.stride() == (
+        1,
+        300,
+    ), "it has a weight of its own, which is there once"
     both = fast_head(plain, tied)
     assert (both is not plain) == packs
     other = nn.Identity()

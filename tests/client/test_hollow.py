@@ -20,7 +20,7 @@ LENGTH = 32
 @pytest.fixture(autouse=True)
 def plain_linears(monkeypatch):
     """Without the packed weights, whose sums differ in the last bit, the model is to be exact."""
-    monkeypatch.setattr(span_module, "pack_linears", lambda modules: 0)
+    monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
     monkeypatch.setattr(hollow, "fast_head", lambda head, _embedding: head)
 
 

@@ -22,7 +22,7 @@ CUT = ((0, 1), (1, 3), (3, 4))
 @pytest.fixture(autouse=True)
 def plain_linears(monkeypatch):
     """Without the packed weights, whose sums differ in the last bit, the spans are to be exact."""
-    monkeypatch.setattr(span_module, "pack_linears", lambda modules: 0)
+    monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
 
 
 @dataclass

@@ -12,21 +12,27 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petals_win.models.source import open_model
-from petals_win.span import packed_linear
-from petals_win.span.packed_linear import PackedLinear, pack_linears, packed_if_possible
+from petals_win.span import layouts, packed_linear
+from petals_win.span.layouts import lay_out_linears
+from petals_win.span.packed_linear import PackedLinear, packed_if_possible
 from petals_win.span.span import Span
 
 needs_packing = pytest.mark.skipif(
-    not packed_linear._can_pack(torch.float32), reason="this torch or processor has no oneDNN to pack weights for"
+    not packed_linear.can_pack(torch.float32), reason="this torch or processor has no oneDNN to pack weights for"
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture
 def no_cached_answer():
-    packed_linear._can_pack.cache_clear()
+    packed_linear.can_pack.cache_clear()
     yield
-    packed_linear._can_pack.cache_clear()
+    packed_linear.can_pack.cache_clear()
+
+
+@pytest.fixture
+def always_packed(monkeypatch):
+    monkeypatch.setattr(layouts, "fastest_layout", lambda rows, columns, dtype: "packed")
 
 
 def frozen(layer: nn.Module, dtype=torch.float32) -> nn.Module:
@@ -40,7 +46,7 @@ def frozen(layer: nn.Module, dtype=torch.float32) -> nn.Module:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 48), (3, 1, 48), (2, 7, 48), (40, 48), (48,)])
 def test_equal_to_a_plain_layer(dtype, bias, shape):
-    if not packed_linear._can_pack(dtype):
+    if not packed_linear.can_pack(dtype):
         pytest.skip(f"this processor has no instructions for {dtype}")
     torch.manual_seed(0)
     plain = frozen(nn.Linear(48, 80, bias=bias), dtype)
@@ -105,23 +111,22 @@ def test_operators_that_compute_something_else_are_not_used(monkeypatch, no_cach
 
 
 @needs_packing
-def test_all_layers_below_and_no_plain_weight_left():
+def test_all_layers_below_and_no_plain_weight_left(always_packed):
     module = nn.Sequential(frozen(nn.Linear(8, 8)), nn.Sequential(nn.ReLU(), frozen(nn.Linear(8, 4))))
-    assert pack_linears([module]) == 2
+    assert lay_out_linears([module]) == 2
     assert sum(parameter.numel() for parameter in module.parameters()) == 8 + 4, "the biases"
     gc.collect()
     assert [type(child).__name__ for child in (module[0], module[1][1])] == ["PackedLinear"] * 2
-    assert pack_linears([module]) == 0, "nothing twice"
+    assert lay_out_linears([module]) == 0, "nothing twice"
 
 
 @needs_packing
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_a_packed_span_is_equal_within_rounding(checkpoint, family, monkeypatch):
+def test_a_packed_span_is_equal_within_rounding(checkpoint, family, always_packed, monkeypatch):
     source = open_model(str(checkpoint(family)))
-    monkeypatch.setattr("petals_win.span.span.packing_pays", lambda dtype: True)
     packed = Span.load(source, 0, 3)
     assert any(isinstance(module, PackedLinear) for layer in packed._decoder.layers for module in layer.modules())
-    monkeypatch.setattr("petals_win.span.span.pack_linears", lambda modules: 0)
+    monkeypatch.setattr("petals_win.span.span.lay_out_linears", lambda modules: 0)
     plain = Span.load(source, 0, 3)
     assert packed.weight_bytes == plain.weight_bytes
 

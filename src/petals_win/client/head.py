@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from petals_win.host.threads import computing
+from petals_win.span.layouts import fastest_layout, lay_out
 from petals_win.span.linear import linear_weight
-from petals_win.span.packed_linear import packed_if_possible, packing_pays
+from petals_win.span.packed_linear import packed_if_possible
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,13 @@ def fast_head(head: nn.Module, embedding: nn.Module) -> nn.Module:
     weight = linear_weight(head)
     if weight is None:
         return head
-    if packing_pays(weight.dtype):
-        return packed_if_possible(head)
-    # Where one row is slower for a packed layer, several may still be several times as fast. Another copy of the weight is
-    # worth it only where the plain one has to stay anyway.
     shared = getattr(embedding, "weight", None)
     if shared is None or shared.data_ptr() != weight.data_ptr():
-        return head
+        return lay_out(head)
+    if fastest_layout(weight.shape[0], weight.shape[1], weight.dtype) == "packed":
+        return packed_if_possible(head)
+    # The embedding's weight stays as it is. Where one row is slower for a packed copy of it, several may still be several times
+    # as fast.
     packed = packed_if_possible(head)
     return _HeadForSeveral(head, packed) if packed is not head and _faster(packed, head, weight) else head
 

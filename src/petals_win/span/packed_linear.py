@@ -1,51 +1,26 @@
 """Linear layers whose weight lies in memory the way oneDNN reads it fastest, for steps of few tokens on a CPU.
 
-Such a step reads every weight once and computes little, so it lasts as long as the reading. Knows private operators of torch,
-which nothing else in this room does; without them, layers stay as they are. Does not know models.
+Knows private operators of torch, which nothing else in this room does; without them, layers stay as they are. Does not know
+models, nor where packed layers are faster (span/layouts.py).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from petals_win.host.threads import most_threads
-from petals_win.span.linear import linear_weight, replace_children
+from petals_win.span.linear import linear_weight
 
 logger = logging.getLogger(__name__)
-
-# So many layers of a size that no cache holds together, as a model's blocks do not fit either.
-_TRIED_SIZE, _TRIED_LAYERS, _TRIED_ROUNDS = 1024, 8, 8
-
-
-def packing_pays(dtype: torch.dtype) -> bool:
-    """Whether packed layers are faster for a token on this processor, with this build of torch; tried out once.
-
-    Two threads on two cores of an AMD processor took 0.85 of the plain layers' time, on one of Intel's, with its own library, 1.2
-    times; one thread took 1.3 to 1.5 times on both.
-    """
-    return most_threads() > 1 and _can_pack(dtype) and _packed_is_faster(dtype)
-
-
-def pack_linears(modules: Iterable[nn.Module]) -> int:
-    """Replace the linear layers (and GPT-2's Conv1D) below `modules`; returns how many were replaced.
-
-    Only frozen layers on the CPU are. Each plain weight is freed before the next is packed.
-    """
-    return sum(replace_children(module, packed_if_possible) for module in modules)
-
 
 def packed_if_possible(layer: nn.Module) -> nn.Module:
     """The layer with its weight packed, or the layer itself if it is none of the kind, or this PC cannot do it."""
     weight = linear_weight(layer)
-    if weight is None or weight.requires_grad or weight.device.type != "cpu" or not _can_pack(weight.dtype):
+    if weight is None or weight.requires_grad or weight.device.type != "cpu" or not can_pack(weight.dtype):
         return layer
     bias: Any = layer.bias
     return PackedLinear(weight, bias)
@@ -93,26 +68,7 @@ def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 @functools.lru_cache
-def _packed_is_faster(dtype: torch.dtype) -> bool:
-    """By the best of several short rounds in turn, which whatever else the PC does does not make longer."""
-    weights = [torch.ones(_TRIED_SIZE, _TRIED_SIZE, dtype=dtype) for _ in range(_TRIED_LAYERS)]
-    plain = [functools.partial(functional.linear, weight=weight) for weight in weights]
-    packed = [PackedLinear(weight, None) for weight in weights]
-    inputs = torch.ones(1, _TRIED_SIZE, dtype=dtype)
-
-    def seconds(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> float:
-        began = time.perf_counter()
-        for layer in layers:
-            layer(inputs)
-        return time.perf_counter() - began
-
-    with torch.inference_mode():
-        rounds = [(seconds(plain), seconds(packed)) for _ in range(_TRIED_ROUNDS)]
-    return min(packed for _, packed in rounds) < min(plain for plain, _ in rounds)
-
-
-@functools.lru_cache
-def _can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch has the operators, they compute what they should, and the processor has the instructions."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False

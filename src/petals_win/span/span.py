@@ -20,7 +20,7 @@ from petals_win.models.source import ModelSource
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
-from petals_win.span.packed_linear import pack_linears, packing_pays
+from petals_win.span.layouts import lay_out_linears
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
 
@@ -97,8 +97,8 @@ class Span:
             if quant != "none":
                 quantize_linears(layer, quant, device, dtype)
             weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
-            if not adapters and device.type == "cpu" and packing_pays(dtype):  # peft knows plain layers only
-                pack_linears([layer])
+            if not adapters and device.type == "cpu":  # peft knows plain layers only
+                lay_out_linears([layer])
             if progress is not None:
                 progress(done, of)
 
