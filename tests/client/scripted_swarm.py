@@ -17,6 +17,8 @@ from hivemind.p2p import P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
+from petals_win.swarm.protocol import START, TAKES_BACK
+
 BLOCKS, HIDDEN = 4, 8
 NONE = runtime_pb2.CompressionType.NONE
 
@@ -25,29 +27,38 @@ class Block:
     """Each token becomes what it was and a part of all before it, in its row, so that a lost or doubled token is seen."""
 
     def __init__(self, number: int):
-        self.number, self.past = number, torch.zeros(0)
+        self.number, self.past = number, torch.zeros(0)  # sums [rows, tokens + 1, hidden]
 
-    def step(self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None) -> torch.Tensor:
+    def step(
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        hypo_ids: torch.Tensor | None,
+        start: int | None = None,
+    ) -> torch.Tensor:
         if self.past.numel() == 0:
             self.past = torch.zeros(len(hidden), 1, HIDDEN, dtype=torch.float64)
+        if start is not None:
+            assert start < self.past.shape[1]
+            self.past = self.past[:, : start + 1]
         if hypo_ids is not None:
             self.past = self.past[hypo_ids]
         hidden = hidden.to(torch.float64)
         if prompts is not None:
             hidden = hidden.clone()
             hidden[:, : prompts.shape[1]] += prompts
-        sums = self.past + hidden.cumsum(1)
-        self.past = sums[:, -1:]
+        sums = self.past[:, -1:] + hidden.cumsum(1)
+        self.past = torch.cat([self.past, sums], dim=1)
         return (0.5 * hidden + 0.25 * sums + self.number).to(torch.float32)
 
 
 def blocks_of(start: int, end: int) -> Callable[..., torch.Tensor]:
-    """A new session's blocks [start, end): (hidden, prompts of these blocks, hypo_ids) -> hidden."""
+    """A new session's blocks [start, end): (hidden, prompts of these blocks, hypo_ids, start) -> hidden."""
     blocks = [Block(number) for number in range(start, end)]
 
-    def step(hidden, prompts=None, hypo_ids=None):
+    def step(hidden, prompts=None, hypo_ids=None, start=None):
         for number, block in enumerate(blocks):
-            hidden = block.step(hidden, None if prompts is None else prompts[number], hypo_ids)
+            hidden = block.step(hidden, None if prompts is None else prompts[number], hypo_ids, start)
         return hidden
 
     return step
@@ -77,6 +88,7 @@ class Node:
     script: Callable[[Request], Awaitable[None]] = _compute
     answer_shape: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     alive: bool = True  # whether it answers rpc_info
+    takes_back: int | None = None  # tokens of a session; upstream's nodes do not say, and heed no request to
     peer_id: PeerID = field(init=False)
     requests: list[Request] = field(default_factory=list)
     pings: int = 0
@@ -183,11 +195,14 @@ class Swarm:
                 node.requests.append(seen)
                 self.log.append(("begin", node.name, metadata["step_id"].split("/")[1]))
                 await node.script(seen)
-                hidden = compute(hidden, prompts if prompts.numel() else None, hypo_ids if hypo_ids.numel() else None)
+                start = None if node.takes_back is None else metadata.get(START)
+                more = (prompts if prompts.numel() else None, hypo_ids if hypo_ids.numel() else None, start)
+                hidden = compute(hidden, *more)
                 self.log.append(("end", node.name, metadata["step_id"].split("/")[1]))
                 output = serialize_torch_tensor(node.answer_shape(hidden), NONE)
                 self._push(request, metadata, output)
-                yield runtime_pb2.ExpertResponse(tensors=[output])
+                about = {} if node.takes_back is None else {TAKES_BACK: node.takes_back}
+                yield runtime_pb2.ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(about))
         finally:
             reading.cancel()
             node.open.pop(session_id, None)

@@ -94,3 +94,18 @@ def test_chunks_of_a_step_begin_at_the_same_tokens_on_every_node():
 def test_what_a_message_of_its_own_cannot_hold_is_not_pushed():
     assert may_be_pushed(torch.empty(1, 1, 8192, device="meta"))
     assert not may_be_pushed(torch.empty(1, 1024, 8192, device="meta"))
+
+
+@pytest.mark.parametrize("begin", [0, 5])
+def test_taking_back(begin):
+    whole = states(200)
+    for length in (begin, begin + 1, 63, 64, 130, 199, 200):
+        track = filled(whole, [70, 60, 1, 1, 68], begin)
+        kept = track.copy()
+        track.truncate(length)
+        assert (track.begin, track.length) == (begin, length)
+        track.add(length, -whole[:, length - begin :])
+        if length < track.length:
+            new = torch.cat([whole[:, : length - begin], -whole[:, length - begin :]], dim=1)
+            assert torch.equal(track.between(begin, track.length), new)
+        assert torch.equal(kept.between(begin, kept.length), whole)

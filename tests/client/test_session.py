@@ -9,8 +9,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import scripted_swarm
 import torch
 from hivemind.p2p import P2PHandlerError
+from hivemind.proto import runtime_pb2
 from scripted_swarm import BLOCKS, HIDDEN, NONE, Node, Swarm, blocks_of
 
 from petals_win.client import pieces, server_session
@@ -20,6 +22,7 @@ from petals_win.client.looking import LookUpFailed
 from petals_win.client.routes import BlocksLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.errors import NodeFull, NodeRefused
+from petals_win.swarm.protocol import START
 
 FULL = P2PHandlerError("failed: [petals-win:full] No room, says the node.")
 
@@ -238,6 +241,69 @@ def test_a_node_that_hangs_is_replaced(victim, at):
     run(check_steps(swarm), 5)
     assert swarm.failures == [nodes[victim].name]
     assert time.monotonic() - began < 2
+
+
+async def check_taking_back(swarm: Swarm, rows: int = 1) -> None:
+    """Steps of a few tokens of which some are taken back, as one process would."""
+    expected, session = blocks_of(0, BLOCKS), opened(swarm)
+    for number, (start, length) in enumerate([(0, 30), (30, 5), (32, 1), (33, 9), (40, 1), (3, 12), (14, 5), (15, 1)]):
+        if start < session.position:
+            session.truncate(start)
+        assert session.position == start
+        hidden = tokens(length, rows, number)
+        output, right = await session.step(hidden), expected(hidden, start=start if number else None)
+        torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-5)
+    for wrong in (0, -1, session.position + 1):
+        with pytest.raises(ValueError, match="cannot be kept"):
+            session.truncate(wrong)
+    await session.close()
+
+
+def test_tokens_are_taken_back_without_sending_the_past_again():
+    swarm = Swarm(*two(takes_back=1000))
+    run(check_taking_back(swarm))
+    for node in swarm.nodes:
+        assert sum(request.tokens for request in node.requests) == 64
+    assert any(request.pushed for request in swarm.nodes[1].requests), "steps that take back are pushed, too"
+    run(check_taking_back(Swarm(*two(takes_back=1000)), rows=3))
+
+
+@pytest.mark.parametrize("ours", [0, 1, None])
+def test_a_node_that_takes_nothing_back_gets_the_past_anew(ours):
+    """Upstream's ignores the request without a word: it must not be asked."""
+    nodes = two()
+    if ours is not None:
+        nodes[ours].takes_back = 20  # at once; the test takes back more, too
+    swarm = Swarm(*nodes)
+    run(check_taking_back(swarm))
+    assert swarm.failures == []
+    for number, node in enumerate(nodes):
+        assert (START in {key for request in node.requests for key in request.metadata}) == (number == ours)
+        assert (sum(request.tokens for request in node.requests) < 150) == (number == ours)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("at", [5, 7, 10])
+def test_what_was_taken_back_is_not_replayed(victim, at):
+    nodes = two(takes_back=1000)
+    nodes[victim].script = failing_at(at, RuntimeError("gone"))
+    swarm = Swarm(*nodes, Node("c", 0, 2), Node("d", 2, BLOCKS))
+    run(check_taking_back(swarm))
+    assert len(swarm.failures) == 1
+
+
+@pytest.mark.parametrize("about", [b"\xc1", b"\x01"])
+def test_what_a_node_says_of_a_session_may_be_nonsense(about, monkeypatch):
+    swarm = Swarm(*two(), Node("c", 0, 2), Node("d", 2, BLOCKS))
+    answered, response = [], runtime_pb2.ExpertResponse
+
+    def answer(**fields):
+        answered.append(fields)
+        return response(**{**fields, "metadata": about if len(answered) == 1 else b""})
+
+    monkeypatch.setattr(scripted_swarm.runtime_pb2, "ExpertResponse", answer)
+    run(check_steps(swarm))
+    assert len(swarm.failures) == 1
 
 
 def test_a_node_that_lives_is_waited_for():

@@ -118,3 +118,21 @@ def test_closing_ends_those_that_wait_in_the_line(folder):
         assert time.monotonic() - began < 5
 
     use(folder, ask, room=5000)
+
+
+def test_a_session_takes_tokens_back(folder):
+    async def ask(_engine: TextEngine, tokens: LocalEngine):
+        hidden = torch.randn(1, 9, tokens._blocks._span.hidden_size, generator=torch.Generator().manual_seed(0))
+        whole, session = tokens._blocks.open(20), tokens._blocks.open(20)
+        expected = await whole.step(hidden)
+        await session.step(torch.cat([hidden[:, :4], -hidden[:, 4:]], dim=1))
+        session.truncate(4)
+        assert session.position == 4
+        torch.testing.assert_close(await session.step(hidden[:, 4:]), expected[:, 4:], atol=1e-5, rtol=1e-4)
+        for wrong in (0, 10):
+            with pytest.raises(ValueError, match="cannot be kept"):
+                session.truncate(wrong)
+        await whole.close()
+        await session.close()
+
+    use(folder, ask)

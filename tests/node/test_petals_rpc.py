@@ -26,7 +26,7 @@ from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, Transf
 from petals_win.node.service import BlockService
 from petals_win.span.chunks import Chunks
 from petals_win.span.span import Span
-from petals_win.swarm.protocol import PETALS, PROTOCOL
+from petals_win.swarm.protocol import PETALS, PROTOCOL, TAKES_BACK
 
 CONTEXT = SimpleNamespace(remote_id="12D3KooWstranger")
 PEER = PeerID.from_base58("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY")
@@ -170,6 +170,43 @@ def test_beams_and_deep_prompts(rpc, span):
     assert torch.allclose(torch.stack(list(run(ask())[0])), first, atol=1e-6)
     second = span.step(session, hidden[:, :1], hypo_ids=beams)
     assert torch.allclose(run(ask())[1], second, atol=1e-6)
+
+
+def test_tokens_are_taken_back(rpc, service, span):
+    """By Petals' own word for it, which pushed steps bring along, too; and the node tells that it heeds it."""
+    hidden = states(2, 9, 64)
+    wanted = span.forward(hidden, 0, 4)
+
+    async def ask():
+        client = Client(step(hidden[:, :5], session_id="a"))
+        stream = answers(rpc, client)
+        first = await anext(stream)
+        assert MSGPackSerializer.loads(first.metadata) == {TAKES_BACK: 100}
+        client.send(step(-hidden[:, :4]), step(hidden[:, 4:5], start_from_position=4, step_id="2"))
+        got = [tensor_of(await anext(stream)) for _ in range(2)]
+        await rpc.rpc_push(step(hidden[:, 3:8], session_id="a", start_from_position=3), CONTEXT)
+        answer = await anext(stream)
+        assert answer.metadata == b""
+        client.send(step(hidden[:, 8:], start_from_position=8))
+        client.end()
+        return [got[1], tensor_of(answer), tensor_of(await anext(stream))]
+
+    fifth, middle, last = run(ask())
+    assert torch.allclose(fifth, wanted[:, 4:5], atol=1e-5)
+    assert torch.allclose(torch.cat([middle, last], dim=1), wanted[:, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [6, -1, 10**15, "1", 1.0, True, [1]])
+def test_tokens_that_cannot_be_kept(rpc, service, start):
+    async def ask():
+        client = Client(step(states(1, 5, 64)), step(states(1, 1, 64), start_from_position=start))
+        stream = answers(rpc, client)
+        await anext(stream)
+        with pytest.raises(NodeRefused, match="cannot be kept|number of tokens"):
+            await anext(stream)
+        await freed(service)
+
+    run(ask())
 
 
 def test_a_step_that_is_pushed_and_asked_for_is_made_once(rpc, span):

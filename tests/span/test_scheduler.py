@@ -128,6 +128,21 @@ def test_joining_and_leaving_at_random(span, scheduler, compute, passes):
     assert max(len(each) for each in passes) > 4
 
 
+def test_tokens_are_taken_back_beside_others(span, scheduler, compute, passes):
+    chats = [Chat(span, scheduler, seed, batch_size=1 + seed % 2) for seed in range(3)]
+    for lengths, start in (([9, 3, 5], None), ([1, 4, 2], None), ([1, 1, 30], 2), ([1, 1, 1], 2), ([2, 1, 1], 1)):
+        gate = Gate(compute)
+        for chat, length in zip(chats, lengths, strict=True):
+            chat.ask(length, start=None if chat is chats[0] else start)
+        passes.clear()
+        gate.open()
+        for chat in chats:
+            chat.check()
+        assert len(passes[0]) == 3
+    with pytest.raises(ValueError, match="99 of which cannot be kept"):
+        scheduler.step(chats[0].session, hidden_states(1), start=99).result(30)
+
+
 def test_several_steps_of_one_session_are_made_in_order(span, scheduler, compute):
     chat = Chat(span, scheduler, 1)
     gate = Gate(compute)

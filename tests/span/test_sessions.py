@@ -204,6 +204,22 @@ def test_prompts_that_do_not_fit(span):
         span.forward(hidden, 1, 4, prompts=[hidden_states(1)[..., :8], None, None])
 
 
+def test_tokens_are_taken_back(span):
+    hidden = hidden_states(9)
+    expected = span.step(span.open(BATCH, 9), hidden)
+    session = span.open(BATCH, 9)
+    span.step(session, hidden[:, :5])
+    span.step(session, -hidden[:, 5:8])
+    assert span.step(session, hidden[:, 5:7], start=5).numpy() == close_to(expected[:, 5:7])
+    session.truncate(3)
+    assert session.position == 3
+    assert span.step(session, hidden[:, 3:]).numpy() == close_to(expected[:, 3:])
+    assert span.step(session, hidden, start=0).numpy() == close_to(expected)
+    for wrong in (-1, 10):
+        with pytest.raises(ValueError, match="cannot be kept"):
+            session.truncate(wrong)
+
+
 def fail_at_second_call(span: Span, block: int):
     """A GPU out of memory, say."""
     calls = 0

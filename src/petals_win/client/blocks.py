@@ -30,6 +30,14 @@ class BlockSession(Protocol):
         """
         ...
 
+    def truncate(self, position: int) -> None:
+        """Forget all tokens from `position` on, at least one being kept, between two steps.
+
+        It costs nothing for tokens of the last step; a session may compute others again. Raises ValueError for a position that
+        the session has not reached.
+        """
+        ...
+
     async def close(self) -> None:
         """Give back all that the session holds. Closing twice is allowed; a step in work ends."""
         ...

@@ -48,6 +48,15 @@ class Track:
             part_end = part_start
         return found[0] if len(found) == 1 else torch.cat(found[::-1], dim=1)
 
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on, which is not before `begin`."""
+        while self.length > length:
+            last = self._parts.pop()
+            self.length -= last.shape[1]
+            if self.length < length:
+                self._parts.append(last[:, : length - self.length].clone())  # else all of it would stay in memory
+                self.length = length
+
     def reorder(self, hypo_ids: torch.Tensor) -> None:
         """Go on with other beams: row i from what was row hypo_ids[i] (int64, [batch])."""
         if self._parts:

@@ -17,7 +17,8 @@ from uuid import uuid4
 
 import torch
 
-from petals_win.client.wire import BadAnswer, NodeRpc, last_request, read_answer, step_request
+from petals_win.client.wire import BadAnswer, NodeRpc, last_request, read_about, read_answer, step_request
+from petals_win.swarm.protocol import START, TAKES_BACK
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class ServerSession:
         self.sent = self.answered = 0
         self.hypo_ids: torch.Tensor | None = None  # that the next chunk brings along
         self.closed = False
+        self._takes_back = 0  # tokens at once, as the node says with its first answer
+        self.keeps: int | None = None  # tokens, before the next chunk, if not all
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
         self._alone = alone
         self._session_id = str(uuid4())
@@ -114,6 +117,8 @@ class ServerSession:
             metadata |= {**self._metadata, "alloc_timeout": patience}
         elif push_to:
             metadata["next_servers"] = push_to
+        if self.keeps is not None:
+            metadata[START], self.keeps = self.keeps, None
         theirs = None if prompts is None else prompts[self.start : self.end]
         self._requests.put_nowait(
             step_request(self._uid, hidden, theirs, self.hypo_ids, compression=self._compression, metadata=metadata)
@@ -121,6 +126,16 @@ class ServerSession:
         self.hypo_ids = None
         self._in_flight.append(_Sent(self.sent, hidden.shape, patience if self.sent == 0 else 0.0))
         self.sent += hidden.shape[1]
+
+    def truncate(self, position: int) -> bool:
+        """Let the next chunk follow the first `position` tokens, at least one; False if the node cannot take back the others.
+
+        Nothing may be in flight.
+        """
+        if self.sent - position > self._takes_back:
+            return False
+        self.sent = self.answered = self.keeps = position
+        return True
 
     async def answer(self) -> tuple[int, torch.Tensor]:
         """The answer [batch, tokens, hidden] to the oldest chunk in flight, and the token at which it begins.
@@ -139,7 +154,11 @@ class ServerSession:
                     await self._inbox.news.wait()
             except TimeoutError:
                 await self._see_whether_it_lives()
-        output = read_answer(self._inbox.take(), chunk.shape)
+        response = self._inbox.take()
+        output = read_answer(response, chunk.shape)
+        if chunk.start == 0:
+            takes_back = read_about(response).get(TAKES_BACK)
+            self._takes_back = takes_back if type(takes_back) is int else 0
         self._in_flight.popleft()
         self.answered += output.shape[1]
         return chunk.start, output

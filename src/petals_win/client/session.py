@@ -91,6 +91,19 @@ class RemoteSession:
             return_future=True,
         )
 
+    def truncate(self, position: int) -> None:
+        """Forget all tokens from `position` on, between two steps; at least one token is kept.
+
+        The nodes hear of it with the next step. One that cannot take tokens back (upstream's cannot) gets the past anew then.
+        Raises ValueError for a position that the session has not reached.
+        """
+        kept = 1 if self._first_prompts is None else self._first_prompts.shape[2]
+        if not kept <= position <= self._position:
+            raise ValueError(f"Of {self._position} tokens {position} cannot be kept")
+        if self._stepping is not None:
+            raise RuntimeError("The session is in the middle of a step")
+        self._position = position
+
     async def close(self) -> None:
         """Give back what the nodes hold; a step in work ends. Takes at most 3 s. Closing twice is allowed."""
         await self.submit_close()
@@ -138,10 +151,12 @@ class RemoteSession:
         if self._stepping is not None:
             raise RuntimeError("The session is in the middle of another step")
         self._stepping = asyncio.current_task()
-        before, done = self._tracks[0].copy(), False
+        before, done = self._tracks[0], False
         try:
             if self._position == 0:
                 self._first_prompts = prompts
+            self._take_back()
+            before = self._tracks[0].copy()
             for server in self._servers:
                 server.hypo_ids = hypo_ids
             if hypo_ids is not None:
@@ -160,6 +175,15 @@ class RemoteSession:
             if not done:  # another one may be tried
                 self._abort()
                 self._tracks = {0: before}
+
+    def _take_back(self) -> None:
+        """What `truncate` has said since the last step."""
+        for server in self._servers:
+            if server.sent > self._position and not server.truncate(self._position):
+                server.abort()
+        self._servers = [server for server in self._servers if not server.closed]
+        for track in self._tracks.values():
+            track.truncate(self._position)
 
     async def _close(self) -> None:
         self._closed = True
@@ -355,7 +379,7 @@ class _Step:
             return []
         places = []
         for later in servers[number + 1 :]:
-            if later.sent == 0:
+            if later.sent != self._begin or later.keeps != servers[number].keeps:
                 break
             places.append(later.place)
         return places

@@ -90,6 +90,19 @@ def last_request() -> Any:
     return messages.ExpertRequest()
 
 
+def read_about(response: Any) -> dict[str, Any]:
+    """What a node says of a session along with its first answer; upstream's say nothing. Raises BadAnswer."""
+    if not response.metadata:
+        return {}
+    try:
+        about = MSGPackSerializer.loads(response.metadata)
+    except Exception as e:  # msgpack's own errors are many, and these are a stranger's bytes
+        raise BadAnswer("What a node says of a session cannot be read") from e
+    if not isinstance(about, dict):
+        raise BadAnswer("What a node says of a session is no table")
+    return about
+
+
 def read_answer(response: Any, shape: torch.Size) -> torch.Tensor:
     """The hidden states of an answer, which must have this shape. Raises BadAnswer before it takes memory for another one."""
     sizes = [list(tensor.size) for tensor in response.tensors]

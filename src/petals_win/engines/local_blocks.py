@@ -84,6 +84,11 @@ class LocalSession:
         finally:
             self._stepping = None
 
+    def truncate(self, position: int) -> None:
+        if not 0 < position <= self.position:
+            raise ValueError(f"Of {self.position} tokens {position} cannot be kept")
+        self._served.truncate(position)
+
     def give_up(self) -> None:
         """End the step in work; as all blocks are given up, by a RuntimeError."""
         if self._stepping is not None:

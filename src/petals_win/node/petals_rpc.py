@@ -26,7 +26,7 @@ from petals_win.node.pushes import Pushes
 from petals_win.node.served import ServedSession
 from petals_win.node.service import BlockService, prompts_of_blocks
 from petals_win.node.wire import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, WireTensor
-from petals_win.swarm.protocol import PROTOCOL, mismatch
+from petals_win.swarm.protocol import PROTOCOL, START, TAKES_BACK, mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ class TransformerConnectionHandler(ServicerBase):
         session = self._open(opening)
         pushes = Pushes(self._stub_of, self._served.name, self._deadlines.request)
         _note(logging.INFO, "rpc_inference.open", blocks, context)
+        about = MSGPackSerializer.dumps({TAKES_BACK: session.takes_back})  # with the first answer
         try:
             async with Inbox(first, requests) as inbox:
                 with self._reachable(opening.metadata, inbox):
@@ -189,13 +190,15 @@ class TransformerConnectionHandler(ServicerBase):
                         metadata = wire.read_metadata(request)
                         if not inbox.is_new(metadata.get("step_id")):
                             continue
+                        _truncate(session, metadata)
                         structure = metadata.get("args_structure", opening.metadata.get("args_structure"))
                         output, may_push = await self._step(
                             session, opening, wire.arguments(request.tensors, structure)
                         )
                         if may_push:
                             pushes.push(output, request, metadata)
-                        yield ExpertResponse(tensors=[output])
+                        yield ExpertResponse(tensors=[output], metadata=about)
+                        about = b""
         finally:
             session.close()
             pushes.close()
@@ -327,6 +330,16 @@ class TransformerConnectionHandler(ServicerBase):
     def _write(self, tensors: list[torch.Tensor], kinds: list[int]) -> list[WireTensor]:
         dtype = self._service.span.dtype
         return [wire.write_tensor(tensor.to(dtype), kind) for tensor, kind in zip(tensors, kinds, strict=True)]
+
+
+def _truncate(session: ServedSession, metadata: dict[str, Any]) -> None:
+    """Take back the tokens that the session is not to keep before a step."""
+    start = metadata.get(START)
+    if start is None:
+        return
+    if type(start) is not int:
+        raise NodeRefused(f"The {START} of a step is a number of tokens, not {start!r:.40}.")
+    session.truncate(start)
 
 
 async def _whole(request: ExpertRequest) -> _Incoming:

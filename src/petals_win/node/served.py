@@ -70,13 +70,27 @@ class ServedSession:
         if self.longest < 1:
             raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
         self._patience = patience
+        self._start: int | None = None  # how many tokens the next step keeps, if not all
         self._share: Share | None = None
         self._session: Session | None = None
 
     @property
     def position(self) -> int:
-        """How many tokens it has seen."""
+        """How many tokens it has seen, without those taken back."""
+        if self._start is not None:
+            return self._start
         return self._session.position if self._session is not None else 0
+
+    @property
+    def takes_back(self) -> int:
+        """How many of its last tokens can be taken back by `truncate`."""
+        return self.longest
+
+    def truncate(self, tokens: int) -> None:
+        """Let the next step forget all but the first `tokens`. Raises NodeRefused if there are not so many."""
+        if not 0 <= tokens <= self.position:
+            raise NodeRefused(f"The session has seen {self.position:,} tokens, {tokens:,} of which cannot be kept.")
+        self._start = tokens
 
     def check_step(self, shape: Sequence[int]) -> None:
         """Raise NodeRefused for hidden states of a shape that the session cannot take now."""
@@ -106,9 +120,10 @@ class ServedSession:
         session = await self._with_room(self.position + hidden.shape[1])
         if hidden.shape[1] == 0:
             return hidden
+        start, self._start = self._start, None
         try:
             return await self._scheduler.step(
-                session, hidden, prompts=prompts, hypo_ids=hypo_ids, priority=self._priority
+                session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start, priority=self._priority
             )
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e

@@ -39,11 +39,12 @@ class _Waiting:
         hidden: torch.Tensor,
         prompts: Prompts | None,
         hypo_ids: torch.Tensor | None,
+        start: int | None,
         priority: float,
     ) -> None:
         self.future: AwaitableFuture[torch.Tensor] = AwaitableFuture()
         self.session, self.hidden, self.prompts, self.hypo_ids = session, hidden, prompts, hypo_ids
-        self.priority = priority
+        self.start, self.priority = start, priority
         self.rows, self._length = hidden.shape[:2] if hidden.ndim == 3 else (1, 1)
         self.is_prefill = self.rows * self._length > _FEW_TOKENS
         self.step: Step | None = None  # once it has had a turn
@@ -76,6 +77,7 @@ class Scheduler:
         *,
         prompts: Prompts | None = None,
         hypo_ids: torch.Tensor | None = None,
+        start: int | None = None,
         priority: float = 0.0,
     ) -> AwaitableFuture[torch.Tensor]:
         """As Span.step, with the result [batch, tokens, hidden] on the CPU.
@@ -84,7 +86,7 @@ class Scheduler:
         are in work, leaves its session as Span.step does, and all others as if it had not been. `priority` is that of a call of
         the compute thread. Raises RuntimeError once that has been stopped.
         """
-        waiting = _Waiting(session, hidden, prompts, hypo_ids, priority)
+        waiting = _Waiting(session, hidden, prompts, hypo_ids, start, priority)
         self._company.came(session, time.monotonic())
         with self._lock:
             self._arrived.append(waiting)
@@ -181,7 +183,11 @@ class Scheduler:
         if waiting.step is None:
             try:
                 waiting.step = self._span.begin(
-                    waiting.session, waiting.hidden, prompts=waiting.prompts, hypo_ids=waiting.hypo_ids
+                    waiting.session,
+                    waiting.hidden,
+                    prompts=waiting.prompts,
+                    hypo_ids=waiting.hypo_ids,
+                    start=waiting.start,
                 )
             except Exception as e:
                 self._fail(waiting, e)

@@ -41,6 +41,12 @@ class Session:
             raise ValueError("The session is closed")
         return self.cache
 
+    def truncate(self, tokens: int) -> None:
+        """Forget all tokens after the first `tokens`. Raises ValueError if the session has not seen so many."""
+        if not 0 <= tokens <= self.position:
+            raise ValueError(f"The session has seen {self.position} tokens, {tokens} of which cannot be kept")
+        self.open_cache.position = tokens
+
     def close(self) -> None:
         """Free the cache. Closing twice is allowed."""
         if self.cache is not None:

@@ -180,15 +180,16 @@ class Span:
         *,
         prompts: Prompts | None = None,
         hypo_ids: torch.Tensor | None = None,
+        start: int | None = None,
     ) -> torch.Tensor:
         """Continue a session by hidden states [batch, tokens, hidden] of at least one token; returns the same shape on the CPU.
 
         `hypo_ids` (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. `prompts` has an entry for each block of
-        the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. Raises
-        ValueError for shapes that do not fit the session, or more tokens than it can hold. A step that raises leaves the
-        session as it was, and may be made again; if it had reordered rows, which cannot be put back, it closes the session.
+        the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. `start`:
+        the session forgets all but its first `start` tokens before. Raises ValueError for shapes that do not fit the session, or more
+        tokens than it can hold. A step that raises leaves the session as it was, or cut to `start`, and may be made again; if it had reordered rows, which cannot be put back, it closes the session.
         """
-        step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids)
+        step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start)
         tokens = max(1, CHUNK_TOKENS // session.batch_size)
         try:
             while step.left:
@@ -205,6 +206,7 @@ class Span:
         *,
         prompts: Prompts | None = None,
         hypo_ids: torch.Tensor | None = None,
+        start: int | None = None,
     ) -> Step:
         """Check what `step` is given, make room for it, reorder the rows; `advance` then computes it in pieces.
 
@@ -215,6 +217,8 @@ class Span:
         batch_size, length, _ = hidden.shape
         if batch_size != session.batch_size:
             raise ValueError(f"The session has {session.batch_size} rows, the hidden states have {batch_size}")
+        if start is not None:
+            session.truncate(start)
         if length < 1 or cache.position + length > session.room:
             raise ValueError(
                 f"The session holds {session.room} tokens, {cache.position} are used; {length} more were sent"

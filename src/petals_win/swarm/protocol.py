@@ -11,6 +11,10 @@ from dataclasses import dataclass
 PROTOCOL = 1
 OLDEST_PROTOCOL = 1
 
+# In the metadata of a step: how many tokens of the session are kept before it, as Petals' clients after 2.2.0 say. In that of a
+# session's first answer: how many tokens can be taken back so; a node that does not say does not heed the other one.
+START, TAKES_BACK = "start_from_position", "takes_back"
+
 PETALS = "2.2.0.post1"  # whose RPCs and records these are: nodes announce it as their version
 
 
