@@ -124,9 +124,18 @@ class LocalSwarm:
 
     def add_node(self, span: str) -> LocalNode:
         """Start one more node and wait until it has joined the swarm; its blocks may still be loading then."""
-        node = self._start(span, ["--peers", *self.peers])
-        self._wait_until_joined(node)
+        node = self.prepare_node(span)
+        self.let_in(node)
         return node
+
+    def prepare_node(self, span: str) -> LocalNode:
+        """Start one more node, which waits for `let_in`."""
+        return self._start(span, ["--peers", "-"])
+
+    def let_in(self, node: LocalNode) -> None:
+        """Wait until a prepared node has joined the swarm; its blocks may still be loading then."""
+        node.child.tell(self.peers[0])
+        self._wait_until_joined(node)
 
     def _start(self, span: str, peers: list[str]) -> LocalNode:
         command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
