@@ -119,6 +119,7 @@ class Server:
                 finally:
                     self.container.shutdown()
                     self.container = None
+                if not self.stop.is_set():
                     self._free_memory()
         finally:
             self._ended.set()

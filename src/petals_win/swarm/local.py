@@ -165,7 +165,9 @@ class LocalSwarm:
                 node.serving = True
 
     def stop(self) -> None:
-        """End all nodes, the last first, so that each can still tell the others. Safe to call twice."""
+        """End all nodes at the same time. Safe to call twice."""
+        for node in self.nodes:
+            node.child.ask_to_end()
         while self.nodes:
             self.nodes.pop().child.stop()
 
