@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from hivemind import DHT
+from hivemind import DHT, PeerID
 from tiny_chat import tiny_chat_model
 from torch import nn
 
@@ -17,7 +17,8 @@ from petals_win.models.source import open_model
 from petals_win.span.compute import ComputeThread
 from petals_win.swarm.state import PeerState, SwarmState
 
-COMPLETE = SwarmState(2, (PeerState("peer", 0, 2, True, 1.0),))
+PEER = PeerID(b"\x12\x20" + b"a" * 32)
+COMPLETE = SwarmState(2, (PeerState(PEER.to_base58(), 0, 2, True, 1.0),))
 
 
 @pytest.fixture
@@ -87,3 +88,20 @@ def test_a_node_that_does_not_tell_its_room_is_there_nevertheless(engine, monkey
 
     monkeypatch.setattr(engine._rooms, "ask", fail)
     look(monkeypatch, engine, lambda _number: COMPLETE, lambda: engine.status().ready)
+
+
+def test_routes_learn_of_new_nodes_before_they_need_them(engine, monkeypatch):
+    """And of those that were avoided, as soon as they may be used again."""
+
+    async def read(*_of_what: object) -> SwarmState:
+        return COMPLETE
+
+    monkeypatch.setattr(petals, "read_state", read)
+    nodes = engine._nodes
+    nodes.state.banned_peers.register_failure(PEER)
+    asyncio.run(engine._look())
+    assert not nodes._thread.trigger.is_set()
+    nodes.state.banned_peers.register_success(PEER)
+    asyncio.run(engine._look())
+    assert nodes._thread.trigger.is_set()
+    asyncio.run(engine.close())

@@ -26,7 +26,9 @@ def test_threads_that_still_work_are_not_waited_for(program, status):
 
 
 def test_nobody_has_to_read_the_last_word():
-    program = subprocess.Popen([sys.executable, "-E", "-c", f"import time; print(1); time.sleep(1); {NOW}"], stdout=subprocess.PIPE)
+    program = subprocess.Popen(
+        [sys.executable, "-E", "-c", f"import time; print(1); time.sleep(1); {NOW}"], stdout=subprocess.PIPE
+    )
     assert program.stdout is not None
     program.stdout.close()
     assert program.wait(45) == 3

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hivemind import DHT, PeerID
@@ -30,6 +31,7 @@ from petals_win.client.rooms import Rooms
 from petals_win.client.routes import BlocksLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.daemon.process import DaemonLost
+from petals_win.dht.joining import patiently
 from petals_win.engines.base import (
     GenerationRequest,
     ModelCard,
@@ -90,7 +92,8 @@ class PetalsEngine:
         Raises UserError if the model cannot be opened, none of the peers answers, or they serve another revision of it.
         """
         source = open_model(model, token=token)
-        dht = DHT(initial_peers=list(peers), client_mode=True, start=True, startup_timeout=30, use_relay=True)
+        of_the_dht = dict(client_mode=True, start=True, startup_timeout=30, use_relay=True)
+        dht = patiently(partial(DHT, list(peers), **of_the_dht))
         compute = ComputeThread()
         compute.start()
         try:
@@ -149,10 +152,25 @@ class PetalsEngine:
                 self._state = SwarmState(self._source.num_blocks, ())
             return
         self._state, self._seen = state, time.monotonic()
+        self._find_again()
         try:
             await self._rooms.ask(state, self._nodes.state.p2p)
         except Exception as e:
             logger.warning("It could not be found out how much room the nodes have: %s", str(e) or type(e).__name__)
+
+    def _find_again(self) -> None:
+        """Let the routes learn of nodes that are new, or were avoided and may be used again, before one of those in use is lost:
+        a look-up in the middle of an answer takes seconds when a node has just frozen."""
+        nodes = self._nodes.state
+        known = {span.peer_id.to_base58() for span in nodes.sequence_info.spans_by_priority}
+        for peer in self._state.peers:
+            if (
+                peer.online
+                and peer.peer_id not in known
+                and PeerID.from_base58(peer.peer_id) not in nodes.banned_peers
+            ):
+                self._nodes._thread.trigger.set()
+                return
 
     async def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
         if self._lost is not None:
