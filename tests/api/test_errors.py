@@ -38,3 +38,13 @@ def test_an_engine_that_ends():
     """No use to come back soon, so no time is named."""
     translated = from_engine(EngineClosed())
     assert (translated.status, translated.code, dict(translated.headers)) == (503, "shutting_down", {})
+
+
+def test_what_is_no_fault_of_the_request_is_kept_in_the_log(caplog):
+    error = SwarmUnavailable([2, 3])
+    error.__cause__ = ConnectionError("the cable is loose")
+    from_engine(error)
+    assert "status 503" in caplog.text and "blocks 2:4" in caplog.text and "the cable is loose" in caplog.text
+    caplog.clear()
+    from_engine(SwarmRefused("Too long."))
+    assert not caplog.text

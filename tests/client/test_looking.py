@@ -57,9 +57,16 @@ def test_what_a_look_up_raises_ends_the_question(manager, monkeypatch):
 
 @pytest.fixture
 def endless(monkeypatch):
-    end = threading.Event()
-    monkeypatch.setattr(sequence_manager, "get_remote_module_infos", lambda *_, **__: end.wait(60) and [])
-    yield
+    """Look-ups do not end; the event is set as soon as there is one."""
+    begun, end = threading.Event(), threading.Event()
+
+    def look_up(*_arguments, **_settings):
+        begun.set()
+        end.wait(60)
+        return []
+
+    monkeypatch.setattr(sequence_manager, "get_remote_module_infos", look_up)
+    yield begun
     end.set()
 
 
@@ -73,12 +80,20 @@ def test_a_look_up_without_end_has_a_deadline(manager, endless):
 def test_ctrl_c_ends_the_waiting(dht, endless):
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="x"), ["x.0"], dht=dht)
     press = _thread.interrupt_main if sys.platform == "win32" else partial(os.kill, os.getpid(), signal.SIGINT)
-    timer = threading.Timer(0.5, press)
-    timer.start()
-    began = time.monotonic()
+    pressed: list[float] = []
+
+    def press_while_it_waits() -> None:
+        assert endless.wait(30)
+        time.sleep(0.2)
+        pressed.append(time.monotonic())
+        press()
+
+    pressing = threading.Thread(target=press_while_it_waits)
+    pressing.start()
     with pytest.raises(KeyboardInterrupt):
         manager.make_sequence(mode="min_latency")
-    assert time.monotonic() - began < 5
+    pressing.join(5)
+    assert time.monotonic() - pressed[0] < 5
     manager._thread.shutdown(0)
 
 

@@ -8,6 +8,7 @@ from hivemind import DHT
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P
 
+from petals_win.dht.joining import NobodyAnswers, patiently
 from petals_win.errors import UserError
 from petals_win.host.loop import LoopThread
 from petals_win.node import node
@@ -44,6 +45,24 @@ def test_a_peer_that_is_in_no_swarm():
         loop.call(p2p.shutdown(), 10)
     finally:
         loop.stop()
+
+
+@pytest.mark.parametrize("silent", [0, 2, 3])
+def test_a_busy_swarm_is_asked_three_times(silent):
+    tries = []
+
+    def join() -> str:
+        tries.append(None)
+        if len(tries) <= silent:
+            raise NobodyAnswers("busy")
+        return "joined"
+
+    if silent == 3:
+        with pytest.raises(NobodyAnswers):
+            patiently(join)
+    else:
+        assert patiently(join) == "joined"
+    assert len(tries) == min(silent + 1, 3)
 
 
 @pytest.mark.parametrize(

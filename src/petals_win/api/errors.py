@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from petals_win.engines.base import (
     SwarmUnavailable,
 )
 from petals_win.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 10
 _LONGEST_PARAM = 100  # characters: a key of an object may be anything
@@ -54,7 +57,15 @@ class ApiError(Exception):
 
 
 def from_engine(error: UserError) -> ApiError:
-    """Translate what an engine raises."""
+    """Translate what an engine raises. What is no fault of the request goes to the log, with what it came of."""
+    translated = _translated(error)
+    if translated.status >= 500:
+        cause = f" ({error.__cause__!r})" if error.__cause__ is not None else ""
+        logger.warning("Answered with status %d: %s%s", translated.status, error, cause)
+    return translated
+
+
+def _translated(error: UserError) -> ApiError:
     match error:
         case ModelNotFound():
             return ApiError(404, str(error), code="model_not_found", param="model")

@@ -53,7 +53,7 @@ class _Calm(logging.Formatter):
         message = record.getMessage().rstrip(": \n")
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            message = f"{message}: {error or type(error).__name__}"
+            message = f"{message}: {str(error) or type(error).__name__}"
         record.msg, record.args = message, ()
         record.exc_info = record.exc_text = record.stack_info = None
         return self._with_level.format(record) if record.levelno >= logging.WARNING else super().format(record)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from typing import Annotated
 
 import typer
 
 from petals_win import __version__
 from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, plan, serve, up
-from petals_win.daemon.process import DaemonLost
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
 from petals_win.host.disk import explain_full_disk
+from petals_win.host.ending import end_now
 
 app = typer.Typer(
     name="petals-win",
@@ -55,27 +52,30 @@ def main() -> None:
     """Run the command line: exit code 0 for success, 1 for a failure, 2 for wrong usage."""
     use_utf8()
     end_children_with_this_process()
+    end_now(_status())
+
+
+def _status() -> int:
     try:
         app()
+    except SystemExit as e:
+        if not isinstance(e.code, int | None):
+            raise
+        return e.code or 0
     except UserError as e:
         if logs.debugging:
             raise
         typer.secho(f"petals-win: {e}", fg=typer.colors.RED, err=True)
-        if isinstance(e, DaemonLost):
-            # Threads are cut off in the middle of their work then, and Python's own end was seen to loop for ever over it.
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except Exception as e:
         full = explain_full_disk(e)
         if full is None or logs.debugging:
             raise
         typer.secho(f"petals-win: {full}", fg=typer.colors.RED, err=True)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class LookUpFailed(UserError):
     """It could not be found out who serves the model. The cause is what the look-up raised."""
 
     def __init__(self, cause: Exception):
-        super().__init__(f"It could not be found out which PCs serve the model: {cause or type(cause).__name__}")
+        super().__init__(f"It could not be found out which PCs serve the model: {str(cause) or type(cause).__name__}")
         self.__cause__ = cause
 
 

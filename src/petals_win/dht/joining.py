@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from petals_win.errors import UserError
 from petals_win.host.clock import CLOCK_FIX
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TRIES = 3  # each waits 3 s for an answer, which a PC that computes for many others may take longer for
 
 
 class NobodyAnswers(UserError):
@@ -20,6 +24,16 @@ class NobodyAnswers(UserError):
             "The peers can be reached, but none of them answers as a member of a swarm. Check that the first PC still runs "
             "petals-win, and that the address is the one that it shows now."
         )
+
+
+def patiently(join: Callable[[], T]) -> T:
+    """Call `join`, and again if nobody answers. Raises what the last try does."""
+    for left in range(_TRIES - 1, 0, -1):
+        try:
+            return join()
+        except NobodyAnswers:
+            logger.info("None of the peers answers. They may be busy: trying %d more times", left)
+    return join()
 
 
 def clocks_differ(kind: Callable[[str], UserError], ahead: float) -> Callable[[str], UserError]:

@@ -11,9 +11,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from hivemind import DHT
+from hivemind import DHT, PeerID
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
 from petals.client.routing import RemoteSequenceManager
@@ -30,6 +31,7 @@ from petals_win.client.rooms import Rooms
 from petals_win.client.routes import BlocksLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.daemon.process import DaemonLost
+from petals_win.dht.joining import patiently
 from petals_win.engines.base import (
     GenerationRequest,
     ModelCard,
@@ -55,6 +57,7 @@ from petals_win.swarm.state import SwarmState, read_state
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0  # between two looks at the swarm
+_KEPT_SECONDS = 60.0  # that what was seen last counts while looks fail: as long as nodes announce themselves for
 _MAX_RETRIES = 5  # of one step; with the pauses between them that is about 15 s
 
 
@@ -79,6 +82,7 @@ class PetalsEngine:
         self._rooms = Rooms(source.swarm_name)
         self._running: set[RemoteSession] = set()
         self._state = SwarmState(source.num_blocks, ())
+        self._seen = float("-inf")  # when, by the monotonic clock
         self._poller: asyncio.Task[None] | None = None
 
     @classmethod
@@ -88,7 +92,8 @@ class PetalsEngine:
         Raises UserError if the model cannot be opened, none of the peers answers, or they serve another revision of it.
         """
         source = open_model(model, token=token)
-        dht = DHT(initial_peers=list(peers), client_mode=True, start=True, startup_timeout=30, use_relay=True)
+        of_the_dht = dict(client_mode=True, start=True, startup_timeout=30, use_relay=True)
+        dht = patiently(partial(DHT, list(peers), **of_the_dht))
         compute = ComputeThread()
         compute.start()
         try:
@@ -128,18 +133,44 @@ class PetalsEngine:
             detail = f"{len(peers)} nodes serve all {state.num_blocks} blocks of {self._card.id}."
         return SwarmStatus(not missing, detail, missing, peers)
 
+    def routes(self) -> list[list[tuple[PeerID, int, int]]]:
+        """Of each answer that runs: the nodes that it uses now, with their blocks [start, end)."""
+        return [session.route for session in self._running]
+
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             await self._look()
 
     async def _look(self) -> None:
+        """A look that fails says nothing of the nodes: this PC may just be busy, and a question finds out more than it could."""
         try:
-            self._state = await read_state(self._dht, self._source.swarm_name, self._source.num_blocks)
-            await self._rooms.ask(self._state, self._nodes.state.p2p)
+            state = await read_state(self._dht, self._source.swarm_name, self._source.num_blocks)
         except Exception as e:
-            logger.warning("The swarm could not be read: %s", e)
-            self._state = SwarmState(self._source.num_blocks, ())
+            logger.warning("The swarm could not be read: %s", str(e) or type(e).__name__)
+            if time.monotonic() - self._seen > _KEPT_SECONDS:
+                self._state = SwarmState(self._source.num_blocks, ())
+            return
+        self._state, self._seen = state, time.monotonic()
+        self._find_again()
+        try:
+            await self._rooms.ask(state, self._nodes.state.p2p)
+        except Exception as e:
+            logger.warning("It could not be found out how much room the nodes have: %s", str(e) or type(e).__name__)
+
+    def _find_again(self) -> None:
+        """Let the routes learn of nodes that are new, or were avoided and may be used again, before one of those in use is lost:
+        a look-up in the middle of an answer takes seconds when a node has just frozen."""
+        nodes = self._nodes.state
+        known = {span.peer_id.to_base58() for span in nodes.sequence_info.spans_by_priority}
+        for peer in self._state.peers:
+            if (
+                peer.online
+                and peer.peer_id not in known
+                and PeerID.from_base58(peer.peer_id) not in nodes.banned_peers
+            ):
+                self._nodes._thread.trigger.set()
+                return
 
     async def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
         if self._lost is not None:

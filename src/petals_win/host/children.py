@@ -122,16 +122,21 @@ class Child:
             pipe.write(f"{line}\n")
             pipe.flush()
 
-    def stop(self, timeout: float = 10.0) -> int:
-        """Ask the process to end, and end it by force after `timeout` seconds. Safe to call twice."""
+    def ask_to_end(self) -> None:
+        """Returns at once; `stop` waits. Safe to call twice."""
+        pipe = self._process.stdin
+        if pipe is None or pipe.closed:
+            return
         if sys.platform != "win32":
             # First: in the middle of its way out, which it begins when it is asked, Python no longer handles signals.
             self._process.terminate()
-        pipe = self._process.stdin
-        if pipe is not None and not pipe.closed:
-            with suppress(OSError):  # it has ended, and with it the other end of the pipe
-                pipe.write(_ASKED)
-                pipe.close()
+        with suppress(OSError):  # it has ended, and with it the other end of the pipe
+            pipe.write(_ASKED)
+            pipe.close()
+
+    def stop(self, timeout: float = 10.0) -> int:
+        """Ask the process to end, and end it by force after `timeout` seconds. Safe to call twice."""
+        self.ask_to_end()
         try:
             return self.wait(timeout)
         except TimeoutError:

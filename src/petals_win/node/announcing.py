@@ -105,7 +105,7 @@ def repeat(
         try:
             once()
         except Exception as e:
-            logger.warning("This node could not %s: %s", what, e or type(e).__name__)
+            logger.warning("This node could not %s: %s", what, str(e) or type(e).__name__)
             logger.debug("It failed here:", exc_info=True)
         if not last:
             trigger.wait(max(0.0, period - (time.monotonic() - began)))

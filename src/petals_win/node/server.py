@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from petals.server import block_selection
 from petals.server.reachability import ReachabilityProtocol, check_direct_reachability
 from petals.utils.dht import get_remote_module_infos
 
+from petals_win.dht.joining import patiently
 from petals_win.errors import UserError
 from petals_win.models.source import open_model
 from petals_win.node.container import Container, throughput_info
@@ -75,14 +77,17 @@ class Server:
             logger.info("This node is reached %s", "by relays" if relayed else "directly")
         self._info = self._known_before_loading(relayed)
         self._public = peers == PUBLIC_INITIAL_PEERS and not settings.skip_reachability_check
-        self.dht = DHT(
-            initial_peers=peers,
-            start=True,
-            num_workers=source.num_blocks,
-            use_relay=settings.use_relay,
-            use_auto_relay=settings.use_auto_relay,
-            client_mode=relayed,
-            **of_the_dht,
+        self.dht = patiently(
+            partial(
+                DHT,
+                initial_peers=peers,
+                start=True,
+                num_workers=source.num_blocks,
+                use_relay=settings.use_relay,
+                use_auto_relay=settings.use_auto_relay,
+                client_mode=relayed,
+                **of_the_dht,
+            )
         )
         self._reachability = None if relayed else ReachabilityProtocol.attach_to_dht(self.dht)
         logger.info("Running a server on %s", [str(maddr) for maddr in self.dht.get_visible_maddrs()])
@@ -119,6 +124,7 @@ class Server:
                 finally:
                     self.container.shutdown()
                     self.container = None
+                if not self.stop.is_set():
                     self._free_memory()
         finally:
             self._ended.set()

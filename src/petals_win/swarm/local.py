@@ -124,9 +124,18 @@ class LocalSwarm:
 
     def add_node(self, span: str) -> LocalNode:
         """Start one more node and wait until it has joined the swarm; its blocks may still be loading then."""
-        node = self._start(span, ["--peers", *self.peers])
-        self._wait_until_joined(node)
+        node = self.prepare_node(span)
+        self.let_in(node)
         return node
+
+    def prepare_node(self, span: str) -> LocalNode:
+        """Start one more node, which waits for `let_in`."""
+        return self._start(span, ["--peers", "-"])
+
+    def let_in(self, node: LocalNode) -> None:
+        """Wait until a prepared node has joined the swarm; its blocks may still be loading then."""
+        node.child.tell(self.peers[0])
+        self._wait_until_joined(node)
 
     def _start(self, span: str, peers: list[str]) -> LocalNode:
         command = [sys.executable, "-m", "petals_win.cli.main", "serve", "--json"]
@@ -156,7 +165,9 @@ class LocalSwarm:
                 node.serving = True
 
     def stop(self) -> None:
-        """End all nodes, the last first, so that each can still tell the others. Safe to call twice."""
+        """End all nodes at the same time. Safe to call twice."""
+        for node in self.nodes:
+            node.child.ask_to_end()
         while self.nodes:
             self.nodes.pop().child.stop()
 
