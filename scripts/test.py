@@ -11,13 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 # Programs that tests run, and their Debian packages: a browser for the web page, address translation for networks.
 PROGRAMS = {"chromium": "chromium", "chromedriver": "chromium-driver", "nft": "nftables"}
+
+# Folders of tests that start daemons, nodes and browsers; they take about as long as all others.
+WHOLE_PROGRAMS = {"e2e", "p2pd", "web"}
 
 
 def provide_programs() -> None:
@@ -54,24 +58,44 @@ def pytest(*arguments: str) -> list[str | Path]:
     return [VENV_PYTHON, "-m", "pytest", *arguments]
 
 
+def without(folders: Collection[str]) -> list[str]:
+    # By what is ignored: named together, folders would get each other's conftest.
+    return [f"--ignore=tests/{name}" for name in sorted(folders)]
+
+
 def side_by_side(environment: dict[str, str]) -> int:
-    """Run the tests in the bench beside all others, since each waits for half of its time, then by itself what measures."""
-    log = ROOT / "build" / "windows-tests.log"
-    print(f"Meanwhile, the tests under Windows Python write to {log}", flush=True)
-    others = pytest("-m", "not bench and not alone")
-    windows = pytest("-m", "bench and not alone", "-p", "no:cacheprovider")
-    with log.open("wb") as output:
-        process = subprocess.Popen(windows, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        try:
-            statuses = [subprocess.run(others, cwd=ROOT, env=environment).returncode]
-            statuses.append(process.wait())
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
-                process.wait()
-            print(log.read_text("utf-8", "replace"), flush=True)
+    """Run all tests, two parts of them at a time, since each waits for half of its time; then by itself what measures."""
+    others = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - WHOLE_PROGRAMS
+    parts = {
+        "windows": ["-m", "bench and not alone"],
+        "programs": ["-m", "not bench and not alone", *without(others)],
+        "units": ["-m", "not bench and not alone", *without(WHOLE_PROGRAMS)],
+    }
+    waiting, statuses = list(parts), list[int]()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2:
+                name = waiting.pop(0)
+                print(f"Tests of {name} begin, and write to {log_of(name)}", flush=True)
+                with log_of(name).open("wb") as output:
+                    command = pytest(*parts[name], "-p", "no:cacheprovider")
+                    running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            time.sleep(0.5)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                statuses.append(running.pop(name).returncode)
+                print(log_of(name).read_text("utf-8", "replace"), flush=True)
+    finally:
+        for name, process in running.items():
+            process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
+            process.wait()
+            print(log_of(name).read_text("utf-8", "replace"), flush=True)
     statuses.append(subprocess.run(pytest("-m", "alone"), cwd=ROOT, env=environment).returncode)
     return next(filter(None, statuses), 0)
+
+
+def log_of(part: str) -> Path:
+    return ROOT / "build" / f"tests-of-{part}.log"
 
 
 def main(arguments: list[str]) -> int:
