@@ -97,7 +97,7 @@ def make_model(folder: Path) -> Path:
 
 def make_prompts(folder: Path, chance: random.Random, tokens: tuple[int, int], count: int) -> list[Prompt]:
     """Random prompts, with what transformers answers to them."""
-    model = open_model(str(folder)).whole_model(torch.float32)
+    model: Any = open_model(str(folder)).whole_model(torch.float32)
     length, new = tokens
     made: list[Prompt] = []
     while len(made) < count:

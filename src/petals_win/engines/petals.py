@@ -161,7 +161,7 @@ class PetalsEngine:
     def _find_again(self) -> None:
         """Let the routes learn of nodes that are new, or were avoided and may be used again, before one of those in use is lost:
         a look-up in the middle of an answer takes seconds when a node has just frozen."""
-        nodes = self._nodes.state
+        nodes: Any = self._nodes.state
         known = {span.peer_id.to_base58() for span in nodes.sequence_info.spans_by_priority}
         for peer in self._state.peers:
             if (
