@@ -17,6 +17,7 @@ from petals_win.span.linear import linear_weight
 
 logger = logging.getLogger(__name__)
 
+
 def packed_if_possible(layer: nn.Module) -> nn.Module:
     """The layer with its weight packed, or the layer itself if it is none of the kind, or this PC cannot do it."""
     weight = linear_weight(layer)
