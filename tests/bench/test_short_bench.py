@@ -155,9 +155,9 @@ class Engine:
                 raise SwarmFull("It is full.")
             if long:
                 self.reading = True
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(2.0)
             for number in range(request.max_tokens):
-                await asyncio.sleep(0.1 if self.reading and not long else 0.02)
+                await asyncio.sleep(0.4 if self.reading and not long else 0.08)
                 yield Token(f" {number}")
             yield Finished("length")
             yield Usage(len(request.prompt), request.max_tokens)
@@ -171,14 +171,15 @@ def test_answers_at_once_and_beside_a_prompt():
         engine = Engine()
         asker = Asker(engine)
         seconds, texts = await asker.answers([[1], [2]], 3)
-        assert texts == [" 0 1 2"] * 2 and 0.06 <= seconds < 1
-        assert 1 <= await asker.first_token([1] * 200) < 2
+        assert texts == [" 0 1 2"] * 2 and 0.15 <= seconds < 1
+        assert 1.9 <= await asker.first_token([1] * 200) < 4
         alone, beside = await asker.beside_a_prompt([[1], [2]], [1] * 200, 5)
         assert engine.running == 0, "what only filled the time goes on"
         return alone, beside
 
     alone, beside = asyncio.run(ask())
-    assert 0.02 <= alone < 0.08 and 0.08 <= beside < 0.3 and beside > 2 * alone
+    # Windows' clock of event loops goes by 16 ms, and timers are as much too early or too late.
+    assert 0.05 <= alone < 0.3 and 0.3 <= beside < 1.2 and beside > 2 * alone
 
 
 @pytest.mark.parametrize("fails", [1, 200])

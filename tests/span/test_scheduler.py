@@ -273,6 +273,21 @@ def test_the_end_of_the_compute_thread_ends_all_waiting(source):
             scheduler.step(span.open(1, 10), hidden_states(2))
 
 
+def test_an_error_that_is_no_step_s_own_is_told_to_all(span, scheduler, compute, monkeypatch):
+    def breaks(*_turn):
+        raise ZeroDivisionError("float division by zero")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "_compute_turn", breaks)
+        gate = Gate(compute)
+        futures = [scheduler.step(span.open(1, 10), hidden_states(tokens)) for tokens in (1, 2)]
+        gate.open()
+        for future in futures:
+            with pytest.raises(ZeroDivisionError):
+                future.result(30)
+    assert scheduler.step(span.open(1, 10), hidden_states(2)).result(30).shape == (1, 2, HIDDEN)
+
+
 def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, compute, passes, chunks):
     gate = Gate(compute)
     future = scheduler.step(span.open(1, 100), hidden_states(90))

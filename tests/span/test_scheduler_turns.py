@@ -38,6 +38,14 @@ def test_a_chunk_without_decodes_is_as_long_as_a_decode_may_wait(token_s):
     assert tokens == 1024 or 0.3 < 0.02 + tokens * token_s < 0.45
 
 
+def test_a_turn_shorter_than_the_clock_can_tell():
+    chunks = Chunks(1024)
+    for decodes in (False, True):
+        for tokens in (0, 256):
+            chunks.took(decodes, tokens, 0.0)
+        assert chunks.tokens(decodes) <= 1024
+
+
 def test_one_turn_that_was_held_up_does_not_decide():
     chunks = Chunks(1024)
     before = chunks.tokens(decodes=False)

@@ -30,7 +30,7 @@ class Chunks:
     def took(self, decodes: bool, tokens: int, seconds: float) -> None:
         """A turn has taken so long for decodes, if there were any, and so many tokens of prefills."""
         if not decodes:
-            self._alone = self._towards(self._alone, _TURN_S / seconds)
+            self._alone = self._towards(self._alone, _TURN_S / max(seconds, 1e-6))
         elif not tokens:
             before = seconds if self._decodes_s is None else self._decodes_s
             self._decodes_s = before + _RECENT * (seconds - before)

@@ -54,13 +54,13 @@ class ComputeThread(threading.Thread):
         assert threading.current_thread() is self
         future: AwaitableFuture[T] = AwaitableFuture()
         due = (priority, next(self._order), (future, function, (), {}))
-        heapq.heappush(self._later, (time.monotonic() + seconds, due[1], due))
+        heapq.heappush(self._later, (time.perf_counter() + seconds, due[1], due))
         return future
 
     def _next(self) -> tuple[float, int, Any]:
         """Wait for a call."""
         while True:
-            now = time.monotonic()
+            now = time.perf_counter()
             while self._later and self._later[0][0] <= now:
                 self._calls.put(heapq.heappop(self._later)[2])
             try:

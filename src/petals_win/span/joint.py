@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,8 +49,9 @@ class JointPass:
             with torch.inference_mode():
                 self.works = agrees(self._decoder, shapes, self.run, self._device, exact, self.longest)
         except Exception as e:  # whatever a model raises whose attention does not go through the interface
-            logger.debug("A joint pass fails", exc_info=True)
-            logger.info("Sessions are computed one by one: %s", e)
+            # As text: a record that keeps the error keeps its frames, too, and with them the checkpoint's open files.
+            logger.debug("A joint pass fails:\n%s", traceback.format_exc())
+            logger.info("Sessions are computed one by one: %s", str(e) or type(e).__name__)
             return
         if not self.works:
             logger.info("Sessions are computed one by one: this model computes something else for several together")

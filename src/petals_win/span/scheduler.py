@@ -87,7 +87,7 @@ class Scheduler:
         the compute thread. Raises RuntimeError once that has been stopped.
         """
         waiting = _Waiting(session, hidden, prompts, hypo_ids, start, priority)
-        self._company.came(session, time.monotonic())
+        self._company.came(session, time.perf_counter())
         with self._lock:
             self._arrived.append(waiting)
         self._ask_for_a_turn(priority)
@@ -100,24 +100,29 @@ class Scheduler:
             self._asked = priority
         try:
             turn = self._compute.submit(self._turn, priority=priority)
-        except RuntimeError as e:  # the thread was told to stop
-            self._give_up(e)
+        except RuntimeError:  # the thread was told to stop
+            self._give_up()
             raise
         turn.add_done_callback(self._turned)
 
     def _turned(self, turn: Future[None]) -> None:
         """Nobody is left waiting for turns that will not come."""
         if turn.cancelled():
-            self._give_up(RuntimeError("The compute thread has ended"))
+            self._give_up()
         elif (error := turn.exception()) is not None:
             self._give_up(error)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: BaseException | None = None) -> None:
+        """End all that wait, by an error that is no step's own, or else as cancelled."""
         with self._lock:
             arrived, self._arrived, self._asked = self._arrived, [], None
         left, self._waiting = [*self._waiting, *arrived], []
         for waiting in left:
-            if not waiting.future.cancel() and not waiting.future.done():
+            if error is None:
+                waiting.future.cancel()
+            elif not waiting.future.done() and (
+                waiting.future.running() or waiting.future.set_running_or_notify_cancel()
+            ):
                 waiting.future.set_exception(error)
 
     def _turn(self) -> None:
@@ -130,7 +135,7 @@ class Scheduler:
         if not self._waiting:
             return
         decodes, prefills = self._candidates()
-        began = time.monotonic()
+        began = time.perf_counter()
         wait = self._company.wait({each.session for each in decodes}, began)
         if wait <= 0:
             self._compute_turn(decodes, prefills, began)
@@ -168,7 +173,7 @@ class Scheduler:
                 groups.setdefault(self._span.companions(step) or waiting, []).append((waiting, step, tokens))
         for group in groups.values():
             self._compute_group(group)
-        ended = time.monotonic()
+        ended = time.perf_counter()
         # A chunk that a prompt did not fill says little about what a whole one takes.
         if left <= 0 or not prefills:
             self._chunks.took(bool(decodes), whole - left, ended - began)
