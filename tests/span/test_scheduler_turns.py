@@ -90,3 +90,37 @@ def test_a_pause_is_no_return():
     company.came(one, 130.0)
     company.turned([one, two], 130.0, 130.1)
     assert company.wait({one}, 130.1) > 0
+
+
+def test_those_who_come_one_after_the_other_go_together():
+    """With a way around that is longer than any wait: their client sends all steps at once, but each is a message."""
+    company, sessions = Company(), [session() for _ in range(4)]
+    for turn in range(20):
+        company.turned(sessions, turn, turn + 0.05)
+        for each in sessions:
+            company.came(each, turn + 0.25)
+    company.turned(sessions, 100.0, 100.05)
+    now = 100.25
+    for count, each in enumerate(sessions[:3], 1):
+        company.came(each, now)
+        assert 0.001 < company.wait(set(sessions[:count]), now) <= 0.005
+        now += 0.002
+    assert company.wait(set(sessions[:3]), now + 0.005) <= 0, "the last one does not come"
+    company.came(sessions[3], now)
+    assert company.wait(set(sessions), now) <= 0
+
+
+def test_a_stream_of_steps_does_not_hold_a_turn_up_for_long():
+    company, sessions = Company(), [session() for _ in range(50)]
+    company.turned(sessions, 100.0, 100.05)
+    for count in range(1, 20):
+        company.came(sessions[count], 100.2 + 0.001 * count)
+    assert company.wait(set(sessions[1:20]), 100.2195) <= 0
+
+
+def test_who_was_last_seen_long_ago_is_not_waited_for():
+    company, one, two = Company(), session(), session()
+    company.turned([one, two], 100.0, 100.05)
+    company.turned([one], 102.0, 102.05)
+    company.came(one, 102.2)
+    assert company.wait({one}, 102.2) <= 0

@@ -40,7 +40,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
-    max_running: int = 4
+    max_running: int = 16
     max_waiting: int = 32
 
     def __post_init__(self) -> None:

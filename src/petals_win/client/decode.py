@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from petals_win.client.blocks import BlockSession
 from petals_win.client.choosing import Sampler
 from petals_win.client.ends import Ends
+from petals_win.client.rounds import Rounds
 from petals_win.host.threads import computing
 from petals_win.span.compute import ComputeThread
 
@@ -38,6 +39,8 @@ class DecodeLoop:
         self._lock = threading.Lock()
         self._waiting: list[_Row] = []
         self._called = False  # whether the compute thread will come for those that wait
+        self._rounds = Rounds()  # on the event loop only, as is:
+        self._later: asyncio.TimerHandle | None = None  # that call, if others are waited for
 
     async def generate(
         self, session: BlockSession, prompt: Sequence[int], *, choose: Sampler, limit: int, ends: Collection[int]
@@ -69,13 +72,20 @@ class DecodeLoop:
 
     async def _answer(self, session: BlockSession, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
         """All of one answer. It goes on without waiting for the reader, so that all steps of a batch set out before any text."""
-        row = await self._turn(answer, None)
-        while row.hidden is not None:
-            outputs = await _step(session, row.hidden)
-            if outputs.shape != row.hidden.shape:
-                raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
-            row = await self._turn(answer, outputs[0, -1])
-            tokens.put_nowait(row.token)
+        try:
+            row = await self._turn(answer, None)
+            while row.hidden is not None:
+                if (held := self._rounds.leaves(answer, row.hidden.shape[1])) > 0:
+                    await asyncio.sleep(held)
+                outputs = await _step(session, row.hidden)
+                self._rounds.came(answer)
+                if outputs.shape != row.hidden.shape:
+                    raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
+                row = await self._turn(answer, outputs[0, -1])
+                tokens.put_nowait(row.token)
+        finally:
+            self._rounds.ended(answer)
+            self._see_whom_to_wait_for()
 
     async def _turn(self, answer: _Answer, output: torch.Tensor | None) -> _Row:
         """Wait for the compute thread, and return the row with its results."""
@@ -83,12 +93,26 @@ class DecodeLoop:
         row = _Row(answer, output, loop.create_future())
         with self._lock:
             self._waiting.append(row)
-            call, self._called = not self._called, True
+        self._see_whom_to_wait_for()
+        await row.done
+        return row
+
+    def _see_whom_to_wait_for(self) -> None:
+        """Call the compute thread for those that wait, unless others are worth waiting for."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            beginning = any(row.output is None for row in self._waiting)
+            wait = 0.0 if beginning else self._rounds.wait()
+            call = bool(self._waiting) and not self._called and wait <= 0
+            self._called |= call
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if call:
             # Behind everything that is ready now, since that may wait for a turn, too.
             loop.call_soon(self._call_compute, loop)
-        await row.done
-        return row
+        elif wait > 0:
+            self._later = loop.call_later(wait, self._see_whom_to_wait_for)
 
     def _call_compute(self, loop: asyncio.AbstractEventLoop) -> None:
         try:

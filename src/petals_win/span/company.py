@@ -15,19 +15,23 @@ from petals_win.span.session import Session
 
 # A wait is at most this part of what the turn before has taken: for decodes that wait, and for prefills alone.
 _OF_DECODES, _OF_PREFILLS = 0.15, 0.5
+# Steps that set out together come one after the other: as long as each is no later than this part of a turn, but no longer than that.
+_NEXT, _ALL = 0.08, 0.25
 _PAUSE_S = 1.0  # who comes again later than this was not waited for: a user thinks, or a client is through
 _RECENT = 0.2  # of the last one in the mean time to come again
 
 
 class Company:
-    """The sessions of the last turn, and how long sessions take from an answer to their next step."""
+    """The sessions of the last turns, and how long sessions take from an answer to their next step."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answered: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        self._decoded: WeakKeyDictionary[Session, float] = WeakKeyDictionary()  # when they had their last turn
         self._expected: list[Session] = []
         self._returns_s = 0.0
         self._ended = self._seconds = 0.0
+        self._first = self._last = 0.0  # when the steps came that come one after the other
 
     def came(self, session: Session, now: float) -> None:
         """A step of the session has arrived; in any thread."""
@@ -35,19 +39,29 @@ class Company:
             seconds = now - self._answered.pop(session, -_PAUSE_S)
             if seconds < _PAUSE_S:
                 self._returns_s += _RECENT * (seconds - self._returns_s)
+            if now - self._last > _NEXT * self._seconds:
+                self._first = now
+            self._last = now
 
     def turned(self, decoded: Iterable[Session], began: float, ended: float) -> None:
         """A turn has computed decodes of these sessions."""
         self._expected = list(decoded)
         self._seconds, self._ended = ended - began, ended
+        self._decoded.update(dict.fromkeys(self._expected, ended))
         with self._lock:
             self._answered.update(dict.fromkeys(self._expected, ended))
 
     def wait(self, decodes: Collection[Session], now: float) -> float:
         """For how many seconds it is worth to wait; `decodes` are the sessions whose decodes wait already."""
+        until = now
         longest = self._seconds * (_OF_DECODES if decodes else _OF_PREFILLS)
-        if self._returns_s > longest:
-            return 0.0
-        if not any(session.cache is not None and session not in decodes for session in self._expected):
-            return 0.0
-        return self._ended + min(2 * self._returns_s + longest / 4, longest) - now
+        if self._returns_s <= longest and _any_missing(self._expected, decodes):
+            until = self._ended + min(2 * self._returns_s + longest / 4, longest)
+        lately = [session for session, ended in self._decoded.items() if now - ended < _PAUSE_S]
+        if decodes and _any_missing(lately, decodes):
+            until = max(until, min(self._last + _NEXT * self._seconds, self._first + _ALL * self._seconds))
+        return until - now
+
+
+def _any_missing(sessions: Iterable[Session], decodes: Collection[Session]) -> bool:
+    return any(session.cache is not None and session not in decodes for session in sessions)

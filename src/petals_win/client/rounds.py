@@ -1,0 +1,96 @@
+"""Whether answers wait for each other, so that their next steps set out together.
+
+A step of eight answers costs little more than a step of two. Left alone, answers fall into as many groups as there are stations on
+their way: while one is at a node, the next one gathers behind it. Where all nodes share a PC, the weights are then read
+several times for one token of each answer. On PCs of their own, several groups let each PC work while the others do. So both ways
+are tried, and the faster one is kept for a while. Knows answers and times. Does not know models, sessions or networks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+
+_RECENT = 0.2  # of the last step in the mean of what a step takes
+_FASTER = 1.1  # times as many tokens a second is what going apart must give
+# Rounds, each of one token for all answers: before a way is measured, while it is, and until the other one is tried again.
+_SETTLING, _MEASURED, _KEPT = 3, 8, 256
+
+
+class Rounds:
+    """The running answers of one event loop that take one token at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._out: dict[Hashable, float] = {}  # whose step is on its way, since when
+        self._here: dict[Hashable, float] = {}  # who waits for a turn, since when
+        self._step_s = 0.0
+        self._together = True
+        self._answers = 0  # that the rates are of
+        self._rates: dict[bool, float] = {}  # tokens per second
+        self._tokens = 0
+        self._since = 0.0
+        self._parting = 0  # of how many answers to come every second is held back
+
+    def leaves(self, answer: Hashable, tokens: int) -> float:
+        """The answer has had its turn, and its next step has so many tokens; for how many seconds to hold that back."""
+        self._here.pop(answer, None)
+        if tokens > 1:  # nobody can tell when a long one comes again
+            return 0.0
+        self._count()
+        held = self._step_s / 2 if self._parting % 2 else 0.0
+        self._parting = max(0, self._parting - 1)
+        self._out[answer] = self._clock() + held
+        return held
+
+    def came(self, answer: Hashable) -> None:
+        """The answer's step is through, and it waits for its turn."""
+        now = self._clock()
+        if (left := self._out.pop(answer, None)) is not None:
+            self._step_s += _RECENT * (now - left - self._step_s) if self._step_s else now - left
+        self._here[answer] = now
+
+    def ended(self, answer: Hashable) -> None:
+        """The answer takes no further tokens."""
+        self._out.pop(answer, None)
+        self._here.pop(answer, None)
+
+    def wait(self) -> float:
+        """For how many seconds those who are here should wait for those on their way; 0: not at all.
+
+        No longer than a step takes: who is later than that does not belong to them.
+        """
+        if not self._together or not self._out or not self._here:
+            return 0.0
+        return max(0.0, min(self._here.values()) + self._step_s - self._clock())
+
+    def _count(self) -> None:
+        """One token more."""
+        now, answers = self._clock(), len(self._out) + len(self._here) + 1
+        if answers != self._answers:
+            self._rates, self._answers = {}, answers
+            self._begin(now)
+            return
+        self._tokens += 1
+        if self._tokens == _SETTLING * answers:
+            self._since = now
+        if self._tokens == (_SETTLING + _MEASURED) * answers:
+            self._rates[self._together] = _MEASURED * answers / max(now - self._since, 1e-6)
+            self._go_on(now)
+        elif self._tokens == _KEPT * answers:
+            self._rates.pop(not self._together, None)
+            self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        """By the other way, if nothing is known of it; else by the faster one."""
+        if self._answers < 2:
+            return
+        together = not self._together if len(self._rates) < 2 else self._rates[True] * _FASTER > self._rates[False]
+        if together != self._together:
+            self._together = together
+            # Those who come together would stay so without being made to wait.
+            self._parting = 0 if together else self._answers
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self._tokens, self._since = 0, now
