@@ -26,7 +26,7 @@ from petals import AutoDistributedModelForCausalLM
 folder, peer, prompt, greedy, routes = map(json.loads, sys.argv[1:])
 for route in routes:
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        folder, initial_peers=[peer], show_route=False, max_retries=3, allowed_servers=route
+        folder, initial_peers=[peer], show_route=False, max_retries=6, allowed_servers=route
     )
     with torch.inference_mode():
         print("text:", model.generate(torch.tensor(prompt), **greedy)[0].tolist())
