@@ -77,7 +77,15 @@ def test_a_look_up_without_end_has_a_deadline(manager, endless):
     assert time.monotonic() - began < 5
 
 
-def test_ctrl_c_ends_the_waiting(dht, endless):
+@pytest.fixture
+def ctrl_c():
+    """As at a terminal: a shell lets what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_waiting(dht, endless, ctrl_c):
     manager = RemoteSequenceManager(ClientConfig(dht_prefix="x"), ["x.0"], dht=dht)
     press = _thread.interrupt_main if sys.platform == "win32" else partial(os.kill, os.getpid(), signal.SIGINT)
     pressed: list[float] = []
