@@ -41,11 +41,8 @@ STREAMS, OF_LONG_PROMPTS = 8, 2
 SHORT, LONG = (12, 48), (1500, 16)  # tokens of a prompt, and of its answer
 CLEAR_LOGITS = 1e-3  # that the two best of the reference are apart at least
 
-MOST_GAP, MOST_LOST, MOST_BACK = (
-    6.0,
-    15.0,
-    10.0,
-)  # seconds: of silence, until an error when all is lost, until it works again
+# In seconds: of silence, until an error when all is lost, until it works again.
+MOST_GAP, MOST_LOST, MOST_BACK = 6.0, 15.0, 10.0
 _MOVE_SECONDS = 40.0  # for all streams to go on after a loss
 _READY_SECONDS = 60.0  # for a new node to be known
 _PREFILL_SECONDS = 5.0  # that a loss waits for a stream in prefill
@@ -164,7 +161,7 @@ class Stream:
 
 
 class Loss:
-    """A node that is lost by one of the KINDS, until `mend`."""
+    """A node that is lost by one of the KINDS; if it was not killed, until `resume`."""
 
     def __init__(self, kind: str, node: LocalNode, chance: random.Random):
         python = psutil.Process(node.child.pid)

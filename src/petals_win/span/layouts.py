@@ -82,9 +82,9 @@ def _tried(rows: int, columns: int, dtype: torch.dtype) -> Layout:
         "by rows": [functools.partial(linear, weight=weight) for weight in weights],
         "by columns": [functools.partial(linear, weight=_by_columns(weight)) for weight in weights],
     }
-    with (
-        _one_thread()
-    ):  # of which of the two the number makes no difference, but other programs do while threads wait for each other
+    # Which of the two is faster does not depend on the number of threads, but how sure that is does: several wait for each other,
+    # and with it for other programs.
+    with _one_thread():
         found = _fastest(layers, columns, dtype)
     if can_pack(dtype):
         packed: list[_Layer] = [PackedLinear(weight, None) for weight in weights]

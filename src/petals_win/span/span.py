@@ -186,8 +186,9 @@ class Span:
 
         `hypo_ids` (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. `prompts` has an entry for each block of
         the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. `start`:
-        the session forgets all but its first `start` tokens before. Raises ValueError for shapes that do not fit the session, or more
-        tokens than it can hold. A step that raises leaves the session as it was, or cut to `start`, and may be made again; if it had reordered rows, which cannot be put back, it closes the session.
+        the session forgets all but its first `start` tokens before. Raises ValueError for shapes that do not fit the session,
+        or more tokens than it can hold. A step that raises leaves the session as it was, or cut to `start`, and may be made
+        again; if it had reordered rows, which cannot be put back, it closes the session.
         """
         step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start)
         tokens = max(1, CHUNK_TOKENS // session.batch_size)
