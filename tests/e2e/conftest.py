@@ -19,10 +19,8 @@ torch.set_num_threads(1)
 
 def connect(swarm: LocalSwarm, model: str, **settings):
     """A client of its own, with its own DHT peer. End it by `disconnect`."""
-    settings.setdefault("max_retries", 5)
-    return AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=swarm.peers, show_route=False, **settings
-    ).eval()
+    settings = dict(max_retries=5, initial_peers=swarm.peers) | settings
+    return AutoDistributedModelForCausalLM.from_pretrained(model, show_route=False, **settings).eval()
 
 
 def disconnect(model) -> None:

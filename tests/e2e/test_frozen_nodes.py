@@ -72,7 +72,10 @@ def test_a_node_freezes_in_the_middle_of_a_text(checkpoint, with_p2pd):
             assert time.monotonic() - began < 6 + usual, "the next question does not go there"
 
             # Who has never asked before, and finds the frozen node by its announcement, is not held up for long either.
-            other = connect(swarm, str(folder), daemon_startup_timeout=30) if not with_p2pd else None
+            # It joins by the other node's address: a frozen one cannot let anybody in.
+            awake = next(node for node in swarm.nodes if node.child.pid != frozen[0].pid)
+            settings = dict(initial_peers=awake.addresses[:1], daemon_startup_timeout=30)
+            other = connect(swarm, str(folder), **settings) if not with_p2pd else None
             if other is not None:
                 try:
                     began = time.monotonic()
