@@ -108,11 +108,23 @@ def test_those_who_part_are_held_back_once_every_second_one(rounds, clock):
     assert not any(held[4:])
 
 
-def test_another_number_of_answers_is_measured_anew(rounds, clock):
-    steps_until(rounds, clock, False, {True: 0.1, False: 0.2})
+def test_what_is_known_holds_for_its_number_of_answers(rounds, clock):
+    """Another number is measured anew, and what was found out is not found out again."""
+    seconds = {True: 0.2, False: 0.1}
+    steps_until(rounds, clock, False, seconds)
     for _ in range(module._SETTLING + module._MEASURED + 2):
-        step(rounds, clock, "abcd", 0.1 if rounds._together else 0.2)
-    assert rounds._rates and rounds._together
-    step(rounds, clock, "abcde", 0.1)
-    step(rounds, clock, "abcde", 0.1)
-    assert not rounds._rates and rounds._together
+        step(rounds, clock, "abcd", seconds[rounds._together])
+    assert not rounds._together
+    rounds.ended("d")
+    for _ in range(3):
+        step(rounds, clock, "abc", 0.2)
+        assert rounds._together
+    for _ in range(3):
+        step(rounds, clock, "abcd", 0.1)
+    assert not rounds._together
+
+
+def test_one_answer_alone_goes_one_way(rounds, clock):
+    for _ in range(3 * module._KEPT):
+        step(rounds, clock, "a", 0.1)
+        assert rounds._together

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 _RECENT = 0.2  # of the last step in the mean of what a step takes
 _FASTER = 1.1  # times as many tokens a second is what going apart must give
 # Rounds, each of one token for all answers: before a way is measured, while it is, and until the other one is tried again.
-_SETTLING, _MEASURED, _KEPT = 3, 8, 256
+# Settling is as long as nodes on this PC take to notice how many cores they have when they work by turns, or at once.
+_SETTLING, _MEASURED, _KEPT = 6, 8, 256
 
 
 class Rounds:
@@ -26,9 +28,9 @@ class Rounds:
         self._here: dict[Hashable, float] = {}  # who waits for a turn, since when
         self._step_s = 0.0
         self._together = True
-        self._answers = 0  # that the rates are of
-        self._rates: dict[bool, float] = {}  # tokens per second
-        self._tokens = 0
+        self._known = {0: _Known()}  # by the number of answers
+        self._answers = 0
+        self._tokens = 0  # since that number or the way changed
         self._since = 0.0
         self._parting = 0  # of how many answers to come every second is held back
 
@@ -68,29 +70,39 @@ class Rounds:
         """One token more."""
         now, answers = self._clock(), len(self._out) + len(self._here) + 1
         if answers != self._answers:
-            self._rates, self._answers = {}, answers
-            self._begin(now)
+            self._answers = answers
+            known = self._known.setdefault(answers, _Known())
+            self._change_to(known.together, now)
             return
         self._tokens += 1
+        known = self._known[answers]
+        known.tokens += 1
         if self._tokens == _SETTLING * answers:
             self._since = now
-        if self._tokens == (_SETTLING + _MEASURED) * answers:
-            self._rates[self._together] = _MEASURED * answers / max(now - self._since, 1e-6)
-            self._go_on(now)
-        elif self._tokens == _KEPT * answers:
-            self._rates.pop(not self._together, None)
-            self._go_on(now)
+        elif self._tokens == (_SETTLING + _MEASURED) * answers:
+            known.rates[self._together] = _MEASURED * answers / max(now - self._since, 1e-6)
+            together = known.together if len(known.rates) > 1 else not self._together
+            if answers > 1 and together != self._together:
+                self._change_to(together, now)
+        elif known.tokens >= _KEPT * answers:
+            known.tokens = 0
+            if answers > 1:
+                self._change_to(not self._together, now)
 
-    def _go_on(self, now: float) -> None:
-        """By the other way, if nothing is known of it; else by the faster one."""
-        if self._answers < 2:
-            return
-        together = not self._together if len(self._rates) < 2 else self._rates[True] * _FASTER > self._rates[False]
-        if together != self._together:
-            self._together = together
-            # Those who come together would stay so without being made to wait.
-            self._parting = 0 if together else self._answers
-            self._begin(now)
+    def _change_to(self, together: bool, now: float) -> None:
+        # Those who come together would stay so without being made to wait.
+        self._parting = 0 if together else self._answers
+        self._together, self._tokens, self._since = together, 0, now
 
-    def _begin(self, now: float) -> None:
-        self._tokens, self._since = 0, now
+
+@dataclass
+class _Known:
+    """Of one number of answers: tokens per second by the way, and tokens since both were tried."""
+
+    rates: dict[bool, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def together(self) -> bool:
+        """Whether that is the faster way; True as long as not both are known."""
+        return len(self.rates) < 2 or self.rates[True] * _FASTER > self.rates[False]
