@@ -11,6 +11,7 @@ import torch
 
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span import scheduler as scheduler_module
+from petals_win.span.chunks import Decodes
 from petals_win.span.compute import ComputeThread
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
@@ -296,3 +297,15 @@ def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, com
     gate.open()
     assert between.result(30) == 1
     assert future.result(30).shape == (1, 90, HIDDEN)
+
+
+def test_decodes_that_come_again_are_thought_of_between_their_turns(span, scheduler, monkeypatch):
+    asked = []
+    monkeypatch.setattr(scheduler_module.Chunks, "tokens", lambda _, decodes: asked.append(decodes) or 20)
+    decoding, reading = span.open(1, 10), span.open(1, 100)
+    scheduler.step(reading, hidden_states(20)).result(30)
+    scheduler.step(decoding, hidden_states(1)).result(30)
+    scheduler.step(reading, hidden_states(20)).result(30)
+    monkeypatch.setattr(scheduler_module, "_PAUSE_S", 0.0)
+    scheduler.step(reading, hidden_states(20)).result(30)
+    assert asked == [Decodes.NOWHERE, Decodes.HERE, Decodes.ELSEWHERE, Decodes.NOWHERE]

@@ -5,12 +5,22 @@ Knows durations. Does not know what is computed.
 
 from __future__ import annotations
 
-# A turn without decodes lasts so long, as a decode that comes in its middle waits for its end; with decodes, it is longer by this
-# part than a turn of decodes alone.
+from enum import Enum, auto
+
+# A turn without decodes lasts no longer, since the first one that comes waits for its end.
 _TURN_S = 0.4
-_LONGER_BY = 0.7
+# Of what decodes take alone: what a chunk beside them may take, and one that is computed while they are away, even if that is shorter.
+_BESIDE, _BETWEEN = 1.0, 0.5
 _LEAST = 8
 _RECENT = 0.3  # of the last turn in a mean of turns
+
+
+class Decodes(Enum):
+    """Where the sessions are that take one token after the other."""
+
+    NOWHERE = auto()
+    ELSEWHERE = auto()  # they have been here a moment ago, and come again
+    HERE = auto()
 
 
 class Chunks:
@@ -19,25 +29,30 @@ class Chunks:
     def __init__(self, most: int) -> None:
         """`most` bounds the memory for activations."""
         self._most = most
-        self._alone = min(256, most)
-        self._beside = 16
+        self._sizes = {Decodes.NOWHERE: min(256, most), Decodes.ELSEWHERE: 32, Decodes.HERE: 16}
         self._decodes_s: float | None = None
 
-    def tokens(self, decodes: bool) -> int:
-        """The size of the next one, beside decodes or without them."""
-        return self._beside if decodes else self._alone
+    def tokens(self, decodes: Decodes) -> int:
+        """The size of the next one."""
+        return self._sizes[decodes]
 
-    def took(self, decodes: bool, tokens: int, seconds: float) -> None:
-        """A turn has taken so long for decodes, if there were any, and so many tokens of prefills."""
-        if not decodes:
-            self._alone = self._towards(self._alone, _TURN_S / max(seconds, 1e-6))
+    def took(self, decodes: Decodes, tokens: int, seconds: float, away_s: float) -> None:
+        """A turn has taken so long for decodes, if they were here, and so many tokens of prefills.
+
+        `away_s`: for how many seconds decodes are elsewhere between two turns.
+        """
+        if decodes is Decodes.NOWHERE:
+            self._change(decodes, _TURN_S, seconds)
         elif not tokens:
             before = seconds if self._decodes_s is None else self._decodes_s
             self._decodes_s = before + _RECENT * (seconds - before)
         elif self._decodes_s is not None:
-            allowed, longer = _LONGER_BY * self._decodes_s, seconds - self._decodes_s
-            self._beside = self._towards(self._beside, allowed / longer if longer > 0 else 2.0)
+            if decodes is Decodes.HERE:
+                self._change(decodes, _BESIDE * self._decodes_s, seconds - self._decodes_s)
+            else:
+                self._change(decodes, min(max(_BETWEEN * self._decodes_s, away_s), _TURN_S), seconds)
 
-    def _towards(self, tokens: int, ratio: float) -> int:
+    def _change(self, decodes: Decodes, allowed: float, seconds: float) -> None:
         """Not at once: a single turn may have been held up by something else."""
-        return max(min(round(tokens * max(min(ratio, 1.5), 0.6)), self._most), _LEAST)
+        ratio = min(max(allowed / max(seconds, 1e-6), 0.6), 1.5)
+        self._sizes[decodes] = max(min(round(self._sizes[decodes] * ratio), self._most), _LEAST)

@@ -33,6 +33,11 @@ class Company:
         self._ended = self._seconds = 0.0
         self._first = self._last = 0.0  # when the steps came that come one after the other
 
+    @property
+    def away_s(self) -> float:
+        """How long it takes until a session that was answered comes again; 0 as long as none did."""
+        return self._returns_s
+
     def came(self, session: Session, now: float) -> None:
         """A step of the session has arrived; in any thread."""
         with self._lock:

@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 
 from petals_win.host.futures import AwaitableFuture
-from petals_win.span.chunks import Chunks
+from petals_win.span.chunks import Chunks, Decodes
 from petals_win.span.company import Company
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # A step of no more tokens, of all rows together, is computed at once; longer ones share a chunk in each turn.
 _FEW_TOKENS = 16
+_PAUSE_S = 1.0  # after which decodes are not expected to come again
 
 
 class _Waiting:
@@ -67,6 +68,7 @@ class Scheduler:
         self._asked: float | None = None  # the priority of the turn that is on its way
         self._waiting: list[_Waiting] = []  # the oldest first; on the compute thread only, as is:
         self._turns = 0
+        self._decoded = -_PAUSE_S  # when the last turn with decodes ended
         self._chunks = Chunks(CHUNK_TOKENS)
         self._company = Company()
 
@@ -160,7 +162,9 @@ class Scheduler:
     def _compute_turn(self, decodes: Sequence[_Waiting], prefills: Sequence[_Waiting], began: float) -> None:
         self._turns += 1
         chosen = [(each, each.left) for each in decodes]
-        whole = left = self._chunks.tokens(bool(decodes))
+        recently = began - self._decoded < _PAUSE_S
+        where = Decodes.HERE if decodes else Decodes.ELSEWHERE if recently else Decodes.NOWHERE
+        whole = left = self._chunks.tokens(where)
         for prefill in prefills:
             if left < prefill.rows and left < whole:
                 break
@@ -176,7 +180,9 @@ class Scheduler:
         ended = time.perf_counter()
         # A chunk that a prompt did not fill says little about what a whole one takes.
         if left <= 0 or not prefills:
-            self._chunks.took(bool(decodes), whole - left, ended - began)
+            self._chunks.took(where, whole - left, ended - began, self._company.away_s)
+        if decodes:
+            self._decoded = ended
         self._company.turned((each.session for each in decodes), began, ended)
 
     def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
