@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chat import tiny_chat_model
 
 from petals_win.engines import registry
 from petals_win.engines.choosing import choose_engine
+from petals_win.engines.local import whole_model_here
 from petals_win.engines.registry import GROUP, EngineSettings, check_engine_name, find_engine
 from petals_win.errors import UserError
 
@@ -96,6 +99,22 @@ def test_settings_that_an_engine_can_do_nothing_with(model):
         find_engine("local")(EngineSettings(model, (PEER,)))
     with pytest.raises(UserError, match="Which swarm"):
         find_engine("petals")(EngineSettings(model))
+    for wish in ({"device": "cpu"}, {"dtype": "float32"}, {"quant": "none"}):
+        with pytest.raises(UserError, match="give --device, --dtype and --quant to 'petals-win serve'"):
+            find_engine("petals")(EngineSettings(model, (PEER,), **wish))
+
+
+def test_the_local_engine_computes_as_it_was_told(model):
+    settings = EngineSettings(model, device="cpu", dtype="bfloat16", quant="none")
+    assert whole_model_here(settings).dtype is torch.bfloat16
+    engine = find_engine("local")(settings)
+    try:
+        assert engine.tokens._blocks._span.dtype is torch.bfloat16
+    finally:
+        asyncio.run(engine.close())
+    for wish in ({"device": "gpu7"}, {"dtype": "float12"}, {"quant": "q4"}, {"dtype": "float16", "device": "cpu"}):
+        with pytest.raises(UserError, match="Use|use"):
+            find_engine("local")(EngineSettings(model, **wish))
 
 
 def test_a_token_is_not_shown():

@@ -30,6 +30,15 @@ Threads = Annotated[
     typer.Option(help="CPU threads to compute with; default: as many as other programs leave cores free.", min=1),
 ]
 
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")]
+
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+
+QuantName = Annotated[
+    str | None,
+    typer.Option(help="Keep weights in fewer bits: nf4, int8 or none; default: nf4 on an NVIDIA GPU, else none."),
+]
+
 EngineName = Annotated[
     str,
     typer.Option(
@@ -51,12 +60,15 @@ def api(
     cors_origin: listening.CorsOrigin = None,
     allow_host: listening.AllowHost = None,
     engine: EngineName = AUTO,
+    device: Device = None,
+    dtype: Dtype = None,
+    quant: QuantName = None,
     threads: Threads = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
 ) -> None:
-    """Answer OpenAI-style requests, from a swarm or from this PC alone.
+    """Answer OpenAI-style requests, from a swarm or from this PC alone, for which --device, --dtype and --quant are.
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
@@ -69,7 +81,7 @@ def api(
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
-    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file))
+    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
         answer_until(

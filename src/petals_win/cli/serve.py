@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from petals_win.cli import logs
-from petals_win.cli.api import Threads, read_token
+from petals_win.cli.api import Device, Dtype, QuantName, Threads, read_token
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent, read_line
 
@@ -36,14 +36,9 @@ def serve(
     port: Annotated[
         int, typer.Option(help="TCP port to listen on; default: the one of the last start.", min=0, max=65535)
     ] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, mps or cpu; default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
-    quant: Annotated[
-        str | None,
-        typer.Option(help="Keep weights in fewer bits: nf4, int8 or none; default: nf4 on an NVIDIA GPU, else none."),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quant: QuantName = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
     ] = None,

@@ -84,10 +84,10 @@ class WholeModel:
 
 
 def whole_model_here(settings: EngineSettings) -> WholeModel:
-    """Look at a model's configuration and at this PC. Raises UserError if the model cannot be opened."""
+    """Look at a model's configuration and at this PC. Raises UserError if the model cannot be opened, or computed as asked."""
     source = open_model(settings.model, token=settings.token)
-    device = choose_device(None)
-    dtype, quant = choose_dtype(None, source, device), choose_quant(None, device)
+    device = choose_device(settings.device)
+    dtype, quant = choose_dtype(settings.dtype, source, device), choose_quant(settings.quant, device)
     return WholeModel(source, device, dtype, quant, needs_of(source.config, dtype, quant))
 
 

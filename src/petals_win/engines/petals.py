@@ -62,9 +62,13 @@ _MAX_RETRIES = 5  # of one step; with the pauses between them that is about 15 s
 
 
 def open_engine(settings: EngineSettings) -> TextEngine:
-    """Join the swarm of the peers. Raises UserError as `PetalsEngine.connect`, and if no peers are named."""
+    """Join the swarm of the peers. Raises UserError as `PetalsEngine.connect`, if no peers are named, or for what nodes decide."""
     if not settings.peers:
         raise UserError("Which swarm? Give --peers with the address that 'petals-win serve' prints on another PC.")
+    if settings.device or settings.dtype or settings.quant:
+        raise UserError(
+            "In a swarm each PC computes its blocks as it was told: give --device, --dtype and --quant to 'petals-win serve' there."
+        )
     return TextEngine(PetalsEngine.connect(settings.model, settings.peers, token=settings.token))
 
 

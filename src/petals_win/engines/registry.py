@@ -28,11 +28,17 @@ _OURS = {
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the user asked of an engine: a model, the swarm that it is in, and a token for the Hugging Face hub."""
+    """What the user asked of an engine: a model, the swarm that it is in, and a token for the Hugging Face hub.
+
+    `device`, `dtype` and `quant` are for an engine that computes blocks on this PC, each None where the user left it to us.
+    """
 
     model: str
     peers: tuple[str, ...] = ()
     token: str | None = field(default=None, repr=False)
+    device: str | None = None
+    dtype: str | None = None
+    quant: str | None = None
 
 
 # What an entry point names. Takes its time, in a thread without an event loop: when it returns, the model is loaded.
