@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from petals_win.client import history
 from petals_win.client.history import Track
+from petals_win.client.on_disk import TensorFile
 from petals_win.client.pieces import chunk_end, chunk_tokens, may_be_pushed
 
 
@@ -109,3 +111,50 @@ def test_taking_back(begin):
             new = torch.cat([whole[:, : length - begin], -whole[:, length - begin :]], dim=1)
             assert torch.equal(track.between(begin, track.length), new)
         assert torch.equal(kept.between(begin, kept.length), whole)
+
+
+@pytest.fixture
+def small_memory(monkeypatch) -> None:
+    """40 tokens of `states` fit."""
+    monkeypatch.setattr(history, "_IN_MEMORY", states(40).nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[1] * 200, [200], [70, 70, 60], [3, 64, 1, 1, 1, 130]])
+def test_most_of_a_long_track_is_on_disk(small_memory, lengths, dtype):
+    whole = states(200).to(dtype)
+    track = filled(whole, lengths)
+    assert sum(part.nbytes for part in track._parts if isinstance(part, torch.Tensor)) <= states(40).nbytes
+    for start, end in [(0, 200), (0, 1), (199, 200), (30, 120), (150, 199)]:
+        assert torch.equal(track.between(start, end), whole[:, start:end])
+    other = track.copy()
+    other.truncate(75)
+    other.add(75, -whole[:, 75:])
+    track.reorder(torch.tensor([1, 1]))
+    assert torch.equal(other.between(0, 200), torch.cat([whole[:, :75], -whole[:, 75:]], dim=1))
+    assert torch.equal(track.between(0, 200), whole[[1, 1]])
+
+
+def test_the_file_is_closed_with_the_last_track(small_memory):
+    track = filled(states(100), [50, 50])
+    assert track._file is not None
+    file, other = track._file._file, track.copy()
+    del track
+    assert not file.closed
+    del other
+    assert file.closed
+
+
+@pytest.mark.parametrize("failing", ["TemporaryFile", "write"])
+def test_where_nothing_can_be_written_it_stays_in_memory(small_memory, monkeypatch, caplog, failing):
+    if failing == "write":
+        monkeypatch.setattr(TensorFile, "add", full_disk)
+    else:
+        monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    track = filled(states(200), [1] * 200)
+    assert torch.equal(track.between(0, 200), states(200))
+    assert "stays in memory: no space left" in caplog.text and len(caplog.records) < 6
+
+
+def full_disk(*_args, **_settings):
+    raise OSError("no space left")
