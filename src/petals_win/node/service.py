@@ -6,9 +6,9 @@ know messages or networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from petals_win.errors import NodeRefused
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
+from petals_win.span.passes import Passes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
@@ -54,6 +55,7 @@ class BlockService:
         self.span, self.budget = span, budget
         self.context_length, self.request_tokens = context_length, request_tokens
         self._compute, self._scheduler, self._adapters = compute, Scheduler(span, compute), adapters
+        self._passes = Passes(span, compute, _PASS_PRIORITY)
 
     def info(self) -> ServiceInfo:
         """Of this moment."""
@@ -107,7 +109,8 @@ class BlockService:
         self._check(start, end, adapter)
         self.check_hidden(hidden.shape)
         own = prompts_of_blocks(prompts, end - start)
-        return await self._run(_forward, self.span, hidden, start, end, prompts=own, adapter=adapter)
+        with _refusing():
+            return await self._passes.forward(hidden, start, end, prompts=own, adapter=adapter)
 
     async def backward(
         self,
@@ -125,13 +128,9 @@ class BlockService:
         if grad_out.shape != hidden.shape:
             raise NodeRefused(f"Gradients of the shape {list(grad_out.shape)} do not fit {list(hidden.shape)}")
         own = prompts_of_blocks(prompts, end - start)
-        return await self._run(_backward, self.span, hidden, grad_out, start, end, prompts=own, adapter=adapter)
-
-    async def _run(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        try:
-            return await self._compute.submit(function, *args, priority=_PASS_PRIORITY, **more)
-        except ValueError as e:
-            raise NodeRefused(f"{e}.") from e
+        with _refusing():
+            grad, of_prompts = await self._passes.backward(hidden, grad_out, start, end, prompts=own, adapter=adapter)
+        return [grad] if of_prompts is None else [grad, torch.stack(of_prompts)]
 
     def _check(self, start: int, end: int, adapter: str) -> None:
         """Raises ValueError: another node may have what this one lacks."""
@@ -150,14 +149,10 @@ def prompts_of_blocks(prompts: torch.Tensor | None, blocks: int) -> list[torch.T
     return list(prompts.unbind(0))
 
 
-def _forward(span: Span, hidden: torch.Tensor, start: int, end: int, **more: Any) -> torch.Tensor:
-    # To the CPU on the compute thread: waiting for a GPU must not hold up the event loop.
-    return span.forward(hidden, start, end, **more).cpu()
-
-
-def _backward(span: Span, hidden: torch.Tensor, grad: torch.Tensor, start: int, end: int, **more: Any) -> list:
-    grad_hidden, grad_prompts = span.backward(hidden, grad, start, end, **more)
-    grads = [grad_hidden.cpu()]
-    if grad_prompts is not None:
-        grads.append(torch.stack([prompt.cpu() for prompt in grad_prompts if prompt is not None]))
-    return grads
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What the span says of shapes that do not fit is told to whoever sent them."""
+    try:
+        yield
+    except ValueError as e:
+        raise NodeRefused(f"{e}.") from e
