@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from petals_win.span.cache import SessionCache
-from petals_win.span.chunks import Chunks
+from petals_win.span.chunks import Chunks, Decodes
 from petals_win.span.company import Company
 from petals_win.span.session import Session
 
@@ -15,42 +15,55 @@ def session() -> Session:
     return Session(1, 10, 10, 0, 1, "", SessionCache([], 0, 1, 10, torch.device("cpu")))
 
 
+def settled(chunks: Chunks, decodes: Decodes, others_s: float, token_s: float, away_s: float = 0.0) -> int:
+    """The size after many turns of others' time and so much for each token."""
+    for _ in range(30):
+        tokens = chunks.tokens(decodes)
+        chunks.took(decodes, tokens, others_s + tokens * token_s, away_s)
+    return chunks.tokens(decodes)
+
+
 @pytest.mark.parametrize("pass_s, token_s", [(0.05, 0.003), (0.02, 0.00001), (0.5, 0.05)], ids=["CPU", "GPU", "slow"])
 def test_a_chunk_beside_decodes_lets_them_take_less_than_twice_as_long(pass_s, token_s):
     chunks = Chunks(1024)
     for _ in range(5):
-        chunks.took(True, 0, pass_s)
-    for _ in range(30):
-        tokens = chunks.tokens(decodes=True)
-        chunks.took(True, tokens, pass_s + tokens * token_s)
-    tokens = chunks.tokens(decodes=True)
+        chunks.took(Decodes.HERE, 0, pass_s, 0.0)
+    tokens = settled(chunks, Decodes.HERE, pass_s, token_s)
     assert pass_s + tokens * token_s <= 1.8 * pass_s
     assert tokens == 1024 or pass_s + (tokens + 2) * token_s >= 1.6 * pass_s, "and uses what they leave"
 
 
 @pytest.mark.parametrize("token_s", [0.00001, 0.003, 0.03])
 def test_a_chunk_without_decodes_is_as_long_as_a_decode_may_wait(token_s):
-    chunks = Chunks(1024)
-    for _ in range(30):
-        tokens = chunks.tokens(decodes=False)
-        chunks.took(False, tokens, 0.02 + tokens * token_s)
-    tokens = chunks.tokens(decodes=False)
+    tokens = settled(Chunks(1024), Decodes.NOWHERE, 0.02, token_s)
     assert tokens == 1024 or 0.3 < 0.02 + tokens * token_s < 0.45
+
+
+@pytest.mark.parametrize(("away_s", "expected"), [(0.0, 0.025), (0.15, 0.15), (5.0, 0.4)])
+def test_a_chunk_between_two_turns_of_decodes_fits_into_the_time_that_they_are_away(away_s, expected):
+    chunks = Chunks(1024)
+    for _ in range(5):
+        chunks.took(Decodes.HERE, 0, 0.05, 0.0)
+    assert settled(chunks, Decodes.ELSEWHERE, 0.0, 0.001, away_s) * 0.001 == pytest.approx(expected, rel=0.3)
+
+
+def test_before_any_decode_was_measured_a_chunk_beside_it_stays_small():
+    assert settled(Chunks(1024), Decodes.HERE, 1.0, 0.001) == Chunks(1024).tokens(Decodes.HERE) <= 32
 
 
 def test_a_turn_shorter_than_the_clock_can_tell():
     chunks = Chunks(1024)
-    for decodes in (False, True):
+    for decodes in Decodes:
         for tokens in (0, 256):
-            chunks.took(decodes, tokens, 0.0)
+            chunks.took(decodes, tokens, 0.0, 0.0)
         assert chunks.tokens(decodes) <= 1024
 
 
 def test_one_turn_that_was_held_up_does_not_decide():
     chunks = Chunks(1024)
-    before = chunks.tokens(decodes=False)
-    chunks.took(False, before, 60.0)
-    assert before * 0.5 < chunks.tokens(decodes=False) < before
+    before = chunks.tokens(Decodes.NOWHERE)
+    chunks.took(Decodes.NOWHERE, before, 60.0, 0.0)
+    assert before * 0.5 < chunks.tokens(Decodes.NOWHERE) < before
 
 
 def test_those_who_were_answered_together_are_waited_for_a_moment():
