@@ -26,7 +26,7 @@ from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, Transf
 from petals_win.node.service import BlockService
 from petals_win.span.chunks import Chunks
 from petals_win.span.span import Span
-from petals_win.swarm.protocol import PETALS, PROTOCOL, TAKES_BACK
+from petals_win.swarm.protocol import CACHED_PAGES, PETALS, PROTOCOL, TAKES_BACK
 
 CONTEXT = SimpleNamespace(remote_id="12D3KooWstranger")
 PEER = PeerID.from_base58("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY")
@@ -194,6 +194,59 @@ def test_tokens_are_taken_back(rpc, service, span):
     fifth, middle, last = run(ask())
     assert torch.allclose(fifth, wanted[:, 4:5], atol=1e-5)
     assert torch.allclose(torch.cat([middle, last], dim=1), wanted[:, 3:], atol=1e-5)
+
+
+def test_what_a_session_has_left_is_found_by_its_owner_alone(rpc, service, span):
+    hidden, pages = states(1, 200, 64), [bytes([page] * 16) for page in range(3)]
+    wanted = span.step(span.open(1, 300), hidden)
+    theirs = SimpleNamespace(remote_id="12D3KooWanother")
+
+    async def leave():
+        client = Client(step(hidden, max_length=300), request(pages=pages))
+        assert len([answer async for answer in answers(rpc, client)]) == 1
+        await freed(service)
+
+    async def find(asked: list[bytes], context=CONTEXT) -> int:
+        client = Client(step(hidden[:, :0], max_length=300, pages=asked))
+        stream = rpc.rpc_inference(client.__aiter__(), context)  # type: ignore[arg-type]
+        first = await anext(stream)
+        assert tensor_of(first).shape == (1, 0, 64)
+        found = MSGPackSerializer.loads(first.metadata)[CACHED_PAGES]
+        client.send(step(hidden[:, 64 * found :]))
+        client.end()
+        answer = tensor_of(await anext(stream))
+        assert torch.allclose(answer, wanted[:, 64 * found :], atol=1e-5)
+        async for _ in stream:
+            raise AssertionError
+        await freed(service)
+        return found
+
+    async def ask():
+        assert await find(pages) == 0
+        await leave()
+        assert service._prefixes.nbytes > 0
+        asked = (pages, [*pages[:2], bytes(17)], pages[1:], [bytes(16)])
+        found = [await find(each) for each in asked]
+        return found, await find(pages, theirs)
+
+    assert run(ask()) == ([3, 2, 0, 1], 0)
+
+
+@pytest.mark.parametrize(
+    "pages", [[b"x"], [b"x" * 65], ["x" * 16], b"x" * 16, {"a": 1}, [b"x" * 16] * 5, [b"x" * 16] * 2, 7]
+)
+def test_pages_that_cannot_be(rpc, service, pages):
+    async def ask():
+        for client in (
+            Client(step(states(1, 0, 64), max_length=300, pages=pages)),
+            Client(step(states(1, 1, 64), max_length=300), request(pages=pages)),
+        ):
+            with pytest.raises(NodeRefused, match="pages of a session"):
+                async for _ in answers(rpc, client):
+                    pass
+        await freed(service)
+
+    run(ask())
 
 
 @pytest.mark.parametrize("start", [6, -1, 10**15, "1", 1.0, True, [1]])

@@ -10,16 +10,26 @@ The rule:
    let in when its first piece is free, and the next piece of each session that is in already.
 3. When all sessions wait to grow, none can end by itself: then the youngest is told at once that the node is full, and gives
    back what it has. So the oldest gets all that it has promised in the end.
-4. Nobody waits longer than their deadline, which also ends a circle that goes through several nodes.
+4. What nobody holds may keep what ended sessions have left (`spare`), and is free all the same: it shrinks in time.
+5. Nobody waits longer than their deadline, which also ends a circle that goes through several nodes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 from petals_win.errors import NodeFull
 
 _MIB = 2**20
+
+
+class Spare(Protocol):
+    """What takes memory only as long as nobody else needs it."""
+
+    def shrink(self, nbytes: int) -> None:
+        """Take no more than so many bytes."""
+        ...
 
 
 class CacheBudget:
@@ -27,6 +37,7 @@ class CacheBudget:
 
     def __init__(self, total_bytes: int, longest_wait: float | None = None):
         self.total_bytes = total_bytes
+        self.spare: Spare | None = None
         self._longest_wait = longest_wait
         self._shares: list[Share] = []  # of those that are in, the oldest first
         self._growing: dict[Share, tuple[int, asyncio.Future[None]]] = {}
@@ -75,7 +86,12 @@ class CacheBudget:
         self._settle()
 
     def _settle(self) -> None:
-        """Hand out what is free to those who wait, by the rule."""
+        """Hand out what is free to those who wait, by the rule; the rest is left to `spare`."""
+        self._hand_out()
+        if self.spare is not None:
+            self.spare.shrink(self.bytes_left)
+
+    def _hand_out(self) -> None:
         for share in [share for share in self._shares if share in self._growing]:
             to, granted = self._growing[share]
             if to - share.held > self.bytes_left:

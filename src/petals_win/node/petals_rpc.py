@@ -26,7 +26,8 @@ from petals_win.node.pushes import Pushes
 from petals_win.node.served import ServedSession
 from petals_win.node.service import BlockService, prompts_of_blocks
 from petals_win.node.wire import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, WireTensor
-from petals_win.swarm.protocol import PROTOCOL, START, TAKES_BACK, mismatch
+from petals_win.span.prefixes import PAGE_TOKENS
+from petals_win.swarm.protocol import CACHED_PAGES, PAGES, PROTOCOL, START, TAKES_BACK, mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,13 @@ class TransformerConnectionHandler(ServicerBase):
         """Answer no more, so that peers get an error at once instead of waiting. Does nothing a second time."""
         p2p, self._p2p = self._p2p, None
         if p2p is not None and self._dht.is_alive():
-            self._dht.call(self.remove_p2p_handlers(p2p), _REMOVE_SECONDS)
+            self._dht.call(self._leave(p2p), _REMOVE_SECONDS)
+
+    async def _leave(self, p2p: Any) -> None:
+        try:
+            await self.remove_p2p_handlers(p2p)
+        finally:
+            self._service.close()
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
         """What a client must know to call this node, and, if it names a block, the block."""
@@ -171,36 +178,39 @@ class TransformerConnectionHandler(ServicerBase):
             return
         opening = self._request(first.uid, wire.read_metadata(first), first.tensors)
         blocks = f"{opening.start}:{opening.end}"
-        session = self._open(opening)
+        session = self._open(opening, str(context.remote_id))
         pushes = Pushes(self._stub_of, self._served.name, self._deadlines.request)
         _note(logging.INFO, "rpc_inference.open", blocks, context)
-        about = MSGPackSerializer.dumps({TAKES_BACK: session.takes_back})  # with the first answer
+        about: dict[str, Any] = {TAKES_BACK: session.takes_back}  # with the first answer
+        left: list[bytes] = []
         try:
             async with Inbox(first, requests) as inbox:
                 with self._reachable(opening.metadata, inbox):
                     while True:
                         try:
-                            left = ends - time.monotonic()
-                            request = await inbox.next(min(left, self._deadlines.step))
+                            request = await inbox.next(min(ends - time.monotonic(), self._deadlines.step))
                         except TimeoutError:
                             _note(logging.WARNING, "rpc_inference.step", blocks, context, "timed out")
                             break
                         if request is None or not request.tensors:
+                            left = [] if request is None else _pages(session, wire.read_metadata(request))
                             break
                         metadata = wire.read_metadata(request)
                         if not inbox.is_new(metadata.get("step_id")):
                             continue
                         _truncate(session, metadata)
+                        if pages := _pages(session, metadata):
+                            about[CACHED_PAGES] = await session.recall(pages)
                         structure = metadata.get("args_structure", opening.metadata.get("args_structure"))
                         output, may_push = await self._step(
                             session, opening, wire.arguments(request.tensors, structure)
                         )
                         if may_push:
                             pushes.push(output, request, metadata)
-                        yield ExpertResponse(tensors=[output], metadata=about)
-                        about = b""
+                        told, about = MSGPackSerializer.dumps(about) if about else b"", {}
+                        yield ExpertResponse(tensors=[output], metadata=told)
         finally:
-            session.close()
+            session.close(left)
             pushes.close()
             _note(logging.INFO, "rpc_inference.close", blocks, context)
 
@@ -216,7 +226,7 @@ class TransformerConnectionHandler(ServicerBase):
         except TimeoutError:
             return None
 
-    def _open(self, opening: _Request) -> ServedSession:
+    def _open(self, opening: _Request, owner: str) -> ServedSession:
         metadata = opening.metadata
         max_length, patience = metadata.get("max_length"), metadata.get("alloc_timeout", 0.0)
         if type(max_length) is not int:
@@ -232,6 +242,7 @@ class TransformerConnectionHandler(ServicerBase):
             max_length=max_length,
             adapter=opening.adapter,
             patience=float(patience),
+            owner=owner,
         )
 
     @contextmanager
@@ -340,6 +351,18 @@ def _truncate(session: ServedSession, metadata: dict[str, Any]) -> None:
     if type(start) is not int:
         raise NodeRefused(f"The {START} of a step is a number of tokens, not {start!r:.40}.")
     session.truncate(start)
+
+
+def _pages(session: ServedSession, metadata: dict[str, Any]) -> list[bytes]:
+    """The hashes of the session's pages, if a message names them. Raises NodeRefused for more of them than it can have."""
+    pages = metadata.get(PAGES)
+    if pages is None:
+        return []
+    if not isinstance(pages, list) or len(pages) > session.longest // PAGE_TOKENS:
+        raise NodeRefused("The pages of a session are a list of no more than it can have.")
+    if not all(isinstance(page, bytes) and 16 <= len(page) <= 64 for page in pages) or len(set(pages)) < len(pages):
+        raise NodeRefused("The pages of a session are different hashes of 16 to 64 bytes.")
+    return pages
 
 
 async def _whole(request: ExpertRequest) -> _Incoming:

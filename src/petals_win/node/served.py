@@ -10,6 +10,7 @@ import logging
 import random
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 
@@ -17,9 +18,11 @@ from petals_win.errors import NodeFull, NodeRefused
 from petals_win.node.budget import CacheBudget, Share
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
+from petals_win.span.prefixes import PAGE_TOKENS, Prefixes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.session import Session
 from petals_win.span.span import Span
+from petals_win.span.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,15 @@ class ServedSession:
         patience: float,
         adapter: str = "",
         priority: float = 0.0,
+        prefixes: Prefixes | None = None,
+        owner: str = "",
     ):
         if batch_size < 1 or max_length < 1:
             raise NodeRefused(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}.")
         self._span, self._compute, self._scheduler, self._budget = span, compute, scheduler, budget
         self.batch_size, self._adapter, self._blocks, self._priority = batch_size, adapter, blocks, priority
+        self._prefixes, self._owner = prefixes, (owner, *blocks, adapter)
+        self._pages_of_past = 0
         self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
         self._max_length, self._hidden_size = max_length, span.hidden_size  # looking it up takes longer than a check
         self.longest = min(max_length, budget.total_bytes // self._token_bytes)
@@ -130,15 +137,30 @@ class ServedSession:
         except RuntimeError as e:
             raise _full_or(e) from None
 
-    async def _with_room(self, tokens: int) -> Session:
-        """The session, with memory promised to it for so many tokens."""
+    async def recall(self, pages: Sequence[bytes]) -> int:
+        """Begin with what an earlier session of the same owner has left of the tokens of these pages; returns of how many of them.
+
+        Raises NodeFull if there was no room for it in time.
+        """
+        if self._prefixes is None or self.batch_size != 1 or self._session is not None:
+            return 0
+        pages = pages[: self.longest // PAGE_TOKENS]
+        found = self._prefixes.find(self._owner, pages)
+        if found is None:
+            return 0
+        await self._with_room(found[1] * PAGE_TOKENS, pages)
+        return self._pages_of_past
+
+    async def _with_room(self, tokens: int, pages: Sequence[bytes] = ()) -> Session:
+        """The session, with memory promised to it for so many tokens; a new one with what is left of `pages`."""
         room = room_for(tokens, self.longest)
         if self._session is None:
             promise, piece = self.longest * self._token_bytes, PIECE_TOKENS * self._token_bytes
             if self._share is None:
                 self._share = await self._budget.admit(room * self._token_bytes, promise, piece, self._patience)
+            past = self._past(pages)
             opening = self._compute.submit(
-                self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, room=room
+                self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, room=room, past=past
             )
             try:
                 self._session = await opening
@@ -152,25 +174,44 @@ class ServedSession:
             self._session.room = room
         return self._session
 
-    def close(self) -> None:
+    def _past(self, pages: Sequence[bytes]) -> tuple[State, int] | None:
+        """What there is of these pages now, after a wait for room."""
+        found = self._prefixes.find(self._owner, pages) if self._prefixes is not None else None
+        self._pages_of_past = 0 if found is None else found[1]
+        return found and (found[0], found[1] * PAGE_TOKENS)
+
+    def close(self, pages: Sequence[bytes] = ()) -> None:
         """Free the memory, and then the place in the budget, as soon as the compute thread is through with its last step.
 
-        Closing twice is allowed.
+        `pages`: the hashes of what the session has seen, so that a later one finds it. Closing twice is allowed.
         """
         share, session, loop = self._share, self._session, asyncio.get_running_loop()
+        pages = self._worth_keeping(pages)
         self._share = self._session = None
         if share is None:
             return
 
-        def freed(_future: object) -> None:
+        def released(state: State | None) -> None:
+            if state is not None and self._prefixes is not None:
+                self._prefixes.keep(self._owner, pages, state)
+            share.release()
+
+        def left(future: Future[State | None]) -> None:
+            state = None if future.cancelled() or future.exception() else future.result()
             if not loop.is_closed():
-                loop.call_soon_threadsafe(share.release)
+                loop.call_soon_threadsafe(released, state)
 
         try:
             # Behind whatever the session still has in work there, its opening included.
-            self._compute.submit(_close, session).add_done_callback(freed)
+            self._compute.submit(_leave, session, len(pages) * PAGE_TOKENS).add_done_callback(left)
         except RuntimeError:  # the node is shutting down
             share.release()
+
+    def _worth_keeping(self, pages: Sequence[bytes]) -> Sequence[bytes]:
+        """Those that the session has whole."""
+        if self._prefixes is None or self.batch_size != 1 or not self._span.may_be_taken_up(self.position):
+            return ()
+        return pages[: self.position // PAGE_TOKENS]
 
 
 def _full_or(error: RuntimeError) -> Exception:
@@ -178,6 +219,9 @@ def _full_or(error: RuntimeError) -> Exception:
     return NodeFull(_NO_MEMORY) if _OUT_OF_MEMORY.search(str(error)) else error
 
 
-def _close(session: Session | None) -> None:
+def _leave(session: Session | None, tokens: int) -> State | None:
+    if session is not None and tokens:
+        return session.leave(tokens)
     if session is not None:
         session.close()
+    return None

@@ -17,6 +17,7 @@ from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
 from petals_win.span.passes import Passes
+from petals_win.span.prefixes import Prefixes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
@@ -54,6 +55,7 @@ class BlockService:
     ):
         self.span, self.budget = span, budget
         self.context_length, self.request_tokens = context_length, request_tokens
+        budget.spare = self._prefixes = Prefixes(compute)
         self._compute, self._scheduler, self._adapters = compute, Scheduler(span, compute), adapters
         self._passes = Passes(span, compute, _PASS_PRIORITY)
 
@@ -68,11 +70,20 @@ class BlockService:
         )
 
     def open(
-        self, start: int, end: int, *, batch_size: int, max_length: int, adapter: str = "", patience: float = 0.0
+        self,
+        start: int,
+        end: int,
+        *,
+        batch_size: int,
+        max_length: int,
+        adapter: str = "",
+        patience: float = 0.0,
+        owner: str = "",
     ) -> ServedSession:
         """A session of `batch_size` rows over the blocks [start, end); whoever opens it closes it.
 
         :param max_length: tokens that the client promises not to exceed; nothing is taken for it
+        :param owner: who alone may find again what the session leaves behind
         :param patience: seconds that its first step may wait in the line for memory
         """
         self._check(start, end, adapter)
@@ -87,7 +98,13 @@ class BlockService:
             adapter=adapter,
             patience=patience,
             priority=_STEP_PRIORITY,
+            prefixes=self._prefixes,
+            owner=owner,
         )
+
+    def close(self) -> None:
+        """Free what ended sessions have left; no session may be opened any more."""
+        self._prefixes.close()
 
     def check_hidden(self, shape: Sequence[int]) -> None:
         """Raise NodeRefused for hidden states of a shape that no pass takes."""

@@ -9,7 +9,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -34,11 +34,13 @@ class KvShape:
 
 
 class SessionCache(Cache):
-    """The cache of a run of blocks. `position` is the number of tokens that it holds; the caller advances it.
+    """The State (state.py) of a run of blocks. `position` is the number of tokens that it holds; the caller advances it.
 
     Layers pass their absolute index to `update`; everything that a decoder asks about a layer counts from the first of
     this run, as the decoder's own loop does.
     """
+
+    truncates: ClassVar[bool] = True
 
     def __init__(
         self, shapes: Sequence[KvShape], first: int, batch_size: int, capacity: int, device: torch.device
@@ -50,7 +52,27 @@ class SessionCache(Cache):
         self.position = 0
         self.capacity = capacity
         self._first = first
+        self._made_of = list(shapes), first, batch_size
+        self._device = device
         super().__init__(layers=[_Slots(self, shape, batch_size, capacity, device) for shape in shapes])
+
+    @property
+    def nbytes(self) -> int:
+        shapes, _, batch_size = self._made_of
+        return batch_size * self.capacity * sum(shape.bytes_per_token for shape in shapes)
+
+    def truncate(self, position: int) -> None:
+        """What is behind the position is never read, so nothing else has to be undone."""
+        self.position = position
+
+    def fork(self, position: int, capacity: int) -> SessionCache:
+        other = SessionCache(*self._made_of, capacity, self._device)
+        pairs: Any = zip(self.layers, other.layers, strict=True)
+        for ours, theirs in pairs:
+            theirs.keys[:, :, :position] = ours.keys[:, :, :position]
+            theirs.values[:, :, :position] = ours.values[:, :, :position]
+        other.position = position
+        return other
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all; less than there is changes nothing.
@@ -60,9 +82,17 @@ class SessionCache(Cache):
         """
         if capacity <= self.capacity:
             return
+        self._resize(capacity)
+
+    def shrink(self, capacity: int) -> None:
+        """Copied block by block, too. After an error the blocks differ."""
+        if capacity < self.capacity:
+            self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
         for layer in self.layers:
             slots: Any = layer
-            slots.grow(capacity)
+            slots.resize(capacity)
         self.capacity = capacity
 
     def free(self) -> None:
@@ -109,18 +139,18 @@ class _Slots(CacheLayerMixin):
         self.values = _memory(batch_size, shape.value_heads, capacity, shape.value_size, shape.dtype, device)
         self.is_initialized = True
 
-    def grow(self, capacity: int) -> None:
+    def resize(self, capacity: int) -> None:
         assert self.keys is not None and self.values is not None
-        self.keys = self._grown(self.keys, capacity)
-        self.values = self._grown(self.values, capacity)
+        self.keys = self._resized(self.keys, capacity)
+        self.values = self._resized(self.values, capacity)
 
-    def _grown(self, held: torch.Tensor, capacity: int) -> torch.Tensor:
+    def _resized(self, held: torch.Tensor, capacity: int) -> torch.Tensor:
         batch_size, heads, old, size = held.shape
-        if old >= capacity:  # as after a growth that failed half-way
+        if old == capacity:  # as after a growth that failed half-way
             return held
-        grown, end = _memory(batch_size, heads, capacity, size, held.dtype, held.device), self._owner.position
-        grown[:, :, :end] = held[:, :, :end]
-        return grown
+        resized, end = _memory(batch_size, heads, capacity, size, held.dtype, held.device), self._owner.position
+        resized[:, :, :end] = held[:, :, :end]
+        return resized
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is left to do: the memory was allocated at the start."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_win.span.cache import SessionCache
 from petals_win.span.decoder import Prompts
+from petals_win.span.state import CannotTruncate, State
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Session:
     start: int
     end: int
     adapter: str
-    cache: SessionCache | None = field(repr=False)
+    cache: State | None = field(repr=False)
 
     @property
     def position(self) -> int:
@@ -35,17 +35,37 @@ class Session:
         return self.open_cache.position
 
     @property
-    def open_cache(self) -> SessionCache:
+    def open_cache(self) -> State:
         """Raises ValueError once the session is closed."""
         if self.cache is None:
             raise ValueError("The session is closed")
         return self.cache
 
     def truncate(self, tokens: int) -> None:
-        """Forget all tokens after the first `tokens`. Raises ValueError if the session has not seen so many."""
+        """Forget all tokens after the first `tokens`.
+
+        Raises ValueError if the session has not seen so many, CannotTruncate if its state leads no way back.
+        """
         if not 0 <= tokens <= self.position:
             raise ValueError(f"The session has seen {self.position} tokens, {tokens} of which cannot be kept")
-        self.open_cache.position = tokens
+        if tokens < self.position:
+            self.open_cache.truncate(tokens)
+
+    def leave(self, tokens: int) -> State | None:
+        """Close the session, and return its state after `tokens` tokens, which is the caller's to free; None if there is none."""
+        state, self.cache = self.cache, None
+        if state is None:
+            return None
+        try:
+            if tokens > state.position:
+                raise CannotTruncate
+            if tokens < state.position:
+                state.truncate(tokens)
+            state.shrink(tokens)
+        except (CannotTruncate, RuntimeError):  # there is no way back, or no memory for it
+            state.free()
+            return None
+        return state
 
     def close(self) -> None:
         """Free the cache. Closing twice is allowed."""
@@ -63,6 +83,8 @@ class Step:
         self.prompts = prompts
         self._hidden = hidden
         self._began = session.position
+        state = session.open_cache
+        self._before = None if state.truncates else state.fork(self._began, state.capacity)
         self._reordered = reordered
         self._done = 0
         self._outputs: list[torch.Tensor] = []
@@ -95,7 +117,12 @@ class Step:
 
     def undo(self) -> None:
         """Leave the session as it was before the step; if rows were reordered, which cannot be put back, close it."""
-        if self._reordered:
+        if self.session.cache is None:
+            return
+        if self._before is not None:
+            self.session.cache.free()
+            self.session.cache, self._before = self._before, None
+        elif self._reordered:
             self.session.close()
-        elif self.session.cache is not None:
-            self.session.cache.position = self._began
+        else:
+            self.session.cache.truncate(self._began)

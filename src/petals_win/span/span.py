@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,6 +23,7 @@ from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
+from petals_win.span.state import State
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters
@@ -159,10 +160,12 @@ class Span:
         adapter: str = "",
         *,
         room: int | None = None,
+        past: tuple[State, int] | None = None,
     ) -> Session:
         """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
 
-        `room` tokens are allocated at first; default: max_length. Raises ValueError for a range outside of the span or sizes
+        `room` tokens are allocated at first; default: max_length. `past`: the session begins as another one of the same blocks
+        and rows was after so many tokens, of whose state it takes a copy. Raises ValueError for a range outside of the span or sizes
         below one, KeyError for an unknown adapter, RuntimeError (torch's) if memory does not suffice.
         """
         if batch_size < 1 or max_length < 1:
@@ -170,7 +173,11 @@ class Span:
         start, end = self._range(start, end)
         self._switch_to(adapter)
         room = max_length if room is None else min(room, max_length)
-        cache = SessionCache(self._shapes_of(start, end), start, batch_size, room, self.device)
+        if past is not None:
+            state, tokens = past
+            cache = state.fork(tokens, room)
+        else:
+            cache = SessionCache(self._shapes_of(start, end), start, batch_size, room, self.device)
         return Session(batch_size, max_length, room, start, end, adapter, cache)
 
     def step(
@@ -239,6 +246,10 @@ class Span:
                     raise
         return step
 
+    def may_be_taken_up(self, tokens: int) -> bool:
+        """Whether another session may go on from what one of so many tokens has kept, at any of them."""
+        return self._joint.longest is None or tokens < self._joint.longest
+
     def companions(self, step: Step) -> tuple[int, int, str] | None:
         """Steps for which this is equal can be computed together; None: the step can only be computed alone."""
         if not self._joint.works or step.prompts is not None:
@@ -253,15 +264,17 @@ class Span:
         Of more than one step `companions` must be the same. If it raises, all steps and sessions are as they were.
         """
         session = pieces[0][0].session
+        # A decoder asks more of them than a State has.
+        caches: list[Any] = [step.session.open_cache for step, _ in pieces]
         self._switch_to(session.adapter)
         with torch.inference_mode():
             if len(pieces) == 1:
                 step, tokens = pieces[0]
                 hidden, prompts = step.piece(tokens)
                 hidden = hidden.to(self.device, self.dtype)
-                outputs = [self._decoder.run(hidden, session.start, session.end, session.open_cache, prompts).cpu()]
+                outputs = [self._decoder.run(hidden, session.start, session.end, caches[0], prompts).cpu()]
             else:
-                parts = [(step.session.open_cache, step.piece(tokens)[0]) for step, tokens in pieces]
+                parts = [(cache, step.piece(tokens)[0]) for cache, (step, tokens) in zip(caches, pieces, strict=True)]
                 outputs = self._joint.run(parts, session.start, session.end)
         for (step, _), output in zip(pieces, outputs, strict=True):
             step.took(output)

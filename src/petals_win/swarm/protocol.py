@@ -14,6 +14,9 @@ OLDEST_PROTOCOL = 1
 # In the metadata of a step: how many tokens of the session are kept before it, as Petals' clients after 2.2.0 say. In that of a
 # session's first answer: how many tokens can be taken back so; a node that does not say does not heed the other one.
 START, TAKES_BACK = "start_from_position", "takes_back"
+# In the metadata of a session's first step, which has no tokens, and of its last message: the hashes of the pages that its tokens begin
+# with. In the answer to the first: of how many of them the node has what an earlier session left.
+PAGES, CACHED_PAGES = "pages", "cached_pages"
 
 PETALS = "2.2.0.post1"  # whose RPCs and records these are: nodes announce it as their version
 
