@@ -7,12 +7,14 @@ One word is one token. What it does depends on the last message or prompt:
     "wait"             computes for ever and never gets to its first token
     "break" "crash"    two tokens, then the swarm fails, or the engine itself does
     "missing"          the swarm cannot begin
+    "recall N"         answers "You said: ...", and N tokens of the prompt were there from before
     anything else      answers "You said: ..."
 """
 
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from petals_win.engines.base import (
     ContextTooLong,
@@ -93,7 +95,8 @@ class FakeEngine:
                     answer = ["You", "said:", *words]
             if request.seed is not None:
                 answer.append(str(zlib.crc32(repr((answer, request.seed)).encode())))
-            async for event in self._speak(answer, request, len(words)):
+            cached = int(words[1]) if order == "recall" else 0
+            async for event in self._speak(answer, request, Usage(len(words), 0, cached)):
                 if isinstance(event, Finished) and order == "break":
                     raise SwarmUnavailable(range(15, 30))
                 if isinstance(event, Finished) and order == "crash":
@@ -106,11 +109,9 @@ class FakeEngine:
         finally:
             self.running -= 1
 
-    async def _speak(
-        self, words: list[str], request: GenerationRequest, prompt_tokens: int
-    ) -> AsyncGenerator[Event, None]:
+    async def _speak(self, words: list[str], request: GenerationRequest, usage: Usage) -> AsyncGenerator[Event, None]:
         stops = StopStrings(request.stop)
-        room = self.context_length - prompt_tokens
+        room = self.context_length - usage.prompt_tokens
         limit = min(room, len(words) if request.max_tokens is None else request.max_tokens)
         count = 0
         for word in words[:limit]:
@@ -125,7 +126,7 @@ class FakeEngine:
         if rest := stops.flush():
             yield Token(rest)
         yield Finished("length" if not stops.stopped and limit < len(words) else "stop")
-        yield Usage(prompt_tokens, count)
+        yield replace(usage, completion_tokens=count)
 
     async def close(self) -> None:
         self.closed += 1

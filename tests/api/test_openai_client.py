@@ -44,6 +44,16 @@ def test_stream_with_usage(served):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_what_was_there_of_the_prompt_is_in_the_usage(served):
+    client, options = served.client(), {"include_usage": True}
+    whole = client.chat.completions.create(model=MODEL, messages=ask("recall 2 of these"))
+    assert (whole.usage.prompt_tokens, whole.usage.prompt_tokens_details.cached_tokens) == (4, 2)
+    *_, last = client.completions.create(model=MODEL, prompt="recall 3 x y", stream=True, stream_options=options)
+    assert (last.usage.prompt_tokens, last.usage.prompt_tokens_details.cached_tokens) == (4, 3)
+    several = client.completions.create(model=MODEL, prompt=["recall 2 z", "recall 1", "say a"], n=2)
+    assert several.usage.prompt_tokens_details.cached_tokens == 3, "each prompt counts once"
+
+
 def test_the_clients_own_stream_helper_puts_the_answer_together(served):
     with served.client().chat.completions.stream(model=MODEL, messages=ask("Hi")) as stream:
         assert stream.get_final_completion().choices[0].message.content == "You said: Hi"

@@ -6,8 +6,11 @@ The real thing is in tests/e2e; here a node fails, hangs or is slow at the very 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +20,8 @@ from hivemind.p2p import P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
-from petals_win.swarm.protocol import START, TAKES_BACK
+from petals_win.span.prefixes import PAGE_TOKENS
+from petals_win.swarm.protocol import CACHED_PAGES, PAGES, START, TAKES_BACK
 
 BLOCKS, HIDDEN = 4, 8
 NONE = runtime_pb2.CompressionType.NONE
@@ -52,16 +56,17 @@ class Block:
         return (0.5 * hidden + 0.25 * sums + self.number).to(torch.float32)
 
 
+def through(blocks: list[Block], hidden: torch.Tensor, prompts=None, hypo_ids=None, start=None) -> torch.Tensor:
+    for number, block in enumerate(blocks):
+        hidden = block.step(hidden, None if prompts is None else prompts[number], hypo_ids, start)
+    return hidden
+
+
 def blocks_of(start: int, end: int) -> Callable[..., torch.Tensor]:
     """A new session's blocks [start, end): (hidden, prompts of these blocks, hypo_ids, start) -> hidden."""
     blocks = [Block(number) for number in range(start, end)]
 
-    def step(hidden, prompts=None, hypo_ids=None, start=None):
-        for number, block in enumerate(blocks):
-            hidden = block.step(hidden, None if prompts is None else prompts[number], hypo_ids, start)
-        return hidden
-
-    return step
+    return partial(through, blocks)
 
 
 @dataclass
@@ -89,6 +94,9 @@ class Node:
     answer_shape: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     alive: bool = True  # whether it answers rpc_info
     takes_back: int | None = None  # tokens of a session; upstream's nodes do not say, and heed no request to
+    # By the hash of a page: which one it is, and the state.
+    kept: dict[bytes, tuple[int, list[Block]]] = field(default_factory=dict)
+    says_of_pages: Any = None  # without having any
     peer_id: PeerID = field(init=False)
     requests: list[Request] = field(default_factory=list)
     pings: int = 0
@@ -109,10 +117,11 @@ class Swarm:
         self.config = SimpleNamespace(
             max_retries=max_retries, request_timeout=request_timeout, connect_timeout=1.0, use_server_to_server=True
         )
-        self.state = SimpleNamespace(p2p=self, rpc_info=None, sequence_info=self)
+        self.avoided: set[PeerID] = set()
+        self.state = SimpleNamespace(p2p=self, rpc_info=None, sequence_info=self, banned_peers=self.avoided)
+        self._thread = SimpleNamespace(trigger=threading.Event())
         self.block_uids = tuple(f"model.{block}" for block in range(BLOCKS))
         self.look_up: Callable[[], None] = lambda: None
-        self.avoided: set[PeerID] = set()
         self.returns = False  # whether a node that is avoided is found again where it is the only one
 
     # The sequence manager.
@@ -127,7 +136,7 @@ class Swarm:
             found = self.spans_of(block)
             if not found:
                 raise RuntimeError(f"Nobody holds the block {block}")
-            info = SimpleNamespace(content_id=None)
+            info = SimpleNamespace(content_id=None, protocol=None if found[0].takes_back is None else 1)
             spans.append(SimpleNamespace(peer_id=found[0].peer_id, start=block, end=found[0].end, server_info=info))
             block = found[0].end
         return spans
@@ -145,10 +154,15 @@ class Swarm:
         self.failures.append(None if peer_id is None else self._node(peer_id).name)
         self.avoided.add(peer_id)
         if not all(self.spans_containing_block):  # as the manager does: whoever is left is better than nobody
-            self.avoided = {peer for peer in self.avoided if not self.returns}
+            if self.returns:
+                self.avoided.clear()
 
     def on_request_success(self, peer_id) -> None:
         self.avoided.discard(peer_id)
+
+    @property
+    def spans_by_priority(self) -> list[Node]:
+        return [node for node in self.nodes if node.peer_id not in self.avoided]
 
     @property
     def spans_containing_block(self) -> list[list[Node]]:
@@ -178,15 +192,19 @@ class Swarm:
         node.streams += 1
         arrived: asyncio.Queue = asyncio.Queue()
         reading = asyncio.create_task(self._read(requests, arrived))
-        session_id, compute, done = None, blocks_of(0, 0), set()
+        session_id, blocks, done = None, [], set()
         try:
-            while (request := await arrived.get()) is not None and request.tensors:
-                metadata = MSGPackSerializer.loads(request.metadata)
+            while (request := await arrived.get()) is not None:
+                metadata = MSGPackSerializer.loads(request.metadata) if request.metadata else {}
+                if not request.tensors:
+                    for page, about in enumerate(metadata.get(PAGES, ())):
+                        node.kept[about] = page + 1, deepcopy(blocks)
+                    break
                 if session_id is None:
                     session_id = metadata["session_id"]
                     node.open[session_id] = arrived
                     first, *_, last = [int(uid.split(".")[1]) for uid in request.uid.split()] * 2
-                    compute = blocks_of(first, last + 1)
+                    blocks = [Block(number) for number in range(first, last + 1)]
                 if metadata["step_id"] in done:
                     continue
                 done.add(metadata["step_id"])
@@ -196,12 +214,22 @@ class Swarm:
                 self.log.append(("begin", node.name, metadata["step_id"].split("/")[1]))
                 await node.script(seen)
                 start = None if node.takes_back is None else metadata.get(START)
+                about = {} if node.takes_back is None else {TAKES_BACK: node.takes_back}
+                for page in reversed(metadata.get(PAGES, ())):
+                    if node.says_of_pages is not None:
+                        about[CACHED_PAGES] = node.says_of_pages
+                        break
+                    if page in node.kept:
+                        about[CACHED_PAGES], left = node.kept[page]
+                        blocks = deepcopy(left)
+                        for block in blocks:
+                            block.past = block.past[:, : PAGE_TOKENS * about[CACHED_PAGES] + 1]
+                        break
                 more = (prompts if prompts.numel() else None, hypo_ids if hypo_ids.numel() else None, start)
-                hidden = compute(hidden, *more)
+                hidden = through(blocks, hidden, *more) if hidden.shape[1] else hidden
                 self.log.append(("end", node.name, metadata["step_id"].split("/")[1]))
                 output = serialize_torch_tensor(node.answer_shape(hidden), NONE)
                 self._push(request, metadata, output)
-                about = {} if node.takes_back is None else {TAKES_BACK: node.takes_back}
                 yield runtime_pb2.ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(about))
         finally:
             reading.cancel()

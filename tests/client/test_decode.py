@@ -48,7 +48,7 @@ class LocalSession:
         await self._blocks.before_a_step(self)
         return await self._blocks.compute.submit(self._blocks.span.step, self._session, hidden)
 
-    async def close(self) -> None:
+    async def close(self, tokens: Sequence[int] = ()) -> None:
         self.closed = True
         self._session.close()
 
@@ -62,7 +62,7 @@ class LocalBlocks:
     async def _nothing(self, _session: LocalSession) -> None:
         return None
 
-    def open(self, max_length: int) -> LocalSession:
+    def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
         self.sessions.append(LocalSession(self, max_length))
         return self.sessions[-1]
 

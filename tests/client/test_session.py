@@ -16,13 +16,18 @@ from hivemind.proto import runtime_pb2
 from scripted_swarm import BLOCKS, HIDDEN, NONE, Node, Swarm, blocks_of
 
 from petals_win.client import pieces, server_session
+from petals_win.client import routes as routes_room
 from petals_win.client import session as remote_session
 from petals_win.client.blocking import InferenceSession, SessionCancelled
 from petals_win.client.looking import LookUpFailed
-from petals_win.client.routes import BlocksLost
+from petals_win.client.routes import BlocksLost, NodeFailure
+from petals_win.client.server_session import NodeLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.errors import NodeFull, NodeRefused
 from petals_win.swarm.protocol import START
+
+# The first comparison imports for seconds, which no test has time for.
+torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
 
 FULL = P2PHandlerError("failed: [petals-win:full] No room, says the node.")
 
@@ -621,3 +626,103 @@ def test_cancel_from_another_thread():
         assert time.monotonic() - began < 1
         with pytest.raises(SessionCancelled):
             session.step(tokens(1))
+
+
+def freezing(node: Node) -> Node:
+    """It computes nothing while it is not alive."""
+
+    async def wait_while_frozen(_request) -> None:
+        if not node.alive:
+            await asyncio.Event().wait()
+
+    node.script = wait_while_frozen
+    return node
+
+
+def test_whoever_was_silent_is_not_asked_again_while_another_one_lives():
+    """Also where all nodes are avoided, and the manager therefore offers all of them."""
+    first, frozen, other = Node("a", 0, 2), freezing(Node("frozen", 2, BLOCKS)), Node("other", 2, BLOCKS)
+    swarm = Swarm(first, frozen, other)
+    swarm.returns = True
+
+    async def converse():
+        session = opened(swarm)
+        await session.step(tokens(4))
+        swarm.avoided.add(other.peer_id)  # it failed in some other session
+        frozen.alive = False
+        await session.step(tokens(1))
+        used = [peer_id for peer_id, _, _ in session.route]
+        await session.close()
+        return used
+
+    assert run(converse()) == [first.peer_id, other.peer_id]
+    assert swarm.failures == ["frozen", "frozen"], "the second time without having been asked"
+
+
+def test_a_second_silent_node_is_not_waited_for_as_the_only_one():
+    nodes = Node("a", 0, 2), freezing(Node("b", 2, BLOCKS)), freezing(Node("c", 2, BLOCKS))
+    swarm = Swarm(*nodes)
+    swarm.returns = True
+
+    async def converse():
+        session = opened(swarm)
+        await session.step(tokens(4))
+        nodes[1].alive = nodes[2].alive = False
+        began = time.monotonic()
+        with pytest.raises(BlocksLost) as caught:
+            await session.step(tokens(1))
+        await session.close()
+        return time.monotonic() - began, caught.value.block_indices
+
+    seconds, blocks = run(converse())
+    assert blocks == list(range(2, BLOCKS))
+    assert seconds < 0.6, "each is silent for 0.2 s, while an only one would have 0.6 s"
+
+
+def test_a_node_that_cannot_be_reached_is_not_tried_while_another_one_lives(monkeypatch):
+    """Also when its time of being avoided is over, as its announcement outlives it. With no other one it is called."""
+    monkeypatch.setattr(routes_room, "_PING_SECONDS", 0.1)
+    dead = freezing(Node("dead", 2, BLOCKS, alive=False))
+    others = freezing(Node("x", 2, BLOCKS)), freezing(Node("y", 2, BLOCKS))
+    swarm = Swarm(Node("a", 0, 2), dead, *others)
+    routes = SwarmBlocks(swarm).routes
+    routes.failed(NodeFailure(dead.peer_id, (2, BLOCKS), NodeLost("gone")))
+
+    async def step(session: RemoteSession) -> None:
+        swarm.avoided.discard(dead.peer_id)
+        await session.step(tokens(1))
+        assert dead.streams == 0
+
+    async def converse():
+        session = RemoteSession(routes, 100)
+        await step(session)
+        others[0].alive = False
+        await step(session)
+        assert session.route[-1][0] == others[1].peer_id
+        others[1].alive, pings = False, dead.pings
+        with pytest.raises(BlocksLost):
+            await step(session)
+        assert dead.streams == 0 and dead.pings > pings
+        await session.close()
+
+    run(converse())
+
+
+def test_a_node_that_is_back_is_used_again_at_once(monkeypatch):
+    """As soon as it answers, while one that answered nonsense is avoided for its time."""
+    monkeypatch.setattr(routes_room, "_PING_SECONDS", 0.1)
+    back, nonsense, new = Node("back", 2, BLOCKS), Node("nonsense", 2, BLOCKS), Node("new", 0, BLOCKS)
+    swarm = Swarm(back, nonsense, new)
+    routes = SwarmBlocks(swarm).routes
+    for node, cause in ((back, NodeLost("gone")), (nonsense, P2PHandlerError("nonsense"))):
+        routes.failed(NodeFailure(node.peer_id, (2, BLOCKS), cause))
+
+    async def learn():
+        back.alive = False
+        await routes.learn([node.peer_id for node in swarm.nodes])
+        assert swarm.avoided == {back.peer_id, nonsense.peer_id}
+        back.alive = True
+        await routes.learn([node.peer_id for node in swarm.nodes])
+
+    run(learn())
+    assert swarm.avoided == {nonsense.peer_id}

@@ -18,6 +18,7 @@ from petals_win.engines.local import LocalEngine
 from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
 from petals_win.node import served
+from petals_win.span.prefixes import PAGE_TOKENS
 
 CONTEXT = 4096
 
@@ -79,7 +80,9 @@ def test_answers_that_grow_beyond_what_there_is_are_all_given(folder, monkeypatc
 
     async def ask(engine: TextEngine, tokens: LocalEngine):
         open_session = tokens._blocks.open
-        monkeypatch.setattr(tokens._blocks, "open", lambda length: opened.append(length) or open_session(length))
+        monkeypatch.setattr(
+            tokens._blocks, "open", lambda length, known: opened.append(length) or open_session(length, known)
+        )
         settings = [dict(temperature=0), dict(temperature=1.0, seed=5, min_tokens=100, repetition_penalty=1.1)]
         asked = [chat(f"Number {n}", max_tokens=130, **settings[n]) for n in range(2)]
         at_once = await asyncio.gather(*(whole(engine, each) for each in asked))
@@ -118,6 +121,70 @@ def test_closing_ends_those_that_wait_in_the_line(folder):
         assert time.monotonic() - began < 5
 
     use(folder, ask, room=5000)
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again(folder, monkeypatch):
+    """The same text, also where only the beginning is the same; at least the last token is computed."""
+    prompt = [1, *(20 + n % 40 for n in range(199))]
+
+    async def ask(engine: TextEngine, tokens: LocalEngine):
+        async def answer(ids: list[int]) -> Whole:
+            return await whole(engine, GenerationRequest("tiny", prompt=tuple(ids), max_tokens=70, temperature=0))
+
+        first = await answer(prompt)
+        said = [token async for token in tokens.generate(prompt, chat(), 70)]
+        asked = (prompt, [*prompt[:150], *prompt], prompt[:128], [*prompt, *said, 33], prompt[:64], prompt[1:])
+        again = [await answer(each) for each in asked]
+        tokens._blocks._prefixes.shrink(0)
+        anew = [await answer(each) for each in reversed(asked)][::-1]
+        return first, again, anew
+
+    first, again, anew = use(folder, ask)
+    assert first.usage.cached_tokens == 0 and again[0].text == first.text
+    assert [each.usage.cached_tokens for each in again] == [192, 128, 64, 256, 0, 0]
+    assert [each.text for each in again] == [each.text for each in anew]
+
+
+def test_what_is_kept_gives_way_to_answers(folder):
+    """Never more than there is, and a chat is admitted as if nothing were kept."""
+
+    async def ask(engine: TextEngine, tokens: LocalEngine):
+        blocks = tokens._blocks
+        for number in range(12):
+            prompt = (4 + number, *(20 + n % 40 for n in range(149)))
+            await whole(engine, GenerationRequest("tiny", prompt=prompt, max_tokens=8, temperature=0))
+            held = blocks._budget.total_bytes - blocks._budget.bytes_left
+            assert held + blocks._prefixes.nbytes <= blocks._budget.total_bytes
+        kept = blocks._prefixes.nbytes
+        answers = await asyncio.gather(*(whole(engine, chat(f"{n}", max_tokens=300)) for n in range(6)))
+        assert [each.usage.completion_tokens for each in answers] == [300] * 6
+        return kept, blocks._prefixes.nbytes, blocks._span.cache_bytes_per_token
+
+    kept, _, token_bytes = use(folder, ask, room=1500)
+    assert kept == 11 * 2 * PAGE_TOKENS * token_bytes, "of each prompt its whole pages, and nothing else"
+
+
+def test_nothing_is_kept_of_what_deep_prompts_played_a_part_in(folder):
+    async def ask(_engine: TextEngine, tokens: LocalEngine):
+        blocks, prompt = tokens._blocks, list(range(1, 91))
+        size = blocks._span.hidden_size
+        chance = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, len(prompt), size, generator=chance)
+        deep = torch.randn(blocks._span.end, 1, 3, size, generator=chance)
+
+        async def asked(prompts: torch.Tensor | None) -> int:
+            session = blocks.open(100, prompt)
+            outputs = await session.step(hidden, prompts=prompts)
+            assert outputs.shape[1] == len(prompt) - session.cached_tokens
+            await session.close(prompt)
+            return session.cached_tokens
+
+        assert await asked(deep) == 0 and blocks._prefixes.nbytes == 0
+        assert await asked(None) == 0 and blocks._prefixes.nbytes > 0
+        assert await asked(deep) == 0, "nor do they find anything"
+        assert await asked(None) == PAGE_TOKENS
+
+    use(folder, ask)
 
 
 def test_a_session_takes_tokens_back(folder):

@@ -156,16 +156,19 @@ class _Usage:
     def __init__(self) -> None:
         self._prompt = 0
         self._completion = 0
+        self._cached = 0
 
     def add(self, index: int, usage: Usage, choices_per_prompt: int) -> None:
         self._prompt += usage.prompt_tokens if index % choices_per_prompt == 0 else 0
+        self._cached += usage.cached_tokens if index % choices_per_prompt == 0 else 0
         self._completion += usage.completion_tokens
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self._prompt,
             "completion_tokens": self._completion,
             "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
 

@@ -56,10 +56,15 @@ class ModelList(_Reply):
     data: list[Model]
 
 
+class PromptTokenCounts(_Reply):
+    cached_tokens: int = Field(description="at the beginning, which an earlier request had left computed")
+
+
 class TokenCounts(_Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokenCounts
 
 
 class _Head(_Reply):

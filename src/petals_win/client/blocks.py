@@ -5,6 +5,7 @@ Knows shapes and positions. Does not know whether the blocks lie in this process
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,10 +19,17 @@ class BlockSession(Protocol):
         """How many tokens the session has seen."""
         ...
 
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the first step were not computed, since an earlier session had left what comes of them."""
+        ...
+
     async def step(
         self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Continue by hidden states [batch, tokens, hidden] of at least one token; returns the same shape, on the CPU.
+
+        Of the first step of a session that was opened with token ids, only the last tokens are returned, at least one.
 
         `prompts` [blocks, batch, p, hidden] is added to each block's input at the first p tokens of this step. `hypo_ids`
         (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. Raises NodeFull if there was no room in time,
@@ -38,14 +46,20 @@ class BlockSession(Protocol):
         """
         ...
 
-    async def close(self) -> None:
-        """Give back all that the session holds. Closing twice is allowed; a step in work ends."""
+    async def close(self, tokens: Sequence[int] = ()) -> None:
+        """Give back all that the session holds. Closing twice is allowed; a step in work ends.
+
+        `tokens`: the ids of what it has seen, as far as they are known, so that later sessions may go on from it.
+        """
         ...
 
 
 class Blocks(Protocol):
     """All blocks of one model."""
 
-    def open(self, max_length: int) -> BlockSession:
-        """A session of one row that will have at most `max_length` tokens; waits for nothing and sends nothing."""
+    def open(self, max_length: int, tokens: Sequence[int] = ()) -> BlockSession:
+        """A session of one row that will have at most `max_length` tokens; waits for nothing and sends nothing.
+
+        `tokens`: the ids of the first step's, so that it may go on from what an earlier session has left of them.
+        """
         ...

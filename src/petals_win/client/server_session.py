@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ from uuid import uuid4
 import torch
 
 from petals_win.client.wire import BadAnswer, NodeRpc, last_request, read_about, read_answer, step_request
-from petals_win.swarm.protocol import START, TAKES_BACK
+from petals_win.span.prefixes import PAGE_TOKENS
+from petals_win.swarm.protocol import CACHED_PAGES, PAGES, START, TAKES_BACK
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ServerSession:
     :param uid: the blocks, as requests to this node name them
     :param metadata: what goes along with the first request
     :param answer_seconds: how long a node that lives may compute one chunk
+    :param remembers: whether it is one of ours, which may be asked for what earlier sessions have left
     :param alone: tells whether no other node has the blocks, so that this one may be silent for longer
     """
 
@@ -63,6 +65,7 @@ class ServerSession:
         compression: Any,
         metadata: dict[str, Any],
         answer_seconds: float,
+        remembers: bool,
         alone: Callable[[], bool],
     ):
         self.peer_id, self.start, self.end = rpc.peer_id, start, end
@@ -72,7 +75,8 @@ class ServerSession:
         self._takes_back = 0  # tokens at once, as the node says with its first answer
         self.keeps: int | None = None  # tokens, before the next chunk, if not all
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
-        self._alone = alone
+        self.remembers, self._alone = remembers, alone
+        self._cached_pages = 0  # as the node says
         self._session_id = str(uuid4())
         self._metadata = metadata
         self._in_flight: deque[_Sent] = deque()
@@ -91,9 +95,14 @@ class ServerSession:
         return self.peer_id.to_base58(), self._session_id, self.start, self.end
 
     async def open(self, seconds: float) -> None:
-        """Open the stream. Raises TimeoutError after `seconds`, and what the network raises."""
-        async with asyncio.timeout(seconds):
-            answers = await self._rpc.inference(_until_last(self._requests))
+        """Open the stream. Raises NodeSilent after `seconds`, or after what an only node may take; and what the network raises."""
+        if self._alone():
+            seconds = max(seconds, SILENT_SECONDS + _PINGS_ALONE * PING_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                answers = await self._rpc.inference(_until_last(self._requests))
+        except TimeoutError as e:
+            raise NodeSilent(f"A node said nothing for {seconds:.0f} s") from e
         self._reading = asyncio.create_task(self._inbox.read(answers))
         await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
 
@@ -105,6 +114,7 @@ class ServerSession:
         step_id: str,
         patience: float,
         push_to: list[tuple[str, str, int, int]],
+        pages: Sequence[bytes] = (),
     ) -> None:
         """Send the next chunk [batch, tokens, hidden], with `hypo_ids` if there are any.
 
@@ -117,6 +127,8 @@ class ServerSession:
             metadata |= {**self._metadata, "alloc_timeout": patience}
         elif push_to:
             metadata["next_servers"] = push_to
+        if pages:
+            metadata[PAGES] = list(pages)
         if self.keeps is not None:
             metadata[START], self.keeps = self.keeps, None
         theirs = None if prompts is None else prompts[self.start : self.end]
@@ -127,8 +139,21 @@ class ServerSession:
         self._in_flight.append(_Sent(self.sent, hidden.shape, patience if self.sent == 0 else 0.0))
         self.sent += hidden.shape[1]
 
+    async def recall(self, pages: Sequence[bytes], hidden: torch.Tensor, *, step_id: str, patience: float) -> int:
+        """Let a new session begin with what an earlier one has left of the tokens of these pages; returns of how many pages.
+
+        `hidden` are hidden states [1, 0, hidden], without a token. `sent` and `answered` count those tokens then. Raises as
+        `answer`, and BadAnswer for a number of pages that cannot be.
+        """
+        self.send(hidden, None, step_id=step_id, patience=patience, push_to=[], pages=pages)
+        await self.answer()
+        if not 0 <= self._cached_pages <= len(pages):
+            raise BadAnswer(f"The node has {self._cached_pages} of {len(pages)} pages")
+        self.sent = self.answered = PAGE_TOKENS * self._cached_pages
+        return self._cached_pages
+
     def truncate(self, position: int) -> bool:
-        """Let the next chunk follow the first `position` tokens, at least one; False if the node cannot take back the others.
+        """Let the next chunk follow the first `position` tokens; False if the node cannot take back the others.
 
         Nothing may be in flight.
         """
@@ -157,8 +182,9 @@ class ServerSession:
         response = self._inbox.take()
         output = read_answer(response, chunk.shape)
         if chunk.start == 0:
-            takes_back = read_about(response).get(TAKES_BACK)
-            self._takes_back = takes_back if type(takes_back) is int else 0
+            about = read_about(response)
+            self._takes_back = max(self._takes_back, _count(about.get(TAKES_BACK)))
+            self._cached_pages = _count(about.get(CACHED_PAGES))
         self._in_flight.popleft()
         self.answered += output.shape[1]
         return chunk.start, output
@@ -188,13 +214,16 @@ class ServerSession:
                 waiting.cancel()
             await asyncio.gather(ping, news, return_exceptions=True)
 
-    async def close(self) -> None:
-        """End the session in order, which takes at most 3 s. Closing twice is allowed."""
+    async def close(self, pages: Sequence[bytes] = ()) -> None:
+        """End the session in order, which takes at most 3 s. Closing twice is allowed.
+
+        `pages`: the hashes of what it has seen, by which a later session may find it.
+        """
         if self.closed or self._reading is None:
             return
         self.closed = True
         if self.sent and not self._in_flight and not self._reading.done():
-            self._requests.put_nowait(last_request())
+            self._requests.put_nowait(last_request({PAGES: list(pages)} if pages and self.remembers else None))
             await asyncio.wait({self._reading}, timeout=_CLOSE_SECONDS)
         self._reading.cancel()
         await asyncio.wait({self._reading})
@@ -210,6 +239,11 @@ class ServerSession:
         reading = getattr(self, "_reading", None)
         if reading is not None and not reading.done() and not (loop := reading.get_loop()).is_closed():
             loop.call_soon_threadsafe(reading.cancel)
+
+
+def _count(said: object) -> int:
+    """A number that a node says; 0 if it says none."""
+    return said if type(said) is int else 0
 
 
 class _Inbox:

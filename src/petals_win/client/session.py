@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -18,11 +18,14 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2PHandlerError
 
 from petals_win.client.history import Track
+from petals_win.client.pages import page_hashes
 from petals_win.client.pieces import chunk_end, chunk_tokens, may_be_pushed
-from petals_win.client.routes import BlocksLost, NodeFailure, Routes
+from petals_win.client.routes import NodeFailure, Routes
 from petals_win.client.server_session import NodeSilent, ServerSession
+from petals_win.client.wire import BadAnswer
 from petals_win.errors import NodeFull, NodeRefused, node_error
 from petals_win.host.futures import AwaitableFuture
+from petals_win.span.prefixes import PAGE_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,16 @@ class RemoteSession:
     on any other one.
     """
 
-    def __init__(self, routes: Routes, max_length: int):
+    def __init__(self, routes: Routes, max_length: int, tokens: Sequence[int] = ()):
+        """`tokens`: the ids that the first step will be of, as far as nodes may be asked for what they have kept of them."""
         self._routes, self._max_length = routes, max_length
+        self._prompt = tokens
+        self._cached_tokens = 0
         self._num_blocks = routes.num_blocks
         self._position = 0
         self._first_prompts: torch.Tensor | None = None
-        self._servers: list[ServerSession] = (
-            []
-        )  # in the order of their blocks; only in the middle of a step some are missing
+        # In the order of their blocks; only in the middle of a step some are missing.
+        self._servers: list[ServerSession] = []
         self._tracks = {0: Track()}  # by the block that they lead into
         self._stepping: asyncio.Task[Any] | None = None
         self._closed = False
@@ -57,6 +62,11 @@ class RemoteSession:
         return self._position
 
     @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the first step were not computed, since the nodes had kept what earlier sessions made of them."""
+        return self._cached_tokens
+
+    @property
     def route(self) -> list[tuple[PeerID, int, int]]:
         """Each node and its blocks [start, end)."""
         return [(server.peer_id, server.start, server.end) for server in self._servers]
@@ -65,6 +75,9 @@ class RemoteSession:
         self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] through all blocks; returns the same shape, on the same device.
+
+        Of the first step of a session that was opened with token ids, only the last tokens are returned, at least one: those
+        that were computed.
 
         A node that fails is replaced by another one, which gets the whole past, up to `max_retries` times in a row with growing
         pauses. Where one has no room, all of them get theirs back, and the step waits for its turn. Raises NodeFull if that takes
@@ -104,13 +117,16 @@ class RemoteSession:
             raise RuntimeError("The session is in the middle of a step")
         self._position = position
 
-    async def close(self) -> None:
-        """Give back what the nodes hold; a step in work ends. Takes at most 3 s. Closing twice is allowed."""
-        await self.submit_close()
+    async def close(self, tokens: Sequence[int] = ()) -> None:
+        """Give back what the nodes hold; a step in work ends. Takes at most 3 s. Closing twice is allowed.
 
-    def submit_close(self) -> AwaitableFuture[None]:
+        `tokens`: the ids of what the session has seen, as far as later ones may go on from it.
+        """
+        await self.submit_close(tokens)
+
+    def submit_close(self, tokens: Sequence[int] = ()) -> AwaitableFuture[None]:
         """As `close`, for a thread without an event loop."""
-        return RemoteExpertWorker.run_coroutine(self._close(), return_future=True)
+        return RemoteExpertWorker.run_coroutine(self._close(tokens), return_future=True)
 
     def _check(self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None) -> None:
         if self._closed:
@@ -182,20 +198,28 @@ class RemoteSession:
             if server.sent > self._position and not server.truncate(self._position):
                 server.abort()
         self._servers = [server for server in self._servers if not server.closed]
+        if any(track.begin > self._position for track in self._tracks.values()):  # within what the nodes had kept
+            self._abort()
+            self._tracks = {0: self._tracks[0]}
         for track in self._tracks.values():
             track.truncate(self._position)
 
-    async def _close(self) -> None:
+    def _pages(self, tokens: Sequence[int]) -> list[bytes]:
+        """The hashes of these tokens' pages; none where other things than tokens play a part."""
+        return [] if self._first_prompts is not None else page_hashes(tokens, self._routes.about)
+
+    async def _close(self, tokens: Sequence[int]) -> None:
         self._closed = True
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait({self._stepping})
-        await self._give_back()
+        await self._give_back(self._pages(tokens[: self._position]))
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, pages: Sequence[bytes] = ()) -> None:
         """End the sessions at all nodes in order."""
         servers, self._servers = self._servers, []
-        await asyncio.gather(*(server.close() for server in servers))
+        self._routes.left.add(pages)
+        await asyncio.gather(*(server.close(pages) for server in servers))
 
     def _abort(self) -> None:
         servers, self._servers = self._servers, []
@@ -214,7 +238,7 @@ class _Step:
         self._size = 0
         self._deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
         self._furthest: dict[int, int] = {}  # tokens by block: how many have ever come there
-        self._silent: set[PeerID | None] = set()  # nodes that were given up because they said nothing
+        self._silent: set[PeerID] = set()  # nodes that were given up because they said nothing
         self._further = False  # whether more have come since the last failure
         self._progress = asyncio.Condition()
 
@@ -238,7 +262,7 @@ class _Step:
                 fulls, failures = fulls + 1, 0
                 await asyncio.sleep(pause)
                 continue
-            if isinstance(cause, NodeSilent):
+            if failure.peer_id is not None and isinstance(cause, NodeSilent):
                 self._silent.add(failure.peer_id)
             self._drop(failure)
             routes.failed(failure)
@@ -253,7 +277,8 @@ class _Step:
             await asyncio.sleep(pause)
         for server in session._servers:
             routes.succeeded(server.peer_id)
-        return self._output.between(self._begin, self._end)
+        self._silent.clear()  # its sessions go on, and may be waited for in other steps
+        return self._output.between(self._output.begin, self._end)
 
     async def _attempt(self) -> NodeFailure | None:
         """Pass as many nodes as possible. Returns what failed, None if nothing did."""
@@ -277,15 +302,50 @@ class _Step:
                 break
 
     async def _complete_the_route(self) -> None:
-        """Open sessions for the blocks that have none, each of which gets the past from the track before it."""
+        """Open sessions for the blocks that have none, each of which gets the past from the track before it.
+
+        Behind the first node nothing is known of tokens that nodes had kept: then all nodes are sent everything.
+        """
+        session = self._session
+        while True:
+            await self._fill_the_gaps()
+            lost = [server for server in session._servers if session._tracks[server.start].begin > server.sent]
+            if not lost:
+                break
+            await session._give_back()
+            session._tracks = {0: session._tracks[0]}
+        if session._position == 0 and not any(server.sent for server in session._servers):
+            await self._recall()
+
+    async def _recall(self) -> None:
+        """Begin with what all nodes have kept of the session's tokens. They are asked in the order of their blocks, as for places."""
+        session, hidden = self._session, self._hidden
+        servers = session._servers
+        prompt = session._prompt[:-1] if hidden.shape[:2] == (1, len(session._prompt)) else ()
+        pages = self._routes.left.among(session._pages(prompt)) if all(server.remembers for server in servers) else []
+        session._cached_tokens = 0
+        for server in servers if pages else ():
+            try:
+                step_id = f"{self._id}/pages/{server.start}"
+                count = await server.recall(pages, hidden[:, :0], step_id=step_id, patience=self._patience)
+            except Exception as e:
+                raise NodeFailure(server.peer_id, (server.start, server.end), e) from e
+            pages = pages[:count]
+            if not pages:
+                break
+        kept = PAGE_TOKENS * len(pages)
+        for server in servers:
+            if server.sent > kept and not server.truncate(kept):
+                cause = BadAnswer("The node has kept tokens that it cannot take back")
+                raise NodeFailure(server.peer_id, (server.start, server.end), cause)
+        session._cached_tokens = kept
+        session._tracks = {0: session._tracks[0], **{s.start: Track(kept) for s in servers if s.start}}
+        self._output = Track(kept)
+
+    async def _fill_the_gaps(self) -> None:
         session = self._session
         while (gap := self._first_gap()) is not None:
-            opened = await self._routes.open(*gap, session._max_length)
-            for server in opened:
-                if server.peer_id in self._silent:  # it is the only one there is, and was waited for
-                    for other in opened:
-                        other.abort()
-                    raise BlocksLost(range(server.start, server.end))
+            opened = await self._routes.open(*gap, session._max_length, self._silent)
             session._servers = sorted([*session._servers, *opened], key=lambda server: server.start)
         session._tracks = {server.start: session._tracks.get(server.start) or Track() for server in session._servers}
         self._size = self._size or chunk_tokens(self._hidden, len(session._servers))
@@ -389,8 +449,8 @@ class SwarmBlocks:
     """All blocks of a model, on the nodes that `sequence_manager`, a petals RemoteSequenceManager, finds."""
 
     def __init__(self, sequence_manager: Any):
-        self._routes = Routes(sequence_manager)
+        self.routes = Routes(sequence_manager)
 
-    def open(self, max_length: int) -> RemoteSession:
-        """A session of at most `max_length` tokens. Sends nothing yet."""
-        return RemoteSession(self._routes, max_length)
+    def open(self, max_length: int, tokens: Sequence[int] = ()) -> RemoteSession:
+        """A session of at most `max_length` tokens, the first of which are `tokens`. Sends nothing yet."""
+        return RemoteSession(self.routes, max_length, tokens)

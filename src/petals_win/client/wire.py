@@ -85,9 +85,9 @@ def step_request(
     return messages.ExpertRequest(uid=uid, tensors=tensors, metadata=MSGPackSerializer.dumps(metadata))
 
 
-def last_request() -> Any:
+def last_request(metadata: dict[str, Any] | None = None) -> Any:
     """Without tensors: no more steps come."""
-    return messages.ExpertRequest()
+    return messages.ExpertRequest(metadata=MSGPackSerializer.dumps(metadata) if metadata else b"")
 
 
 def read_about(response: Any) -> dict[str, Any]:

@@ -107,10 +107,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens the prompt had (chat template included) and how many were generated."""
+    """How many tokens the prompt had (chat template included) and how many were generated.
+
+    cached_tokens: of the prompt, those at its beginning that an earlier request had left computed.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)  # the same answer, however much of it was new
 
 
 Event = Token | Finished | Usage

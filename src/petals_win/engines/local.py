@@ -21,7 +21,7 @@ from petals_win.engines.local_blocks import LocalBlocks
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
 from petals_win.engines.text import TextEngine
-from petals_win.engines.tokens import Language
+from petals_win.engines.tokens import Language, nobody_counts
 from petals_win.errors import NodeFull, NodeRefused, UserError
 from petals_win.host.memory import available_bytes
 from petals_win.models.source import ModelSource, open_model
@@ -152,17 +152,21 @@ class LocalEngine:
             return SwarmStatus(False, "petals-win is ending.", tuple(range(self._num_blocks)))
         return SwarmStatus(True, f"All {self._num_blocks} blocks of {self._card.id} are on this PC.")
 
-    async def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
+    async def generate(
+        self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts
+    ) -> AsyncGenerator[int, None]:
         choose = sampler(request, self._model, prompt, limit)
         known, ended = list(prompt), len(prompt) + limit
         while True:
             before = len(known)
-            session = self._blocks.open(ended)
+            session = self._blocks.open(ended, tuple(known))
             tokens = self._decode.generate(
                 session, known, choose=choose, limit=ended - len(known), ends=self.language.ends
             )
             try:
                 async for token in tokens:
+                    if len(known) == len(prompt):
+                        cached(session.cached_tokens)
                     known.append(token)
                     yield token
                 return
@@ -174,7 +178,7 @@ class LocalEngine:
                 raise UserError(e.sentence) from e
             finally:
                 await tokens.aclose()
-                await session.close()
+                await session.close(known)
 
     async def close(self) -> None:
         self._closed = True

@@ -6,12 +6,15 @@ Knows sessions of a span and the memory that they share. Does not know tokens.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import torch
 
+from petals_win.client.pages import page_hashes
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
+from petals_win.span.prefixes import PAGE_TOKENS, Prefixes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.span import Span
 
@@ -25,6 +28,7 @@ class LocalBlocks:
     def __init__(self, span: Span, compute: ComputeThread, budget: CacheBudget):
         self._span, self._compute, self._budget = span, compute, budget
         self._scheduler = Scheduler(span, compute)
+        budget.spare = self._prefixes = Prefixes(compute)
         self._open: set[LocalSession] = set()
         self._given_up = False
 
@@ -33,8 +37,8 @@ class LocalBlocks:
         """How many tokens one session may have."""
         return self._budget.total_bytes // self._span.cache_bytes_per_token
 
-    def open(self, max_length: int) -> LocalSession:
-        session = LocalSession(self, max_length)
+    def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
+        session = LocalSession(self, max_length, tokens)
         self._open.add(session)
         return session
 
@@ -48,8 +52,10 @@ class LocalBlocks:
 class LocalSession:
     """Implements BlockSession, with one row."""
 
-    def __init__(self, blocks: LocalBlocks, max_length: int):
-        self._blocks = blocks
+    def __init__(self, blocks: LocalBlocks, max_length: int, tokens: Sequence[int]):
+        self._blocks, self._prompt = blocks, tokens
+        self._of_tokens_alone = True
+        self.cached_tokens = 0
         span = blocks._span
         self._served = ServedSession(
             span,
@@ -60,6 +66,7 @@ class LocalSession:
             max_length=max_length,
             blocks=(span.start, span.end),
             patience=_PATIENCE_S,
+            prefixes=blocks._prefixes,
         )
         self._stepping: asyncio.Task[object] | None = None
 
@@ -73,7 +80,11 @@ class LocalSession:
         if self._blocks._given_up:
             raise RuntimeError(_ENDING)
         self._stepping = asyncio.current_task()
+        self._of_tokens_alone &= prompts is None
         try:
+            if self.position == 0 and self._of_tokens_alone and hidden.shape[1] == len(self._prompt):
+                self.cached_tokens = PAGE_TOKENS * await self._served.recall(page_hashes(self._prompt[:-1], ""))
+                hidden = hidden[:, self.cached_tokens :]
             return await self._served.step(
                 hidden, prompts=None if prompts is None else list(prompts), hypo_ids=hypo_ids
             )
@@ -94,10 +105,10 @@ class LocalSession:
         if self._stepping is not None:
             self._stepping.cancel()
 
-    async def close(self) -> None:
+    async def close(self, tokens: Sequence[int] = ()) -> None:
         """Returns when the memory is given back, behind what is in work on the compute thread."""
         self._blocks._open.discard(self)
-        self._served.close()
+        self._served.close(page_hashes(tokens[: self.position], "") if self._of_tokens_alone else ())
         try:
             behind = self._blocks._compute.submit(_nothing)
         except RuntimeError:  # the compute thread has been stopped, and all memory with it

@@ -47,7 +47,7 @@ from petals_win.engines.base import (
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
 from petals_win.engines.text import TextEngine
-from petals_win.engines.tokens import Language
+from petals_win.engines.tokens import Language, nobody_counts
 from petals_win.errors import NodeFull, NodeRefused, UserError, printable
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.compute import ComputeThread
@@ -141,6 +141,10 @@ class PetalsEngine:
         """Of each answer that runs: the nodes that it uses now, with their blocks [start, end)."""
         return [session.route for session in self._running]
 
+    def usable(self) -> set[str]:
+        """The peer ids of the nodes that answers may use now."""
+        return {peer_id.to_base58() for peer_id in self._blocks.routes.known}
+
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_POLL_SECONDS)
@@ -156,27 +160,15 @@ class PetalsEngine:
                 self._state = SwarmState(self._source.num_blocks, ())
             return
         self._state, self._seen = state, time.monotonic()
-        self._find_again()
+        await self._blocks.routes.learn([PeerID.from_base58(peer.peer_id) for peer in state.peers if peer.online])
         try:
             await self._rooms.ask(state, self._nodes.state.p2p)
         except Exception as e:
             logger.warning("It could not be found out how much room the nodes have: %s", str(e) or type(e).__name__)
 
-    def _find_again(self) -> None:
-        """Let the routes learn of nodes that are new, or were avoided and may be used again, before one of those in use is lost:
-        a look-up in the middle of an answer takes seconds when a node has just frozen."""
-        nodes: Any = self._nodes.state
-        known = {span.peer_id.to_base58() for span in nodes.sequence_info.spans_by_priority}
-        for peer in self._state.peers:
-            if (
-                peer.online
-                and peer.peer_id not in known
-                and PeerID.from_base58(peer.peer_id) not in nodes.banned_peers
-            ):
-                self._nodes._thread.trigger.set()
-                return
-
-    async def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
+    async def generate(
+        self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts
+    ) -> AsyncGenerator[int, None]:
         if self._lost is not None:
             raise SwarmOutOfReach(self._lost)
         if self._state.missing_blocks:
@@ -184,18 +176,22 @@ class PetalsEngine:
             if self._state.missing_blocks:
                 raise SwarmUnavailable(self._state.missing_blocks)
         choose = sampler(request, self._model, prompt, limit)
-        session = self._blocks.open(len(prompt) + limit)
+        known = list(prompt)
+        session = self._blocks.open(len(prompt) + limit, prompt)
         self._running.add(session)
         tokens = self._decode.generate(session, prompt, choose=choose, limit=limit, ends=self.language.ends)
         try:
             async with contextlib.aclosing(tokens):
                 async for token in tokens:
+                    if len(known) == len(prompt):
+                        cached(session.cached_tokens)
+                    known.append(token)
                     yield token
         except Exception as e:
             raise self._told(e) from e
         finally:
             try:
-                await session.close()
+                await session.close(known)
             finally:
                 self._running.discard(session)
 

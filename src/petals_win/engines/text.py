@@ -50,9 +50,12 @@ class TextEngine:
         prompt, limit = self._read(request)
         text = _AnswerText(self.tokens.language, prompt, request.stop)
         generated, last = 0, None
+        cached: list[int] = []
         try:
             # Left before the end is told, so that nothing of the answer is held any more when somebody hears of it.
-            async with contextlib.aclosing(self.tokens.generate(prompt.tokens, request, limit)) as tokens:
+            async with contextlib.aclosing(
+                self.tokens.generate(prompt.tokens, request, limit, cached.append)
+            ) as tokens:
                 async for token in tokens:
                     generated, last = generated + 1, token
                     if piece := text.feed(token):
@@ -69,7 +72,7 @@ class TextEngine:
         if rest := text.flush():
             yield Token(rest)
         yield Finished("stop" if ended else "length")
-        yield Usage(len(prompt.tokens), generated)
+        yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
         """The prompt, and how many tokens the answer may have. Raises UserError for what cannot be answered."""

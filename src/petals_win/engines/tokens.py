@@ -36,6 +36,10 @@ def end_tokens(config: Any) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
 
 
+def nobody_counts(_cached: int) -> None:
+    """For whoever does not want to know how many tokens of a prompt were not computed."""
+
+
 class TokenEngine(Protocol):
     """Continues the token ids of one model. All methods are called on one event loop, and `generate` several times at once.
 
@@ -59,11 +63,14 @@ class TokenEngine(Protocol):
         """As Engine.status."""
         ...
 
-    def generate(self, prompt: list[int], request: GenerationRequest, limit: int) -> AsyncGenerator[int, None]:
+    def generate(
+        self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts
+    ) -> AsyncGenerator[int, None]:
         """Yield the tokens that continue `prompt`: at most `limit` (at least 1), the last of them an end token if one comes.
 
         The prompt is not empty, its tokens are the model's, and it fits into the context with `limit` more. Of the request
         only what chooses tokens is of interest: temperature and its like, min_tokens, ignore_eos, seed.
+        `cached` is told with the first token how many of the prompt's were not computed.
         Whoever consumes it may stop at any point, and errors are raised, as Engine.generate says. When `close` is called
         meanwhile it ends soon, in whatever way.
         """
