@@ -29,6 +29,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from petals_win.client.pages import LeftPages
 from petals_win.engines.base import GenerationRequest, SwarmUnavailable
 from petals_win.engines.petals import PetalsEngine
 from petals_win.models.source import open_model
@@ -44,7 +45,8 @@ CLEAR_LOGITS = 1e-3  # that the two best of the reference are apart at least
 # In seconds: of silence, until an error when all is lost, until it works again.
 MOST_GAP, MOST_LOST, MOST_BACK = 6.0, 15.0, 10.0
 _MOVE_SECONDS = 40.0  # for all streams to go on after a loss
-_READY_SECONDS = 60.0  # for a new node to be known
+_READY_SECONDS = 60.0  # for a new node to serve
+_USED_SECONDS = 20.0  # from there until the client counts on it
 _PREFILL_SECONDS = 5.0  # that a loss waits for a stream in prefill
 
 
@@ -127,6 +129,8 @@ class Stream:
     async def run(self) -> None:
         for number in range(sys.maxsize):
             prompt = self._prompts[number % len(self._prompts)]
+            if len(prompt.ids) == LONG[0] and number % 2 == 0:  # so that long prompts are computed, and found again
+                self._engine._blocks.routes.left = LeftPages()
             try:
                 answer = await self._ask(prompt)
             except Exception as e:
@@ -250,7 +254,7 @@ class Soak:
         else:
             await asyncio.sleep(self._chance.uniform(0, 1))
             loss.resume()
-            await asyncio.sleep(1)
+            await self._until_usable(victim)
         self._losses.remove(loss)
 
     async def _add_holder(self) -> None:
@@ -260,9 +264,12 @@ class Soak:
         await asyncio.to_thread(self._swarm.let_in, node)
         await asyncio.to_thread(node.wait_for, "serving", _READY_SECONDS)
         self._holders.append(node)
+        await self._until_usable(node)
+
+    async def _until_usable(self, node: LocalNode) -> None:
         peer_id = self._peer_id(node)
-        if not await self.until(lambda: peer_id in {peer.peer_id for peer in self._engine.status().peers}, 20):
-            raise RuntimeError("A new node is not known to the client within 20 s")
+        if not await self.until(lambda: peer_id in self._engine.usable(), _USED_SECONDS):
+            raise RuntimeError(f"A node that is back is not used again within {_USED_SECONDS:.0f} s")
 
     def prepare(self) -> None:
         """Let the next node start, since most of that is imports."""
@@ -344,7 +351,7 @@ async def soak(folder: Path, swarm: LocalSwarm, asked: argparse.Namespace) -> di
                     run.prepare()
                 await run.lose_one(kind, by_kind[kind])
                 print(f"{number + 1}: {kind} {by_kind[kind]}", file=sys.stderr, flush=True)
-        for kind in KINDS if asked.altogether else ():
+        for kind in asked.altogether:
             altogether.append(await run.lose_all(kind))
             print(altogether[-1], file=sys.stderr, flush=True)
     finally:
@@ -369,7 +376,13 @@ def main() -> int:
     parser.add_argument("--losses", type=int, default=200, help="of one node, in turns of each kind (default: 200)")
     parser.add_argument("--minutes", type=float, default=60, help="after so many no more are begun (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, moments and victims (default: 0)")
-    parser.add_argument("--no-altogether", dest="altogether", action="store_false", help="never lose both holders")
+    parser.add_argument(
+        "--altogether",
+        nargs="*",
+        choices=KINDS,
+        default=KINDS,
+        help="how to lose both holders at last (default: all ways)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
