@@ -15,8 +15,10 @@ from span.families import FAMILIES, VOCABULARY
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from petals_win.client import decode
 from petals_win.client.choosing import Sampler, processors_of_generate
 from petals_win.client.decode import DecodeLoop
+from petals_win.client.drafts import Pace
 from petals_win.client.ends import Ends
 from petals_win.client.hollow import hollow_model
 from petals_win.errors import NodeFull
@@ -36,11 +38,20 @@ class LocalSession:
         self._blocks = blocks
         self._session: Session = blocks.span.open(1, max_length)
         self.steps: list[int] = []
+        self.truncated: list[int] = []
         self.closed = False
 
     @property
     def position(self) -> int:
         return 0 if self.closed else self._session.position
+
+    @property
+    def takes_back(self) -> int:
+        return self._blocks.takes_back
+
+    def truncate(self, position: int) -> None:
+        self.truncated.append(self.position - position)
+        self._session.truncate(position)
 
     async def step(self, hidden: torch.Tensor, *, prompts: Any = None, hypo_ids: Any = None) -> torch.Tensor:
         assert not self.closed
@@ -57,6 +68,7 @@ class LocalBlocks:
     def __init__(self, span: Span, compute: ComputeThread) -> None:
         self.span, self.compute = span, compute
         self.sessions: list[LocalSession] = []
+        self.takes_back = 0
         self.before_a_step: Callable[[LocalSession], Any] = self._nothing
 
     async def _nothing(self, _session: LocalSession) -> None:
@@ -290,6 +302,125 @@ def test_all_that_wait_share_a_pass(decoding, monkeypatch):
     monkeypatch.setattr(LocalSession, "step", step)
     made.run(some_prompts())
     assert rows == [len(LENGTHS)] * LIMIT
+
+
+class Guessing:
+    """In the place of Drafter: of the answer that will come it guesses as many tokens right as its turn says, and others wrong."""
+
+    rights = (2, 0, 1, 3, 0, 0, 2)
+    wrongs = (1, 2, 0, 0, 0, 1, 2)
+
+    def __init__(self, text: list[int], made: list[tuple[int, int]]) -> None:
+        self.text, self.made = text, made
+
+    def draft(self, ids: torch.Tensor, most: int, answers: int) -> list[int]:
+        turn, known = len(self.made), len(ids)
+        assert ids.tolist() == self.text[:known] and answers == 1
+        right = self.text[known : known + self.rights[turn % 7]]
+        wrong = [(token + 1) % VOCABULARY for token in self.text[known + len(right) :][: self.wrongs[turn % 7]]]
+        draft = (right + wrong)[: max(most, 0)]
+        self.made.append((len(draft), min(len(right), len(draft))))
+        return draft
+
+    def checked(self, drafted: int, right: int) -> None:
+        assert (drafted, right) == self.made[-1]
+
+
+@pytest.fixture
+def guessing(monkeypatch):
+    """Makes answers of drafts that Guessing makes, and tells which it made: (length, of which right)."""
+
+    def answer(made: Decoding, prompt: list[int], expected: list[int], **settings: Any):
+        drafts: list[tuple[int, int]] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "Drafter", lambda _pace: Guessing(prompt + expected, drafts))
+            patched.setattr(made.blocks, "takes_back", 100)
+            return asyncio.run(made.answer(prompt, **settings)), drafts
+
+    return answer
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2},
+        {"seed": 5, "do_sample": True, "temperature": 1.5, "top_k": 50},
+        {"seed": 6, "do_sample": True, "temperature": 2.0, "top_p": 0.9, "min_new_tokens": 8},
+    ],
+    ids=["greedy", "penalties", "seed", "top-p"],
+)
+def test_drafts_change_no_token(decoding, guessing, family, settings):
+    made = decoding(family)
+    (prompt,) = some_prompts([9])
+    expected = asyncio.run(made.answer(prompt, 20, **settings))
+    answer, drafts = guessing(made, prompt, expected, limit=20, **settings)
+    session = made.blocks.sessions[-1]
+    assert answer == expected and len(answer) == 20
+    assert session.steps == [9] + [1 + length for length, _ in drafts]
+    assert sum(length > right for length, right in drafts) in (len(session.truncated), len(session.truncated) + 1)
+    assert len(session.steps) < 14, "fewer steps than tokens"
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_the_limit_in_the_middle_of_a_draft(decoding, guessing, limit):
+    made = decoding("llama")
+    (prompt,) = some_prompts([9])
+    expected = asyncio.run(made.answer(prompt, 20))
+    answer, _ = guessing(made, prompt, expected, limit=limit)
+    assert answer == expected[:limit]
+    assert made.blocks.sessions[-1].position <= 9 + limit - 1, "nothing is computed for a token that nobody wants"
+
+
+def test_an_end_token_in_the_middle_of_a_draft(decoding, guessing):
+    made = decoding("gpt2")
+    (prompt,) = some_prompts([6])
+    settings = {"no_repeat_ngram_size": 1}  # without which random models repeat a token
+    expected = asyncio.run(made.answer(prompt, 12, **settings))
+    for number, end in enumerate(expected):
+        answer, _ = guessing(made, prompt, expected, limit=12, ends={end}, **settings)
+        assert answer == expected[: number + 1]
+
+
+def test_an_error_in_the_middle_of_a_draft_comes_after_the_tokens(decoding, monkeypatch):
+    made = decoding("llama")
+    (prompt,) = some_prompts([9])
+    expected = asyncio.run(made.answer(prompt, 20))
+
+    class Refusing(Sampler):
+        def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
+            if ids.shape[1] == 9 + 3:
+                raise ZeroDivisionError
+            return super().__call__(ids, logits)
+
+    async def run() -> list[int]:
+        tokens = []
+        choose = Refusing(
+            processors_of_generate(made.hollow, torch.tensor([[3]]), max_new_tokens=1, suppress_tokens=[3])
+        )
+        with pytest.raises(ZeroDivisionError):
+            async for token in made.loop.generate(made.blocks.open(40), prompt, choose=choose, limit=20, ends=set()):
+                tokens.append(token)
+        return tokens
+
+    monkeypatch.setattr(decode, "Drafter", lambda _pace: Guessing(prompt + expected, []))
+    monkeypatch.setattr(made.blocks, "takes_back", 100)
+    assert asyncio.run(run()) == expected[:3]
+
+
+def test_text_that_repeats_itself_takes_fewer_steps(decoding, monkeypatch):
+    """Of its own accord: random models repeat themselves. Not where tokens cannot be taken back."""
+    made = decoding("llama")
+    (prompt,) = some_prompts([9])
+    monkeypatch.setattr(Pace, "took", lambda *_: None)
+    monkeypatch.setattr(Pace, "plain", lambda *_: 1.0)
+    monkeypatch.setattr(Pace, "of", lambda *_: 1.0)
+    expected = asyncio.run(made.answer(prompt, 100))
+    assert len(made.blocks.sessions[-1].steps) == 100
+    monkeypatch.setattr(made.blocks, "takes_back", 100)
+    assert asyncio.run(made.answer(prompt, 100)) == expected
+    assert len(made.blocks.sessions[-1].steps) < 50
 
 
 def test_bad_prompts(decoding):

@@ -13,6 +13,7 @@ from contract import Whole, soon, started, whole
 from tiny_chat import tiny_chat_model
 from transformers import AutoModelForCausalLM
 
+from petals_win.client.drafts import Pace
 from petals_win.engines.base import EngineClosed, GenerationRequest, Token
 from petals_win.engines.local import LocalEngine
 from petals_win.engines.registry import EngineSettings, find_engine
@@ -71,6 +72,33 @@ def test_the_tokens_are_those_of_transformers(tmp_path, family, changes):
         return await asyncio.gather(*map(answer, prompts))
 
     assert use(folder, ask) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_text_that_repeats_itself_takes_fewer_steps(tmp_path, monkeypatch, family):
+    """Drafts are made wherever they could help, whatever they cost here: the texts stay the same, drawn or not."""
+    folder = tiny_chat_model(tmp_path / "tiny", family, context=256, ends=0)
+    prompt = [1, *[40, 41, 42, 43, 44] * 6]
+    requests = [chat(), chat(temperature=0.7, seed=3), chat(temperature=0, frequency_penalty=0.01)]
+    steps: list[int] = []
+    step = served.ServedSession.step
+    monkeypatch.setattr(
+        served.ServedSession,
+        "step",
+        lambda self, hidden, **how: steps.append(hidden.shape[1]) or step(self, hidden, **how),
+    )
+
+    async def ask(_engine: TextEngine, tokens: LocalEngine):
+        return [[token async for token in tokens.generate(prompt, request, 100)] for request in requests]
+
+    monkeypatch.setattr(Pace, "took", lambda *_: None)
+    plain = use(folder, ask)
+    assert steps == [len(prompt), *[1] * 99] * 3
+    steps.clear()
+    monkeypatch.setattr(Pace, "plain", lambda *_: 1.0)
+    monkeypatch.setattr(Pace, "of", lambda *_: 1.0)
+    assert use(folder, ask) == plain
+    assert len(steps) < 270 and max(steps[1:100]) > 1
 
 
 def test_answers_that_grow_beyond_what_there_is_are_all_given(folder, monkeypatch):

@@ -38,6 +38,11 @@ class BlockSession(Protocol):
         """
         ...
 
+    @property
+    def takes_back(self) -> int:
+        """How many of its last tokens can be forgotten without computing others again; 0 before its first step."""
+        ...
+
     def truncate(self, position: int) -> None:
         """Forget all tokens from `position` on, at least one being kept, between two steps.
 

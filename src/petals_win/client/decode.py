@@ -4,21 +4,26 @@ Knows the ends of a model, sessions in its blocks, and the one thread that compu
 
 An answer is a task on the event loop that waits for its session and for its turn on the compute thread. Whatever waits when
 that thread gets free is one batch: it costs one wake-up of the thread, and one of the event loop.
+
+Where drafts pay (client/drafts.py), a step has guesses at the tokens after the last one, too. The sampler chooses at each of them
+in turn, as it would have without, and what was guessed wrong is taken back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from petals_win.client.blocks import BlockSession
 from petals_win.client.choosing import Sampler
+from petals_win.client.drafts import Drafter, Pace
 from petals_win.client.ends import Ends
 from petals_win.client.rounds import Rounds
 from petals_win.host.threads import computing
@@ -41,6 +46,8 @@ class DecodeLoop:
         self._called = False  # whether the compute thread will come for those that wait
         self._rounds = Rounds()  # on the event loop only, as is:
         self._later: asyncio.TimerHandle | None = None  # that call, if others are waited for
+        self._running = 0  # answers
+        self._pace = Pace()
 
     async def generate(
         self, session: BlockSession, prompt: Sequence[int], *, choose: Sampler, limit: int, ends: Collection[int]
@@ -56,7 +63,7 @@ class DecodeLoop:
         """
         if not prompt or limit < 1:
             raise ValueError(f"A prompt of {len(prompt)} tokens and an answer of at most {limit} are no answer")
-        answer = _Answer(prompt, session.position, choose, limit, frozenset(ends))
+        answer = _Answer(prompt, session.position, choose, limit, frozenset(ends), Drafter(self._pace))
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
         work = asyncio.create_task(self._answer(session, answer, tokens))
         work.add_done_callback(lambda _: tokens.put_nowait(None))
@@ -72,38 +79,52 @@ class DecodeLoop:
 
     async def _answer(self, session: BlockSession, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
         """All of one answer. It goes on without waiting for the reader, so that all steps of a batch set out before any text."""
+        self._running += 1
         try:
-            row = await self._turn(answer, None)
+            row = await self._turn(session, answer, tokens)
             while row.hidden is not None:
-                if (held := self._rounds.leaves(answer, row.hidden.shape[1])) > 0:
+                rows, asked, size = row.hidden.shape
+                if (held := self._rounds.leaves(answer, asked - answer.drafted)) > 0:
                     await asyncio.sleep(held)
                 outputs = await _step(session, row.hidden)
                 self._rounds.came(answer)
                 # Fewer tokens come back where the beginning of the prompt had been computed before.
-                rows, asked, size = row.hidden.shape
-                if outputs.shape[::2] != (rows, size) or not 0 < outputs.shape[1] <= asked:
+                if outputs.shape[::2] != (rows, size) or not answer.drafted < outputs.shape[1] <= asked:
                     raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
-                row = await self._turn(answer, outputs[0, -1])
-                tokens.put_nowait(row.token)
+                row = await self._turn(session, answer, tokens, outputs[0, -1 - answer.drafted :])
         finally:
+            self._running -= 1
             self._rounds.ended(answer)
             self._see_whom_to_wait_for()
 
-    async def _turn(self, answer: _Answer, output: torch.Tensor | None) -> _Row:
-        """Wait for the compute thread, and return the row with its results."""
-        loop = asyncio.get_running_loop()
-        row = _Row(answer, output, loop.create_future())
+    async def _turn(
+        self,
+        session: BlockSession,
+        answer: _Answer,
+        tokens: asyncio.Queue[int | None],
+        outputs: torch.Tensor | None = None,
+    ) -> _Row:
+        """Wait for the compute thread, pass on the tokens that it has chosen, and return the row with its results."""
+        most_drafts = 0 if outputs is None else session.takes_back
+        row = _Row(answer, outputs, most_drafts, asyncio.get_running_loop().create_future())
         with self._lock:
             self._waiting.append(row)
         self._see_whom_to_wait_for()
-        await row.done
+        try:
+            await row.done
+        finally:
+            if not row.done.cancelled():
+                for token in row.tokens:
+                    tokens.put_nowait(token)
+                if row.wrong:  # at the end, too, since of what the session has seen others may go on
+                    session.truncate(session.position - row.wrong)
         return row
 
     def _see_whom_to_wait_for(self) -> None:
         """Call the compute thread for those that wait, unless others are worth waiting for."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            beginning = any(row.output is None for row in self._waiting)
+            beginning = any(row.outputs is None for row in self._waiting)
             wait = 0.0 if beginning else self._rounds.wait()
             call = bool(self._waiting) and not self._called and wait <= 0
             self._called |= call
@@ -141,11 +162,11 @@ class DecodeLoop:
     # From here on: on the compute thread.
 
     def _compute_turn(self) -> list[_Row]:
-        """Choose a token for each answer that has logits to come, and embed what its blocks get next."""
+        """Choose tokens for each answer that has logits to come, and embed what its blocks get next."""
         rows = self._take()
         try:
             with torch.inference_mode():
-                self._choose([row for row in rows if row.output is not None])
+                self._choose([row for row in rows if row.outputs is not None])
                 self._embed([row for row in rows if row.error is None and not row.answer.ended])
         except Exception as e:  # the batch's: all of its answers end by it
             for row in rows:
@@ -155,23 +176,27 @@ class DecodeLoop:
     def _choose(self, rows: list[_Row]) -> None:
         if not rows:
             return
-        logits = self._ends.logits(torch.stack([row.output for row in rows if row.output is not None]))
+        outputs = [row.outputs for row in rows if row.outputs is not None]
+        logits = self._ends.logits(torch.cat(outputs)).split([len(some) for some in outputs])
         plain = [number for number, row in enumerate(rows) if row.answer.choose.takes_the_likeliest]
         # max() finds an index three times as fast as argmax().
-        likeliest = dict(zip(plain, logits[plain].max(dim=-1).indices.tolist(), strict=True)) if plain else {}
-        for number, row in enumerate(rows):
+        together = torch.cat([logits[number] for number in plain]).max(dim=-1).indices.tolist() if plain else []
+        likeliest = iter(together)
+        for row, some in zip(rows, logits, strict=True):
+            known = [next(likeliest) for _ in some] if row.answer.choose.takes_the_likeliest else None
             try:
-                token = likeliest.get(number)
-                if token is None:
-                    token = row.answer.choose(row.answer.ids, logits[number : number + 1])
-                row.answer.append(token)
-                row.token = token
+                row.wrong = row.answer.choose_tokens(some, known, row.tokens)
             except Exception as e:  # one answer's settings are no matter of the others
                 row.error = e
 
     def _embed(self, rows: list[_Row]) -> None:
         if not rows:
             return
+        running = self._running
+        for row in rows:
+            if row.outputs is not None:
+                row.answer.measure(self._pace, running)
+                row.answer.make_draft(row.most_drafts, running)
         new = [row.answer.unseen() for row in rows]
         hidden = self._ends.embed(torch.cat([ids for ids, _ in new]), torch.cat([positions for _, positions in new]))
         for row, part in zip(rows, hidden.split([len(ids) for ids, _ in new]), strict=True):
@@ -182,7 +207,13 @@ class _Answer:
     """What is known of one answer: its tokens, and where it ends. Belongs to the compute thread once it has begun."""
 
     def __init__(
-        self, prompt: Sequence[int], position: int, choose: Sampler, limit: int, ends: frozenset[int]
+        self,
+        prompt: Sequence[int],
+        position: int,
+        choose: Sampler,
+        limit: int,
+        ends: frozenset[int],
+        drafter: Drafter,
     ) -> None:
         self.choose = choose
         self._ids = torch.tensor([prompt], dtype=torch.int64)
@@ -191,11 +222,49 @@ class _Answer:
         self._last = len(prompt) + limit
         self._ends = ends
         self.ended = False
+        self._drafter, self._draft = drafter, list[int]()
+        self._began: float | None = None  # when the step in work set out, unless it is the first
 
     @property
     def ids(self) -> torch.Tensor:
         """[1, prompt and answer so far]"""
         return self._ids[:, : self._length]
+
+    @property
+    def drafted(self) -> int:
+        """How many tokens of the step in work are guesses, the last ones."""
+        return len(self._draft)
+
+    def choose_tokens(self, logits: torch.Tensor, likeliest: list[int] | None, tokens: list[int]) -> int:
+        """Add the next tokens, at least one, to the empty `tokens`, and return how many guesses were wrong.
+
+        `logits` are [1 + drafted, vocabulary], for the token before the guesses and for each of these; `likeliest` says the
+        token with the largest of each, if that is known.
+        """
+        draft = self._draft
+        for number in range(len(logits)):
+            token = likeliest[number] if likeliest else self.choose(self.ids, logits[number : number + 1])
+            self.append(token)
+            tokens.append(token)
+            if self.ended or number == len(draft) or token != draft[number]:
+                break
+        right = sum(token == guess for token, guess in zip(tokens, draft, strict=False))
+        self._seen += right
+        if draft and not self.ended:
+            self._drafter.checked(len(draft), right)
+        return len(draft) - right
+
+    def measure(self, pace: Pace, answers: int) -> None:
+        """Between two steps: how long the one before took, with its turn."""
+        now = time.perf_counter()
+        if self._began is not None:
+            pace.took(answers, 1 + len(self._draft), now - self._began)
+        self._began = now
+
+    def make_draft(self, most: int, answers: int) -> None:
+        """Guess what may come after the last token, at most `most` tokens."""
+        most = min(most, self._last - self._length - 1)  # the step brings one more than it guesses
+        self._draft = self._drafter.draft(self.ids[0], most, answers)
 
     def append(self, token: int) -> None:
         """Take the next token; afterwards `ended` tells whether it is the last."""
@@ -207,22 +276,28 @@ class _Answer:
         self.ended = self._length == self._last or token in self._ends
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token ids that the blocks get next, and their positions, [tokens] each."""
+        """The token ids that the blocks get next, guesses last, and their positions, [tokens] each."""
         start, self._seen = self._seen, self._length
-        return self._ids[0, start : self._length], torch.arange(start, self._length) + self._position
+        ids = self._ids[0, start : self._length]
+        if self._draft:
+            ids = torch.cat([ids, torch.tensor(self._draft, dtype=torch.int64)])
+        return ids, torch.arange(start, start + len(ids)) + self._position
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer that waits for its turn: with what the blocks returned for its last token [hidden], or at its beginning.
+    """An answer that waits for its turn: with what the blocks returned for its last token and guesses [1 + guesses, hidden], or at its beginning.
 
-    The turn's results: the token that was chosen, and what the blocks get next [1, tokens, hidden], None at the end; or an error.
+    The turn's results: the tokens that were chosen, how many guesses were wrong, and what the blocks get next
+    [1, tokens, hidden], None at the end; or an error.
     """
 
     answer: _Answer
-    output: torch.Tensor | None
+    outputs: torch.Tensor | None
+    most_drafts: int
     done: asyncio.Future[None]
-    token: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    wrong: int = 0
     hidden: torch.Tensor | None = None
     error: Exception | None = None
 

@@ -72,7 +72,7 @@ class ServerSession:
         self.sent = self.answered = 0
         self.hypo_ids: torch.Tensor | None = None  # that the next chunk brings along
         self.closed = False
-        self._takes_back = 0  # tokens at once, as the node says with its first answer
+        self.takes_back = 0  # tokens at once, as the node says with its first answer
         self.keeps: int | None = None  # tokens, before the next chunk, if not all
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
         self.remembers, self._alone = remembers, alone
@@ -157,7 +157,7 @@ class ServerSession:
 
         Nothing may be in flight.
         """
-        if self.sent - position > self._takes_back:
+        if self.sent - position > self.takes_back:
             return False
         self.sent = self.answered = self.keeps = position
         return True
@@ -183,7 +183,7 @@ class ServerSession:
         output = read_answer(response, chunk.shape)
         if chunk.start == 0:
             about = read_about(response)
-            self._takes_back = max(self._takes_back, _count(about.get(TAKES_BACK)))
+            self.takes_back = max(self.takes_back, _count(about.get(TAKES_BACK)))
             self._cached_pages = _count(about.get(CACHED_PAGES))
         self._in_flight.popleft()
         self.answered += output.shape[1]

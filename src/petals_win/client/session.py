@@ -67,6 +67,11 @@ class RemoteSession:
         return self._cached_tokens
 
     @property
+    def takes_back(self) -> int:
+        """How many of its last tokens all nodes can forget; 0 if one cannot, and before the first step."""
+        return min((server.takes_back for server in self._servers), default=0)
+
+    @property
     def route(self) -> list[tuple[PeerID, int, int]]:
         """Each node and its blocks [start, end)."""
         return [(server.peer_id, server.start, server.end) for server in self._servers]

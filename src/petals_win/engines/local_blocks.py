@@ -95,6 +95,10 @@ class LocalSession:
         finally:
             self._stepping = None
 
+    @property
+    def takes_back(self) -> int:
+        return self._served.takes_back
+
     def truncate(self, position: int) -> None:
         if not 0 < position <= self.position:
             raise ValueError(f"Of {self.position} tokens {position} cannot be kept")
