@@ -145,7 +145,7 @@ class LocalEngine:
 
     def card(self) -> ModelCard:
         """The context is the model's, or what there is memory for."""
-        return replace(self._card, context_length=min(self._card.context_length, self._blocks.longest))
+        return replace(self._card, context_length=self._blocks.longest(self._card.context_length))
 
     def status(self) -> SwarmStatus:
         if self._closed:

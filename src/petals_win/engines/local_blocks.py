@@ -32,10 +32,9 @@ class LocalBlocks:
         self._open: set[LocalSession] = set()
         self._given_up = False
 
-    @property
-    def longest(self) -> int:
-        """How many tokens one session may have."""
-        return self._budget.total_bytes // self._span.cache_bytes_per_token
+    def longest(self, most: int) -> int:
+        """How many tokens one session may have, of at most `most`."""
+        return self._span.longest_session(self._budget.total_bytes, most)
 
     def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
         session = LocalSession(self, max_length, tokens)

@@ -22,7 +22,7 @@ from petals_win.span.prefixes import PAGE_TOKENS, Prefixes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.session import Session
 from petals_win.span.span import Span
-from petals_win.span.state import State
+from petals_win.span.state import CannotTruncate, State
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,8 @@ class ServedSession:
         self.batch_size, self._adapter, self._blocks, self._priority = batch_size, adapter, blocks, priority
         self._prefixes, self._owner = prefixes, (owner, *blocks, adapter)
         self._pages_of_past = 0
-        self._token_bytes = span.session_bytes(batch_size, 1, *blocks)
         self._max_length, self._hidden_size = max_length, span.hidden_size  # looking it up takes longer than a check
-        self.longest = min(max_length, budget.total_bytes // self._token_bytes)
+        self.longest = span.longest_session(budget.total_bytes, max_length, batch_size, *blocks)
         if self.longest < 1:
             raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
         self._patience = patience
@@ -91,7 +90,7 @@ class ServedSession:
     @property
     def takes_back(self) -> int:
         """How many of its last tokens can be taken back by `truncate`."""
-        return self.longest
+        return self._span.takes_back(self.longest, *self._blocks)
 
     def truncate(self, tokens: int) -> None:
         """Let the next step forget all but the first `tokens`. Raises NodeRefused if there are not so many."""
@@ -132,6 +131,8 @@ class ServedSession:
             return await self._scheduler.step(
                 session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start, priority=self._priority
             )
+        except CannotTruncate:
+            raise  # a failure: with its whole past the session can go on, here or elsewhere
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
         except RuntimeError as e:
@@ -155,30 +156,29 @@ class ServedSession:
         """The session, with memory promised to it for so many tokens; a new one with what is left of `pages`."""
         room = room_for(tokens, self.longest)
         if self._session is None:
-            promise, piece = self.longest * self._token_bytes, PIECE_TOKENS * self._token_bytes
+            promise, piece = self._bytes_for(self.longest), self._bytes_for(min(PIECE_TOKENS, self.longest))
             if self._share is None:
-                self._share = await self._budget.admit(room * self._token_bytes, promise, piece, self._patience)
-            past = self._past(pages)
+                self._share = await self._budget.admit(self._bytes_for(room), promise, piece, self._patience)
+            found = self._prefixes.find(self._owner, pages) if self._prefixes is not None else None
+            past = found and (found[0], found[1] * PAGE_TOKENS)
             opening = self._compute.submit(
                 self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, room=room, past=past
             )
             try:
                 self._session = await opening
+                self._pages_of_past = self._session.position // PAGE_TOKENS
             except KeyError as e:
                 raise NodeRefused(f"{e.args[0]}.") from e
             except RuntimeError as e:
                 raise _full_or(e) from None
         elif tokens > self._session.room:
             assert self._share is not None
-            await self._share.grow(room * self._token_bytes, GROW_SECONDS * random.uniform(0.7, 1.3))
+            await self._share.grow(self._bytes_for(room), GROW_SECONDS * random.uniform(0.7, 1.3))
             self._session.room = room
         return self._session
 
-    def _past(self, pages: Sequence[bytes]) -> tuple[State, int] | None:
-        """What there is of these pages now, after a wait for room."""
-        found = self._prefixes.find(self._owner, pages) if self._prefixes is not None else None
-        self._pages_of_past = 0 if found is None else found[1]
-        return found and (found[0], found[1] * PAGE_TOKENS)
+    def _bytes_for(self, tokens: int) -> int:
+        return self._span.session_bytes(self.batch_size, tokens, *self._blocks)
 
     def close(self, pages: Sequence[bytes] = ()) -> None:
         """Free the memory, and then the place in the budget, as soon as the compute thread is through with its last step.

@@ -63,7 +63,7 @@ class BlockService:
         """Of this moment."""
         span = self.span
         return ServiceInfo(
-            session_tokens=min(self.context_length, self.budget.total_bytes // span.cache_bytes_per_token),
+            session_tokens=span.longest_session(self.budget.total_bytes, self.context_length),
             tokens_left=max(0, self.budget.bytes_left) // span.block_cache_bytes_per_token,
             dtype=span.dtype,
             hidden_size=span.hidden_size,

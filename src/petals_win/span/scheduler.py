@@ -168,7 +168,7 @@ class Scheduler:
         for prefill in prefills:
             if left < prefill.rows and left < whole:
                 break
-            tokens = min(max(1, left // prefill.rows), prefill.left)
+            tokens = min(max(1, left // prefill.rows), prefill.left, self._span.piece_tokens)
             chosen.append((prefill, tokens))
             left -= prefill.rows * tokens
         groups: dict[object, list[tuple[_Waiting, Step, int]]] = {}

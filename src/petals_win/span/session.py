@@ -116,7 +116,7 @@ class Step:
         return self._outputs[0] if len(self._outputs) == 1 else torch.cat(self._outputs, dim=1)
 
     def undo(self) -> None:
-        """Leave the session as it was before the step; if rows were reordered, which cannot be put back, close it."""
+        """Leave the session as it was before the step; if there is no way back, as after rows were reordered, close it."""
         if self.session.cache is None:
             return
         if self._before is not None:
@@ -125,4 +125,7 @@ class Step:
         elif self._reordered:
             self.session.close()
         else:
-            self.session.cache.truncate(self._began)
+            try:
+                self.session.cache.truncate(self._began)
+            except CannotTruncate:
+                self.session.close()

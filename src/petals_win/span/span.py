@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +19,13 @@ from transformers import PreTrainedConfig
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.loading import load_parts
 from petals_win.models.source import ModelSource
-from petals_win.span.cache import KvShape, SessionCache
+from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
-from petals_win.span.state import State
+from petals_win.span.state import CannotTruncate, State
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters
@@ -149,7 +151,24 @@ class Span:
     def session_bytes(self, batch_size: int, tokens: int, start: int | None = None, end: int | None = None) -> int:
         """What a session over the blocks [start, end) takes for so many tokens; default: all blocks of the span."""
         shapes = self._shapes_of(*self._range(start, end))
-        return batch_size * tokens * sum(shape.bytes_per_token for shape in shapes)
+        return batch_size * sum(shape.bytes_of(tokens) for shape in shapes)
+
+    def longest_session(
+        self, nbytes: int, most: int, batch_size: int = 1, start: int | None = None, end: int | None = None
+    ) -> int:
+        """For how many tokens, of at most `most`, a session over the blocks [start, end) finds room in so many bytes."""
+        tokens = range(most + 1)
+        return bisect_right(tokens, nbytes, key=lambda count: self.session_bytes(batch_size, count, start, end)) - 1
+
+    def takes_back(self, tokens: int, start: int | None = None, end: int | None = None) -> int:
+        """How many of its last tokens a session of at most `tokens` can surely forget at once."""
+        shapes = self._shapes_of(*self._range(start, end))
+        return tokens if all(shape.tokens_kept(tokens) == tokens for shape in shapes) else BEYOND_WINDOW
+
+    @property
+    def piece_tokens(self) -> int:
+        """How many tokens of each row may go through the blocks at once."""
+        return CHUNK_TOKENS if all(shape.window is None for shape in self._shapes) else ROOM_BEYOND
 
     def open(
         self,
@@ -165,7 +184,7 @@ class Span:
         """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
 
         `room` tokens are allocated at first; default: max_length. `past`: the session begins as another one of the same blocks
-        and rows was after so many tokens, of whose state it takes a copy. Raises ValueError for a range outside of the span or sizes
+        and rows was after so many tokens, of whose state it takes a copy; or anew, if that leads no way back to there. Raises ValueError for a range outside of the span or sizes
         below one, KeyError for an unknown adapter, RuntimeError (torch's) if memory does not suffice.
         """
         if batch_size < 1 or max_length < 1:
@@ -173,10 +192,12 @@ class Span:
         start, end = self._range(start, end)
         self._switch_to(adapter)
         room = max_length if room is None else min(room, max_length)
+        cache: State | None = None
         if past is not None:
             state, tokens = past
-            cache = state.fork(tokens, room)
-        else:
+            with suppress(CannotTruncate):
+                cache = state.fork(tokens, room)
+        if cache is None:
             cache = SessionCache(self._shapes_of(start, end), start, batch_size, room, self.device)
         return Session(batch_size, max_length, room, start, end, adapter, cache)
 
@@ -198,7 +219,7 @@ class Span:
         again; if it had reordered rows, which cannot be put back, it closes the session.
         """
         step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start)
-        tokens = max(1, CHUNK_TOKENS // session.batch_size)
+        tokens = min(max(1, CHUNK_TOKENS // session.batch_size), self.piece_tokens)
         try:
             while step.left:
                 self.advance([(step, tokens)])
