@@ -2,8 +2,8 @@
 
 Why: the control client knows asyncio.open_unix_connection and bare TCP; on Windows only loopback TCP exists, which any local
     user can connect to and whose port is known only after binding, but the address was sent to the daemon before. A failed
-    read or a response that comes after a call was given up left callers waiting for ever, and so did every call that was begun
-    after p2pd had ended.
+    read left callers waiting for ever, and so did every call that was begun after p2pd had ended. A response that came in the
+    moment in which its call was given up ended the reading of the connection, and with it all calls of the process from then on.
 Status: windows-only
 Upstream-issue: none
 Drop-when: hivemind supports loopback TCP with a secret.
@@ -14,6 +14,7 @@ from petals_win.upstream.declare import add, add_import, replace
 add_import(
     "hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.control import open_control, serve_control"
 )
+add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.host.futures import WaitedFor")
 add_import("hivemind.p2p.p2p_daemon_bindings.control", "from petals_win.daemon.process import DaemonLost")
 
 
@@ -44,7 +45,7 @@ async def listen(self) -> AsyncIterator["ControlClient"]:
 
 @replace("hivemind.p2p.p2p_daemon_bindings.control:ControlClient._ensure_persistent_conn", digest="68916f815d561521")
 async def _ensure_persistent_conn(self):
-    self.listening, self._lost = asyncio.Event(), False
+    self.listening, self._lost, self._pending_calls = asyncio.Event(), False, WaitedFor()
     reader, writer = await self.daemon_connector.open_persistent_connection()
     self._read_task = asyncio.create_task(self._read_until_lost(reader))
     self._write_task = asyncio.create_task(self._write_until_lost(writer))

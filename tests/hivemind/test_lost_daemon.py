@@ -10,6 +10,7 @@ import pytest
 from hivemind import DHT, get_dht_time
 from hivemind.p2p import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonLost
+from hivemind.proto import p2pd_pb2
 
 from petals_win.errors import UserError
 
@@ -56,6 +57,28 @@ def test_calls_after_it_raise_instead_of_waiting(dht):
     dht.run_coroutine(call)
     # What needs no other peer still works, and what needs one ends.
     assert dht.store("key", 1, get_dht_time() + 60, return_future=True).result(10) in (True, False)
+
+
+def test_an_answer_in_the_moment_in_which_its_call_is_given_up(dht):
+    """It is passed over. An error would end the reading, and so all calls of this process from then on."""
+
+    async def call(dht, node):
+        control = node.p2p._client.control
+        asked = asyncio.create_task(control.call_unary_handler(node.peer_id, "x", b""))
+        await asyncio.sleep(0)
+        call_id, waited_for = [*control._pending_calls.items()][-1]
+        waited_for.cancel()  # the call itself hears of it in a later turn of the loop
+        message = p2pd_pb2.PersistentConnectionResponse(callId=call_id.bytes)
+        message.callUnaryResponse.response = b"late"
+        arriving = asyncio.StreamReader()
+        arriving.feed_data(bytes([message.ByteSize()]) + message.SerializeToString())
+        arriving.feed_eof()
+        await control._read_from_persistent_conn(arriving)
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert call_id not in control._pending_calls.keys()
+
+    dht.run_coroutine(call)
 
 
 def test_another_loop_hears_of_it_with_its_next_call(dht):

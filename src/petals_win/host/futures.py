@@ -61,6 +61,17 @@ class AwaitableFuture(concurrent.futures.Future[T]):
                     raise TimeoutError(f"No result within {timeout:g} s") from None
 
 
+class WaitedFor(dict[Any, "asyncio.Future[Any]"]):
+    """Futures by key. Those that are done or given up are not in it, whoever looks, until their owner takes them out.
+
+    So an answer that comes in the moment in which its call is cancelled is one to an unknown call, and no error.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        future = self.get(key)
+        return future is not None and not future.done()
+
+
 def _release(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
