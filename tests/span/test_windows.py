@@ -65,13 +65,16 @@ def test_sessions_of_all_lengths_in_one_pass(span, compute):
     scheduler, hidden = Scheduler(span, compute), [states(70, seed=seed) for seed in range(4)]
     expected = [span.forward(each, 0, 4) for each in hidden]
     sessions = [span.open(1, 70) for _ in hidden]
-    begun = [scheduler.step(session, each[:, : 3 + 13 * n]) for n, (session, each) in enumerate(zip(sessions, hidden))]
+    begun = [
+        scheduler.step(session, each[:, : 3 + 13 * n])
+        for n, (session, each) in enumerate(zip(sessions, hidden, strict=True))
+    ]
     for n, future in enumerate(begun):
         close(future.result(30), expected[n][:, : 3 + 13 * n])
     for step in range(20):
         futures = [
             scheduler.step(session, each[:, 3 + 13 * n + step :][:, :1])
-            for n, (session, each) in enumerate(zip(sessions, hidden))
+            for n, (session, each) in enumerate(zip(sessions, hidden, strict=True))
         ]
         for n, future in enumerate(futures):
             close(future.result(30), expected[n][:, 3 + 13 * n + step :][:, :1])
