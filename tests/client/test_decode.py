@@ -313,9 +313,9 @@ class Guessing:
     def __init__(self, text: list[int], made: list[tuple[int, int]]) -> None:
         self.text, self.made = text, made
 
-    def draft(self, ids: torch.Tensor, most: int, answers: int) -> list[int]:
+    def draft(self, ids: torch.Tensor, most: int) -> list[int]:
         turn, known = len(self.made), len(ids)
-        assert ids.tolist() == self.text[:known] and answers == 1
+        assert ids.tolist() == self.text[:known]
         right = self.text[known : known + self.rights[turn % 7]]
         wrong = [(token + 1) % VOCABULARY for token in self.text[known + len(right) :][: self.wrongs[turn % 7]]]
         draft = (right + wrong)[: max(most, 0)]
@@ -414,13 +414,19 @@ def test_text_that_repeats_itself_takes_fewer_steps(decoding, monkeypatch):
     made = decoding("llama")
     (prompt,) = some_prompts([9])
     monkeypatch.setattr(Pace, "took", lambda *_: None)
-    monkeypatch.setattr(Pace, "plain", lambda *_: 1.0)
+    monkeypatch.setattr(Pace, "plain", 1.0)
     monkeypatch.setattr(Pace, "of", lambda *_: 1.0)
     expected = asyncio.run(made.answer(prompt, 100))
     assert len(made.blocks.sessions[-1].steps) == 100
     monkeypatch.setattr(made.blocks, "takes_back", 100)
     assert asyncio.run(made.answer(prompt, 100)) == expected
     assert len(made.blocks.sessions[-1].steps) < 50
+
+    async def two() -> list[list[int]]:
+        return await asyncio.gather(made.answer(prompt, 100), made.answer(prompt, 100))
+
+    assert asyncio.run(two()) == [expected, expected]
+    assert all(len(session.steps) > 90 for session in made.blocks.sessions[-2:]), "several answers at once make none"
 
 
 def test_bad_prompts(decoding):

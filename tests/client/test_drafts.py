@@ -30,21 +30,21 @@ REPEATING = torch.tensor([1, 2, 3, 4, 5, 6, 7] * 5)
 OTHER = torch.arange(50)
 
 
-def paced(plain: float = 1.0, answers: int = 1, **times: float) -> Pace:
+def paced(plain: float = 1.0, **times: float) -> Pace:
     """`times` of steps with 3, 5, 9 and 16 tokens are called t3, t5 …"""
     pace = Pace()
     for _ in range(5):
-        pace.took(answers, 1, plain)
+        pace.took(1, plain)
         for name, seconds in times.items():
-            pace.took(answers, int(name[1:]), seconds)
+            pace.took(int(name[1:]), seconds)
     return pace
 
 
-def drafts(drafter: Drafter, right: float, steps: int, answers: int = 1) -> list[int]:
+def drafts(drafter: Drafter, right: float, steps: int) -> list[int]:
     """The lengths of the drafts of so many steps, of whose tokens the share `right` is right."""
     made = []
     for _ in range(steps):
-        draft = drafter.draft(REPEATING, 100, answers)
+        draft = drafter.draft(REPEATING, 100)
         made.append(len(draft))
         if draft:
             drafter.checked(len(draft), int(right * len(draft)))
@@ -55,11 +55,10 @@ def test_none_before_a_plain_step_is_known():
     pace = Pace()
     drafter = Drafter(pace)
     for _ in range(3):
-        assert drafter.draft(REPEATING, 100, 1) == []
-        pace.took(1, 1, 1.0)
-    assert drafter.draft(REPEATING, 100, 1)[:2] == [1, 2]
-    assert drafter.draft(REPEATING, 100, 2) == [], "with another answer beside it, times are others"
-    assert drafter.draft(OTHER, 100, 1) == []
+        assert drafter.draft(REPEATING, 100) == []
+        pace.took(1, 1.0)
+    assert drafter.draft(REPEATING, 100)[:2] == [1, 2]
+    assert drafter.draft(OTHER, 100) == []
 
 
 def test_text_that_repeats_itself_gets_longer_drafts():
@@ -70,7 +69,7 @@ def test_text_that_repeats_itself_gets_longer_drafts():
 
 def test_no_longer_than_asked_for():
     drafter = Drafter(paced(t3=1.0))
-    assert [len(drafter.draft(REPEATING, most, 1)) for most in (-1, 0, 1, 2, 3)] == [0, 0, 0, 2, 2]
+    assert [len(drafter.draft(REPEATING, most)) for most in (-1, 0, 1, 2, 3)] == [0, 0, 0, 2, 2]
 
 
 def test_wrong_guesses_end_it_and_right_ones_bring_it_back():
@@ -87,16 +86,12 @@ def test_where_checking_takes_as_long_as_computing():
     slow = {"t3": 3.0, "t5": 5.0, "t9": 9.0, "t16": 16.0}
     made = drafts(Drafter(paced(**slow)), 1.0, 1000)
     assert 0 < sum(length > 0 for length in made) <= 10, "tried anew now and then"
-    # With eight answers at once each one's drafts cost all of them.
-    shared = {"t3": 1.2, "t5": 1.4, "t9": 1.8, "t16": 2.5}
-    assert sum(drafts(Drafter(paced(answers=8, **shared)), 0.5, 100, 8)) <= 4
-    assert sum(drafts(Drafter(paced(answers=1, **shared)), 0.5, 100, 1)) > 100
 
 
 def test_the_last_times_count():
     pace = paced(t3=9.0, t5=9.0, t9=9.0, t16=9.0)
     drafter = Drafter(pace)
-    assert drafter.draft(REPEATING, 2, 1) == []
+    assert drafter.draft(REPEATING, 2) == []
     for _ in range(3):
-        pace.took(1, 3, 1.1)
-    assert len(drafter.draft(REPEATING, 2, 1)) == 2
+        pace.took(3, 1.1)
+    assert len(drafter.draft(REPEATING, 2)) == 2

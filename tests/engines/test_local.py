@@ -95,7 +95,7 @@ def test_text_that_repeats_itself_takes_fewer_steps(tmp_path, monkeypatch, famil
     plain = use(folder, ask)
     assert steps == [len(prompt), *[1] * 99] * 3
     steps.clear()
-    monkeypatch.setattr(Pace, "plain", lambda *_: 1.0)
+    monkeypatch.setattr(Pace, "plain", 1.0)
     monkeypatch.setattr(Pace, "of", lambda *_: 1.0)
     assert use(folder, ask) == plain
     assert len(steps) < 270 and max(steps[1:100]) > 1

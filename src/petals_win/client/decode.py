@@ -192,11 +192,11 @@ class DecodeLoop:
     def _embed(self, rows: list[_Row]) -> None:
         if not rows:
             return
-        running = self._running
+        alone = self._running == 1
         for row in rows:
             if row.outputs is not None:
-                row.answer.measure(self._pace, running)
-                row.answer.make_draft(row.most_drafts, running)
+                row.answer.measure(self._pace, alone)
+                row.answer.make_draft(row.most_drafts if alone else 0)
         new = [row.answer.unseen() for row in rows]
         hidden = self._ends.embed(torch.cat([ids for ids, _ in new]), torch.cat([positions for _, positions in new]))
         for row, part in zip(rows, hidden.split([len(ids) for ids, _ in new]), strict=True):
@@ -254,17 +254,17 @@ class _Answer:
             self._drafter.checked(len(draft), right)
         return len(draft) - right
 
-    def measure(self, pace: Pace, answers: int) -> None:
-        """Between two steps: how long the one before took, with its turn."""
+    def measure(self, pace: Pace, alone: bool) -> None:
+        """Between two steps: how long the one before took, with its turn, if no other answer was running."""
         now = time.perf_counter()
-        if self._began is not None:
-            pace.took(answers, 1 + len(self._draft), now - self._began)
-        self._began = now
+        if self._began is not None and alone:
+            pace.took(1 + len(self._draft), now - self._began)
+        self._began = now if alone else None
 
-    def make_draft(self, most: int, answers: int) -> None:
+    def make_draft(self, most: int) -> None:
         """Guess what may come after the last token, at most `most` tokens."""
         most = min(most, self._last - self._length - 1)  # the step brings one more than it guesses
-        self._draft = self._drafter.draft(self.ids[0], most, answers)
+        self._draft = self._drafter.draft(self.ids[0], most)
 
     def append(self, token: int) -> None:
         """Take the next token; afterwards `ended` tells whether it is the last."""
