@@ -103,6 +103,22 @@ def test_every_node_of_the_route_must_have_it(poorer):
     run(several())
 
 
+def test_a_node_that_cannot_go_back_to_where_the_others_begin():
+    """As with windows, whose tokens are let go: the prompt is computed, and nobody is avoided for it."""
+    client = Client(*two(takes_back=10))
+
+    async def several():
+        await client.ask()
+        kept = client.swarm.nodes[1].kept
+        for page in [page for page, (number, _) in kept.items() if number > 2]:
+            del kept[page]
+        assert await client.ask() == 0
+        assert await client.ask() == 192
+        assert client.swarm.failures == []
+
+    run(several())
+
+
 @pytest.mark.parametrize("upstream", [0, 1])
 def test_upstream_s_nodes_are_asked_for_nothing(upstream):
     nodes = two(takes_back=1000)

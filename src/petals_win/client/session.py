@@ -22,7 +22,6 @@ from petals_win.client.pages import page_hashes
 from petals_win.client.pieces import chunk_end, chunk_tokens, may_be_pushed
 from petals_win.client.routes import NodeFailure, Routes
 from petals_win.client.server_session import NodeSilent, ServerSession
-from petals_win.client.wire import BadAnswer
 from petals_win.errors import NodeFull, NodeRefused, node_error
 from petals_win.host.futures import AwaitableFuture
 from petals_win.span.prefixes import PAGE_TOKENS
@@ -339,10 +338,12 @@ class _Step:
             if not pages:
                 break
         kept = PAGE_TOKENS * len(pages)
-        for server in servers:
-            if server.sent > kept and not server.truncate(kept):
-                cause = BadAnswer("The node has kept tokens that it cannot take back")
-                raise NodeFailure(server.peer_id, (server.start, server.end), cause)
+        if any(server.sent > kept and not server.truncate(kept) for server in servers):
+            # It has kept much more than another one has, and cannot go back so far: all compute the whole prompt.
+            session._prompt = ()
+            await session._give_back()
+            await self._complete_the_route()
+            return
         session._cached_tokens = kept
         session._tracks = {0: session._tracks[0], **{s.start: Track(kept) for s in servers if s.start}}
         self._output = Track(kept)
