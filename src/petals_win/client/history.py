@@ -67,6 +67,8 @@ class Track:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on, which is not before `begin`."""
+        if self.length <= length:
+            return
         while self.length > length:
             last = self._parts.pop()
             self.length -= last.shape[1]

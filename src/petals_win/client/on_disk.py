@@ -17,10 +17,8 @@ class TensorFile:
 
     def __init__(self) -> None:
         """Raises OSError where the system lets no file be made."""
-        self._file: IO[bytes] = tempfile.TemporaryFile(
-            buffering=0
-        )  # noqa: SIM115  (it is closed with the last tensor)
-        weakref.finalize(self, self._file.close)
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        weakref.finalize(self, self._file.close)  # with the last tensor
 
     def add(self, tensor: torch.Tensor) -> TensorOnDisk:
         """Write a tensor of the CPU behind the others. Raises OSError, as for a full disk; the others are as they were then."""

@@ -46,7 +46,8 @@ class ServedSession:
     """A session of `batch_size` rows over the blocks [start, end). All methods are called on one event loop.
 
     No memory is taken before the first step, which waits in the line up to `patience` seconds. `longest` is what the node can
-    hold of it: the client's `max_length`, or less. Raises NodeRefused for sizes that cannot be.
+    hold of it: the client's `max_length`, or less; `takes_back`, how many of its last tokens `truncate` can take back. Raises
+    NodeRefused for sizes that cannot be.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ServedSession:
         self.longest = span.longest_session(budget.total_bytes, max_length, batch_size, *blocks)
         if self.longest < 1:
             raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
+        self.takes_back = span.takes_back(self.longest, *blocks)
         self._patience = patience
         self._start: int | None = None  # how many tokens the next step keeps, if not all
         self._share: Share | None = None
@@ -86,11 +88,6 @@ class ServedSession:
         if self._start is not None:
             return self._start
         return self._session.position if self._session is not None else 0
-
-    @property
-    def takes_back(self) -> int:
-        """How many of its last tokens can be taken back by `truncate`."""
-        return self._span.takes_back(self.longest, *self._blocks)
 
     def truncate(self, tokens: int) -> None:
         """Let the next step forget all but the first `tokens`. Raises NodeRefused if there are not so many."""

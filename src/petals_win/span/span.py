@@ -184,8 +184,9 @@ class Span:
         """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
 
         `room` tokens are allocated at first; default: max_length. `past`: the session begins as another one of the same blocks
-        and rows was after so many tokens, of whose state it takes a copy; or anew, if that leads no way back to there. Raises ValueError for a range outside of the span or sizes
-        below one, KeyError for an unknown adapter, RuntimeError (torch's) if memory does not suffice.
+        and rows was after so many tokens, of whose state it takes a copy; or anew, if that leads no way back to there. Raises
+        ValueError for a range outside of the span or sizes below one, KeyError for an unknown adapter, RuntimeError (torch's) if
+        memory does not suffice.
         """
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"A session needs at least one sequence of one token, not {batch_size} of {max_length}")
@@ -216,7 +217,7 @@ class Span:
         the session, None or [batch or 1, p, hidden], added to the block's input at the first p tokens of this call. `start`:
         the session forgets all but its first `start` tokens before. Raises ValueError for shapes that do not fit the session,
         or more tokens than it can hold. A step that raises leaves the session as it was, or cut to `start`, and may be made
-        again; if it had reordered rows, which cannot be put back, it closes the session.
+        again; if there is no way back, as after rows were reordered, it closes the session.
         """
         step = self.begin(session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start)
         tokens = min(max(1, CHUNK_TOKENS // session.batch_size), self.piece_tokens)
