@@ -11,7 +11,7 @@ import pytest
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
-from petals_win.api import replies
+from petals_win.api import answering
 from petals_win.api.app import create_app
 from petals_win.api.server import ApiServer, PortInUse
 from petals_win.api.settings import Settings, read_api_keys
@@ -52,7 +52,7 @@ def test_a_full_line_refuses():
 
 
 def test_a_client_that_stops_reading_loses_its_place(monkeypatch):
-    monkeypatch.setattr(replies, "SEND_S", 0.3)
+    monkeypatch.setattr(answering, "SEND_S", 0.3)
     with serving(FakeEngine(pace=0)) as served:
         words = " ".join(["say"] + ["x" * 4000] * 900)
         body = json.dumps(served.chat(words, n=16, stream=True)).encode()

@@ -9,7 +9,7 @@ import pytest
 import petals_win
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
-from petals_win.api import replies
+from petals_win.api import answering
 
 
 def events_of(body: str) -> list[str]:
@@ -73,8 +73,8 @@ def test_tokens_are_sent_as_they_come():
 
 
 def test_pings_keep_a_slow_stream_open(monkeypatch):
-    monkeypatch.setattr(replies, "FIRST_EVENT_S", 0.1)
-    monkeypatch.setattr(replies, "PING_S", 0.1)
+    monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.1)
+    monkeypatch.setattr(answering, "PING_S", 0.1)
     with serving() as served:
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=served.chat("wait", stream=True)) as r:
             lines = r.iter_lines()
@@ -83,7 +83,7 @@ def test_pings_keep_a_slow_stream_open(monkeypatch):
 
 
 def test_an_error_after_the_stream_began_is_an_event(monkeypatch):
-    monkeypatch.setattr(replies, "FIRST_EVENT_S", 0.05)
+    monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.05)
     with serving(FakeEngine(pace=0.5)) as served:
         response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("break", stream=True))
         assert json.loads(events_of(response.text)[-1])["error"]["code"] == "swarm_unavailable"

@@ -1,35 +1,21 @@
-"""From an answer in the making to an HTTP response, whole or as server-sent events.
-
-Knows the shape of OpenAI's replies and when to stop computing; not where the events come from.
-"""
+"""The replies of OpenAI's API, whole or in chunks. Knows their shape; not where the events of an answer come from."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.requests import ClientDisconnect, Request
+from sse_starlette import ServerSentEvent
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from petals_win.api.answering import answer_streamed, answer_whole, json_event
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Answer, Generations
 from petals_win.api.schemas import Sampling
 from petals_win.engines.base import Finished, GenerationRequest, Token, Usage
-
-# A stream that breaks before its first event can still be answered with a status of its own. Proxies do not wait
-# much longer than this for a first byte, so then the stream begins, and pings keep it open.
-FIRST_EVENT_S = 10.0
-PING_S = 15
-# A client that has stopped reading must not hold its place for ever.
-SEND_S = 60.0
-
-T = TypeVar("T")
 
 
 class ChatShape:
@@ -76,29 +62,11 @@ async def reply(
 
     Raises ApiError, ClientDisconnect.
     """
-    answer = generations.start(requests)
-    try:
-        if not asked.stream:
-            return await _unless_disconnected(http, _whole(answer, asked, shape, requests))
-        await _unless_disconnected(http, answer.begun(FIRST_EVENT_S))
-    except BaseException:
-        await answer.aclose()
-        raise
-    return _Stream(answer, _events(answer, asked, shape, requests[0].model))
-
-
-class _Stream(EventSourceResponse):
-    """Server-sent events; however the response ends, the answer is given up with it."""
-
-    def __init__(self, answer: Answer, events: AsyncIterator[ServerSentEvent]):
-        super().__init__(events, ping=PING_S, ping_message_factory=_ping, send_timeout=SEND_S)
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._answer.aclose()
+    if asked.stream:
+        return await answer_streamed(
+            http, generations, requests, lambda answer: _events(answer, asked, shape, requests[0].model)
+        )
+    return await answer_whole(http, generations, requests, lambda answer: _whole(answer, asked, shape, requests))
 
 
 async def _whole(answer: Answer, asked: Sampling, shape: Shape, requests: list[GenerationRequest]) -> dict[str, Any]:
@@ -126,7 +94,7 @@ async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> 
 
     def chunk(index: int, piece: dict[str, Any], reason: str | None = None) -> ServerSentEvent:
         choice = {"index": index, **piece, "logprobs": None, "finish_reason": reason}
-        return _event({**head, "choices": [choice], **counted})
+        return json_event({**head, "choices": [choice], **counted})
 
     usage = _Usage()
     opened = -1
@@ -143,10 +111,10 @@ async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> 
                 case Usage():
                     usage.add(index, event, asked.n)
     except ApiError as error:
-        yield _event(error.body())
+        yield json_event(error.body())
         return
     if asked.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": usage.body()})
+        yield json_event({**head, "choices": [], "usage": usage.body()})
     yield ServerSentEvent("[DONE]", sep="\n")
 
 
@@ -181,31 +149,3 @@ def _head(shape: Shape, kind: str, model: str) -> dict[str, Any]:
         "model": model,
         "system_fingerprint": None,
     }
-
-
-def _event(body: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(body, ensure_ascii=False, separators=(",", ":")), sep="\n")
-
-
-def _ping() -> ServerSentEvent:
-    return ServerSentEvent(comment="ping", sep="\n")
-
-
-async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, but cancel it and raise ClientDisconnect when nobody waits for its result any more."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

@@ -46,6 +46,15 @@ class SwarmStatus:
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What the text of an answer has to be: JSON that fits a schema (its own JSON), what a regular expression matches, or
+    what a grammar (in Lark's notation) derives."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One prompt and how to continue it. Exactly one of `messages` and `prompt` is given.
 
@@ -63,6 +72,12 @@ class GenerationRequest:
     frequency_penalty, presence_penalty: taken off a token's logit for each time, or if ever, that it was generated.
     logit_bias: token id to what is added to its logit before anything else.
     stop: the answer ends before the first of these strings (`petals_win.engines.stopping.StopStrings` does it).
+    stop_tokens: ids of tokens that end the answer, too; they are not part of its text.
+    tools: functions that the model may call, each {"type": "function", "function": {"name", "description", "parameters"}}.
+    tool_choice: "auto"; "none"; "required", at least one call; or the name of the one to call.
+    parallel_tool_calls: whether the answer may have several calls.
+    constraint: what the text of the answer has to be; None: anything.
+    logprobs: tell with each token its log probability, and those of so many of the likeliest ones; None: do not.
     seed: the same request with the same seed gives the same answer; None draws anew.
     """
 
@@ -84,6 +99,12 @@ class GenerationRequest:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    constraint: Constraint | None = None
+    logprobs: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,17 +113,63 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class TokenProbability:
+    """A token that could come next: its id, its bytes (of which a character may need several tokens'), and the natural
+    logarithm of its probability."""
+
+    token: int
+    text: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ChosenToken(TokenProbability):
+    """A token of the answer. `likeliest` are the most likely ones at its place, the likeliest first."""
+
+    likeliest: tuple[TokenProbability, ...] = ()
+
+
+@dataclass(frozen=True)
 class Token:
-    """The next piece of the answer: whole characters, never half of a multi-byte one; one token or several."""
+    """The next piece of the answer: whole characters, never half of a multi-byte one; one token or several.
+
+    chosen: the tokens since the last piece, if the request asks for log probabilities.
+    """
+
+    text: str
+    chosen: tuple[ChosenToken, ...] = ()
+
+
+@dataclass(frozen=True)
+class Thought:
+    """The next piece of what a model that thinks writes before its answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The answer is complete: "stop" (end of turn or a stop string) or "length" (max_tokens or end of context)."""
+class ToolCallBegun:
+    """The model calls a tool: call number `index` of the answer, counted from 0."""
 
-    reason: Literal["stop", "length"]
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolCallArguments:
+    """The next piece of the arguments of call number `index`; all of them joined are a JSON object, if the model wrote one."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete: "stop" (end of turn or a stop string), "length" (max_tokens or end of context), or
+    "tool_calls" (end of a turn in which the model calls tools)."""
+
+    reason: Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +184,7 @@ class Usage:
     cached_tokens: int = field(default=0, compare=False)  # the same answer, however much of it was new
 
 
-Event = Token | Finished | Usage
+Event = Token | Thought | ToolCallBegun | ToolCallArguments | Finished | Usage
 
 
 class Engine(Protocol):
@@ -139,7 +206,9 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yield any number of Token, then one Finished, then one Usage. (An `async def` with `yield`.)
+        """Yield any number of Token, Thought, ToolCallBegun and ToolCallArguments, then one Finished, then one Usage.
+
+        (An `async def` with `yield`.)
 
         Whoever consumes it may stop at any point, by `aclose()` or by being cancelled: the computation ends
         then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.
