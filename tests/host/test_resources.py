@@ -115,13 +115,32 @@ def test_what_others_do_between_computations_does_not_count(monkeypatch):
         pc.others += 0.2
 
 
-def test_after_a_pause_what_others_did_in_it_counts(monkeypatch):
+def test_after_a_pause_it_is_seen_at_once_that_others_have_ended(monkeypatch):
     pc = Pc(monkeypatch)
     assert pc.compute(1, others=3) == 4
     pc.now += 5
     assert pc.compute(0.01, others=0) == 4, "the other program has ended"
+
+
+def test_what_others_did_in_a_pause_may_be_over(monkeypatch):
+    """Two programs that answer in turn must not take each other for busy."""
+    pc = Pc(monkeypatch)
+    assert pc.compute(1, others=0) == 4
+    for _answer in range(3):
+        pc.now, pc.others = pc.now + 5, pc.others + 20
+        assert pc.compute(0.05, others=0) == 4
+        assert pc.compute(0.05, others=0) == 4
+
+
+def test_after_a_pause_a_short_time_shows_that_others_are_busy(monkeypatch):
+    pc = Pc(monkeypatch)
+    assert pc.compute(1, others=0) == 4
     pc.now, pc.others = pc.now + 5, pc.others + 15
-    assert pc.compute(0.01, others=3) == 1, "there is one again"
+    assert pc.compute(0.06, others=3) == 4
+    assert pc.compute(0.06, others=3) == 4
+    assert pc.compute(0.06, others=3) == 1, "seen after a tenth of a second"
+    pc.now, pc.others = pc.now + 5, pc.others + 15
+    assert pc.compute(0.06, others=3) == 1, "and still known after the next pause"
 
 
 def test_a_decision_takes_more_than_one_tick_of_the_system_s_clock(monkeypatch):

@@ -25,7 +25,8 @@ import psutil
 _SPINNING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _SWITCH_INTERVAL_S = 0.0005
 _WINDOW_S = 0.2  # of computing, between two decisions; the system counts a core's time in ticks of 10 to 16 ms
-_PAUSE_S = 1.0  # after so long nothing is known any more, but what others did meanwhile
+_PAUSE_S = 1.0  # after so long others may have begun or ended, and
+_FIRST_WINDOW_S = 0.1  # is enough for the next decision
 _BUSY = ("user", "nice", "system", "irq", "softirq")  # of the times that a system tells, those in which a core works
 
 
@@ -41,6 +42,7 @@ class FreeCores:
         self._lock = threading.Lock()
         self._running = 0  # computations of this process at this moment
         self._began = self._ended = _clocks()
+        self._window = _FIRST_WINDOW_S
         self._seconds = self._taken = 0.0  # of computing, and core seconds that others had meanwhile
 
     @contextmanager
@@ -49,8 +51,12 @@ class FreeCores:
         with self._lock:
             if self._running == 0:
                 self._began = _clocks()
-                if self._began[0] - self._ended[0] >= _PAUSE_S:
-                    self._decide(self._began[0] - self._ended[0], self._began[1] - self._ended[1])
+                pause, taken = self._began[0] - self._ended[0], self._began[1] - self._ended[1]
+                if pause >= _PAUSE_S:
+                    # What others did before may be over, as what they did in the pause. Too many threads for the first window
+                    # cost less than too few for a while after each answer of somebody else's.
+                    self._decide(pause, taken, at_least=self._threads)
+                    self._window = _FIRST_WINDOW_S
             self._running += 1
             threads = max(1, self._threads // self._running)
         try:
@@ -62,12 +68,13 @@ class FreeCores:
                     self._ended = _clocks()
                     self._seconds += self._ended[0] - self._began[0]
                     self._taken += self._ended[1] - self._began[1]
-                    if self._seconds >= _WINDOW_S:
+                    if self._seconds >= self._window:
                         self._decide(self._seconds, self._taken)
+                        self._window = _WINDOW_S
 
-    def _decide(self, seconds: float, taken: float) -> None:
+    def _decide(self, seconds: float, taken: float, at_least: int = 1) -> None:
         """Others have had `taken` core seconds in so many seconds."""
-        self._threads = min(max(int(self._cores - taken / seconds + 0.5), 1), self._most)
+        self._threads = min(max(int(self._cores - taken / seconds + 0.5), at_least), self._most)
         self._seconds = self._taken = 0.0
 
 
