@@ -58,6 +58,7 @@ LEFT_OUT = [  # for their time
     "scripts/test_workflows.py",
     "windows/test_speed.py",  # test_speed runs it by itself
 ]
+DURATIONS = ["--durations=25", "--durations-min=8"]
 P2PD = "Z:/win/checkout/bin/p2pd.exe"
 NOT_HERE = 3  # the bench's status where it cannot be
 WHEELS = ROOT / "build" / "windows-wheel"
@@ -86,7 +87,7 @@ def wheel() -> str:
 def pytest_in_the_bench(*arguments: str, **environment: str) -> str:
     """Run tests under Windows Python; what pytest says of them."""
     done = subprocess.run(
-        [BENCH, "python", "-m", "pytest", "-q", "-rs", "-s", "-p", "no:cacheprovider", *arguments],
+        [BENCH, "python", "-m", "pytest", "-q", "-rs", "-s", "-p", "no:cacheprovider", *DURATIONS, *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         encoding="utf-8",
@@ -99,8 +100,8 @@ def pytest_in_the_bench(*arguments: str, **environment: str) -> str:
 
 
 def summary(said: str) -> str:
-    """What the tests have measured, and pytest's last line."""
-    measured = r"^.*(?:up --check: \d|pip installed|two nodes \d|p2pd.exe was gone).*$"
+    """What the tests have measured, how long the slowest took, and pytest's last line."""
+    measured = r"^.*(?:up --check: \d|pip installed|two nodes \d|p2pd.exe was gone).*$|^\d+\.\d+s (?:call|setup) .*$"
     return "\n".join(
         [*re.findall(measured, said, re.MULTILINE), "Under Windows Python: " + said.strip().splitlines()[-1]]
     )

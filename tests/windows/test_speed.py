@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,22 +14,21 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "win32", reason="it takes Windows Python; scripts/windows-bench has one"
 )
 
+# Measured by Wine: 0.86 and 1.01 on AMD's processors, 0.41 to 0.75 on Intel's, where plain layers, and so one process, are
+# faster. Below a third something waits that should compute.
+ENOUGH = 1 / 3
+TRIES = 2  # whatever else the PC does takes from both, but not evenly
 
-# Measured by Wine: 0.86 and 1.01 on AMD's processors, 0.63 on one of Intel's, where plain layers, and so one process, are faster.
-ENOUGH = 0.5
-TRIES = 3  # whatever else the PC does takes from both, but not evenly
 
-
-@pytest.mark.timeout(TRIES * 420)
+@pytest.mark.timeout(TRIES * 300)
 def test_a_swarm_keeps_up_with_one_process():
-    command = [sys.executable, "-m", "petals_win.cli.main", "bench", "--tokens", "16", "--rounds", "5", "--json"]
-    command += ["--sessions", "1", "--prompt", "0"]
-    ratios = []
+    ratios: list[float] = []
     while len(ratios) < TRIES and max(ratios, default=0) < ENOUGH:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=400)
+        command = [sys.executable, str(Path(__file__).with_name("speed.py"))]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
-        measured = json.loads(done.stdout)
-        swarm, local = measured["swarm_tokens_per_s"], measured["local_tokens_per_s"]
-        print(f"two nodes {swarm:.1f} tokens/s, one process {local:.1f}: ratio {measured['ratio']:.2f}")
-        ratios.append(measured["ratio"])
+        rounds = json.loads(done.stdout.splitlines()[-1])
+        swarm, local = (statistics.median(speeds) for speeds in zip(*rounds, strict=True))
+        ratios.append(statistics.median(ours / theirs for ours, theirs in rounds))
+        print(f"two nodes {swarm:.1f} tokens/s, one process {local:.1f}: ratio {ratios[-1]:.2f}")
     assert max(ratios) >= ENOUGH
