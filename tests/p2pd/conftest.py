@@ -7,11 +7,14 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from p2pd_client import Daemon, Program
+from p2pd_client import NAME, Daemon, Persistent, Program, serve
 
 from petals_win.errors import UserError
 from petals_win.upstream.build import extract_daemon, this_checkout
@@ -51,12 +54,12 @@ def reference_program(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(output)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ours(our_program: str) -> Program:
     return Program("ours", (our_program,), speaks_secret=True, tcp=not _UNIX)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def reference(reference_program: str) -> Program:
     return Program("reference", (reference_program,), speaks_secret=False)
 
@@ -102,11 +105,9 @@ def other(program: Program, request: pytest.FixtureRequest) -> Program:
 Start = Callable[..., Daemon]
 
 
-@pytest.fixture
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start daemons that end with the test. Called like Daemon, without the folder."""
-    # Not below tmp_path: the path of a Unix socket may have a hundred characters.
-    folder = tmp_path_factory.mktemp("s")
+@contextmanager
+def starting(folder: Path) -> Iterator[Start]:
+    """What starts daemons, called like Daemon without the folder; they end with the context."""
     running: list[Daemon] = []
 
     def start_one(program: Program, *args: str, **options) -> Daemon:
@@ -116,9 +117,38 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             daemon.wait_ready()
         return daemon
 
-    yield start_one
-    for daemon in running:
-        daemon.kill()
+    try:
+        yield start_one
+    finally:
+        for daemon in running:
+            daemon.kill()
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start daemons that end with the test."""
+    # Not below tmp_path: the path of a Unix socket may have a hundred characters.
+    with starting(tmp_path_factory.mktemp("s")) as start_one:
+        yield start_one
+
+
+LONG_SECONDS = 65.0  # more than anything else here has a limit of, which is a minute
+LongCalls = tuple[float, list[tuple[Persistent, Any, Persistent, Any]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_calls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LongCalls]:
+    """Calls that nobody answers while all the other tests run: when they began; handler, its call, caller and id of each."""
+    waiting = []
+    with starting(tmp_path_factory.mktemp("s")) as start:
+        for name in BOTH:
+            tested, peer = start(resolve(name, request)), start(resolve(BOTH[-1], request))
+            tested.connect_to(peer)
+            for calling, called in ((tested, peer), (peer, tested)):
+                handler, caller = serve(called), calling.persistent()
+                call_id = caller.start_call(called.peer_id, NAME)
+                waiting.append((handler, handler.next_call(), caller, call_id))
+        yield time.monotonic(), waiting
 
 
 @pytest.fixture

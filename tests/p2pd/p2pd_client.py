@@ -467,3 +467,13 @@ class Listener:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+NAME = "Test.call"
+
+
+def serve(daemon: Daemon, name: str = NAME) -> Persistent:
+    """A client of the daemon with one handler."""
+    persistent = daemon.persistent()
+    assert persistent.add(name).done
+    return persistent

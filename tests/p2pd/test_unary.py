@@ -9,18 +9,10 @@ from collections import Counter
 
 import p2pd_wire as wire
 import pytest
-from conftest import BOTH, Start, resolve
-from p2pd_client import Closed, Daemon, Persistent, Program, Refused
+from conftest import LONG_SECONDS, LongCalls, Start
+from p2pd_client import NAME, Closed, Daemon, Program, Refused, serve
 
-NAME = "Test.call"
 Pair = tuple[Daemon, Daemon]
-
-
-def serve(daemon: Daemon, name: str = NAME) -> Persistent:
-    """A client of the daemon with one handler."""
-    persistent = daemon.persistent()
-    assert persistent.add(name).done
-    return persistent
 
 
 @pytest.fixture(params=["calls", "is called"])
@@ -171,23 +163,6 @@ def test_33_cancel(both: Pair) -> None:
     assert caller.replies(call_id) == 1
 
 
-@pytest.mark.slow
-def test_34_39_a_call_has_no_time_limit(request: pytest.FixtureRequest, start: Start) -> None:
-    waiting = []
-    for name in BOTH:  # all at once: each waits for longer than anything else here has a limit, which is a minute
-        tested, peer = start(resolve(name, request)), start(resolve(BOTH[-1], request))
-        tested.connect_to(peer)
-        for calling, called in ((tested, peer), (peer, tested)):
-            handler, caller = serve(called), calling.persistent()
-            call_id = caller.start_call(called.peer_id, NAME)
-            waiting.append((handler, handler.next_call(), caller, call_id))
-    time.sleep(65)
-    for handler, call, caller, call_id in waiting:
-        assert handler.cancels.empty()
-        handler.answer(call, b"at last")
-        assert caller.wait(call_id).answer == {1: [b"at last"]}
-
-
 def test_35_handlers_go_with_their_client(both: Pair) -> None:
     calling, called = both
     handler, caller = serve(called), calling.persistent()
@@ -233,3 +208,13 @@ def test_a_malformed_message_ends_the_connection_alone(daemon: Daemon) -> None:
     with pytest.raises((Closed, OSError)):
         persistent.add(NAME)
     assert keeper.add(NAME).done
+
+
+@pytest.mark.slow
+def test_34_39_a_call_has_no_time_limit(long_calls: LongCalls) -> None:
+    begun, calls = long_calls
+    time.sleep(max(begun + LONG_SECONDS - time.monotonic(), 0))
+    for handler, call, caller, call_id in calls:
+        assert handler.cancels.empty()
+        handler.answer(call, b"at last")
+        assert caller.wait(call_id).answer == {1: [b"at last"]}
