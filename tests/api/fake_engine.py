@@ -58,10 +58,10 @@ class FakeEngine:
         return [ModelCard(MODEL, 1_700_000_000, self.context_length)]
 
     def status(self) -> SwarmStatus:
-        peers = (PeerStatus("12D3KooWFakePeer", 0, 15, "gaming-pc"),)
+        peers = (PeerStatus("12D3KooWFakePeer", 0, 15, "gaming-pc", 123.5, 4096, False),)
         if self.missing_blocks:
-            return SwarmStatus(False, "No node serves blocks 15:30.", self.missing_blocks, peers)
-        return SwarmStatus(True, "All 30 blocks are served by 2 nodes.", (), peers)
+            return SwarmStatus(False, "No node serves blocks 15:30.", self.missing_blocks, peers, num_blocks=30)
+        return SwarmStatus(True, "All 30 blocks are served by 2 nodes.", (), peers, num_blocks=30)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)

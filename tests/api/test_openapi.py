@@ -54,7 +54,7 @@ class Description:
                     errors.append(str(error))
             raise AssertionError(f"{where}: {errors}")
         kinds: dict[str, Any] = {
-            "object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)
+            "object": dict, "array": list, "string": str, "integer": int, "number": float, "boolean": bool, "null": type(None)
         }  # fmt: skip
         assert type(value) is kinds[schema["type"]], f"{where} is {value!r}, not {schema['type']}"
         assert value in schema.get("enum", [value]) and value == schema.get("const", value), f"{where} is {value!r}"

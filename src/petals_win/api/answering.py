@@ -73,7 +73,7 @@ class _Stream(EventSourceResponse):
     """Server-sent events; however the response ends, the answer is given up with it."""
 
     def __init__(self, answer: Answer, events: AsyncIterator[ServerSentEvent]):
-        super().__init__(events, ping=PING_S, ping_message_factory=_ping, send_timeout=SEND_S)
+        super().__init__(events, ping=PING_S, ping_message_factory=ping, send_timeout=SEND_S)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,8 @@ class _Stream(EventSourceResponse):
             await self._answer.aclose()
 
 
-def _ping() -> ServerSentEvent:
+def ping() -> ServerSentEvent:
+    """What is sent where nothing else is, so that proxies keep the connection."""
     return ServerSentEvent(comment="ping", sep="\n")
 
 

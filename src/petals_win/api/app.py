@@ -17,9 +17,12 @@ from petals_win import __version__
 from petals_win.api import errors, reply_schemas
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.generations import Generations
-from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
+from petals_win.api.guards import LimitBody, LimitHead, RequireKey, TrustedPages
+from petals_win.api.metrics import metrics_routes
+from petals_win.api.proxies import Forwarded, Prefix
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
+from petals_win.api.swarm import swarm_routes
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 from petals_win.web import pages
@@ -47,6 +50,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         default_response_class=AsciiJson,
         lifespan=lifespan,
     )
@@ -57,6 +61,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     # RequireKey does the checking; the dependency makes /docs offer a field for the key.
     shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.needs_key else []
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(swarm_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(metrics_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
     app.add_exception_handler(errors.ApiError, errors.on_api_error)
@@ -77,9 +83,14 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         allow_origins=settings.cors_origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        # A page on the internet may be allowed to use an API in the home network: the user named its origin.
+        # Chrome asked so before 142, as browsers and programs made of it still do; a preflight that asks is refused otherwise.
         allow_private_network=True,
         expose_headers=("Retry-After", "WWW-Authenticate"),
     )
     app.add_middleware(TrustedPages, settings=settings)
+    app.add_middleware(LimitHead)
+    if settings.root_path:
+        app.add_middleware(Prefix, prefix=settings.root_path)
+    if settings.trusted_proxies:
+        app.add_middleware(Forwarded, settings=settings)
     return app

@@ -1,4 +1,4 @@
-"""Running answers: how many at once, how they begin, end and are given up.
+"""Running answers: how many at once, how they begin, end and are given up, what is counted and charged for them.
 
 Knows the engine protocol and asyncio; not HTTP, and not the shape of what is sent.
 """
@@ -12,8 +12,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import anyio
 
+from petals_win.api import callers
+from petals_win.api.callers import Bill
+from petals_win.api.counting import Counts, Run
 from petals_win.api.errors import ApiError, from_engine
-from petals_win.engines.base import Engine, Event, GenerationRequest
+from petals_win.engines.base import Engine, Event, Finished, GenerationRequest, Usage
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,27 +30,52 @@ class Generations:
     """All answers of one engine: at most `max_running` at a time, at most `max_waiting` in line behind them."""
 
     def __init__(self, engine: Engine, max_running: int, max_waiting: int):
+        self.counts = Counts()
+        self.stopping = asyncio.Event()
         self._engine = engine
         self._slots = asyncio.Semaphore(max_running)
         self._most = max_running + max_waiting
         self._answers: set[Answer] = set()
 
+    @property
+    def running(self) -> int:
+        """How many are being answered."""
+        return sum(answer.has_turn for answer in self._answers)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        return len(self._answers) - self.running
+
     def start(self, requests: Sequence[GenerationRequest]) -> Answer:
-        """Begin to answer the requests, one after the other. Raises ApiError 429 if the line is full."""
+        """Begin to answer the requests, one after the other, for the caller that asks now.
+
+        Raises ApiError 429 if the line is full, or a limit of the caller's key is used up.
+        """
+        caller = callers.current.get()
         if len(self._answers) >= self._most:
+            self.counts.refused.labels("full").inc()
             raise ApiError(
                 429,
                 f"{len(self._answers)} requests are being answered or wait already. Try again in a moment.",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "5"},
             )
-        answer = Answer(self._engine, self._slots, requests)
+        if caller is not None:
+            try:
+                caller.admit()
+            except ApiError:
+                self.counts.refused.labels("key").inc()
+                raise
+        bills = [Bill(caller, request) for request in requests]
+        answer = Answer(self._engine, self._slots, requests, bills, self.counts)
         self._answers.add(answer)
         answer.task.add_done_callback(lambda _: self._answers.discard(answer))
         return answer
 
     def stop(self) -> None:
         """End all answers, with an error for those who wait for them: the server is going down."""
+        self.stopping.set()
         for answer in self._answers:
             answer.task.cancel()
 
@@ -58,11 +86,21 @@ class Answer:
     Iterating yields (index of the request, event) and raises ApiError where the answer breaks.
     """
 
-    def __init__(self, engine: Engine, slots: asyncio.Semaphore, requests: Sequence[GenerationRequest]):
+    def __init__(
+        self,
+        engine: Engine,
+        slots: asyncio.Semaphore,
+        requests: Sequence[GenerationRequest],
+        bills: Sequence[Bill],
+        counts: Counts,
+    ):
+        self.has_turn = False
+        self._counts = counts
+        self._known = {card.id for card in engine.models()}
         self._sender, self._receiver = anyio.create_memory_object_stream[tuple[int, Event]](_EVENTS_AHEAD)
         self._begun = asyncio.Event()
         self._error: ApiError | None = None
-        self.task = asyncio.create_task(self._run(engine, slots, requests))
+        self.task = asyncio.create_task(self._run(engine, slots, requests, bills))
 
     async def begun(self, patience: float) -> None:
         """Wait for the first event, at most `patience` seconds. Raises ApiError if the answer broke before it."""
@@ -85,22 +123,51 @@ class Answer:
             logger.error("The engine does not give up an answer that nobody waits for")
         self._receiver.close()
 
-    async def _run(self, engine: Engine, slots: asyncio.Semaphore, requests: Sequence[GenerationRequest]) -> None:
+    async def _run(
+        self,
+        engine: Engine,
+        slots: asyncio.Semaphore,
+        requests: Sequence[GenerationRequest],
+        bills: Sequence[Bill],
+    ) -> None:
+        run = self._count(requests[0])
+        unused = list(bills)
         try:
             async with slots:
-                for index, request in enumerate(requests):
+                self.has_turn = True
+                run.has_turn()
+                for index, (request, bill) in enumerate(zip(requests, bills, strict=True)):
+                    if index:
+                        run = self._count(request)
+                    unused.remove(bill)
                     async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
                             self._begun.set()
+                            run.event(event)
+                            if isinstance(event, Usage):
+                                bill.total(event.prompt_tokens + event.completion_tokens)
+                            elif not isinstance(event, Finished):
+                                bill.piece()
                             await self._sender.send((index, event))
         except UserError as error:
             self._error = from_engine(error)
+            run.failed(self._error.status)
+            unused = list(bills)  # what breaks costs nothing
         except asyncio.CancelledError:
             self._error = ApiError(503, "The server is shutting down.", code="shutting_down")
+            run.aborted()
             raise
         except Exception:
             logger.exception("The engine failed")
             self._error = ApiError(500, "An error inside petals-win; its log has the details.")
+            run.failed(self._error.status)
+            unused = list(bills)  # what breaks costs nothing
         finally:
+            for bill in unused:
+                bill.total(0)
             self._begun.set()
             self._sender.close()
+
+    def _count(self, request: GenerationRequest) -> Run:
+        # What models there are is the engine's to say: made-up names would be new lines of /metrics for ever.
+        return Run(self._counts, request.model if request.model in self._known else "unknown")

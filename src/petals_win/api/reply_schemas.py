@@ -34,6 +34,9 @@ class Peer(_Reply):
     start_block: int
     end_block: int
     name: str | None
+    throughput: float | None = Field(description="tokens per second of one block, as the node says")
+    cache_tokens_left: int | None = Field(description="tokens that it has room for")
+    relayed: bool | None = Field(description="whether it is reached through another PC")
 
 
 class Readiness(_Reply):
@@ -41,6 +44,22 @@ class Readiness(_Reply):
     detail: str = Field(description="a sentence for people")
     missing_blocks: list[int]
     peers: list[Peer]
+    num_blocks: int
+    cache_usage: float | None = Field(description="of the memory for conversations, where this PC computes alone")
+
+
+class Block(_Reply):
+    block: int
+    peer_ids: list[str] = Field(description="who serves it; nobody where this PC computes alone")
+    missing: bool
+
+
+class Swarm(Readiness):
+    """The state of the swarm, block by block."""
+
+    object: Literal["swarm"]
+    model: str
+    blocks: list[Block]
 
 
 class Model(_Reply):
@@ -151,6 +170,7 @@ _STATUSES = {
     404: "There is no such model here.",
     408: "The request was not complete in time.",
     413: "The request is too large.",
+    431: "The request has too many headers, or too long ones.",
     429: "Too many requests are being answered or wait. Retry-After says when to try again (s).",
     500: "An error inside petals-win.",
     503: "The swarm cannot answer now. Retry-After says when to try again (s).",
@@ -174,11 +194,24 @@ def whole_or_streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[in
     return {200: {"model": whole, "description": "The answer, whole or as a stream.", "content": content}}
 
 
+def events_of(data: type[BaseModel], description: str) -> dict[int | str, dict[str, Any]]:
+    """What a route's `responses` says of server-sent events whose data is of this shape, which another route answers whole."""
+    streamed = {
+        "type": "string",
+        "description": "Events whose data is JSON each.",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{data.__name__}"},
+    }
+    return {200: {"description": description, "content": {"text/event-stream": {"schema": streamed}}}}
+
+
 def complete(openapi: dict[str, Any]) -> dict[str, Any]:
     """Bring FastAPI's description to what is sent: no 422, which is a 400 here, and the schemas of the chunks."""
     for path in openapi["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+            too_long = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
+            operation["responses"].setdefault("431", {"description": _STATUSES[431], "content": too_long})
     schemas = openapi["components"]["schemas"]
     for of_fastapi in ("HTTPValidationError", "ValidationError"):
         schemas.pop(of_fastapi, None)

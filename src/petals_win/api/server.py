@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
+import json
 import logging
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from petals_win.api.errors import ApiError
 from petals_win.api.guards import BODY_DEADLINE_S
-from petals_win.api.settings import Settings
+from petals_win.api.settings import Settings, is_loopback
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,16 +55,21 @@ class ApiServer:
         self.port: int = self._sockets[0].getsockname()[1]
         # Where a browser on this machine finds it.
         host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "https" if settings.tls else "http"
+        self.url = f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        self._settings = settings
 
     async def serve(self, app: FastAPI, on_ready: Callable[[], None] | None = None) -> None:
         """Answer requests with `app` until `stop()`, then return. To be called once. Signals are the caller's business.
 
         `on_ready` is called once, on the event loop, when requests are answered; it must not block.
         """
+        tls = self._settings.tls
         config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=functools.partial(_Connection, settings=self._settings),  # type: ignore[arg-type]
+            ssl_certfile=tls.cert if tls else None,
+            ssl_keyfile=tls.key if tls else None,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -87,16 +96,33 @@ class ApiServer:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's HTTP connection, with a deadline for the head of a request, which uvicorn has not.
+    """uvicorn's HTTP connection, with what uvicorn has not: a deadline for the head of a request, and a limit of connections.
 
     Otherwise whoever opens connections and never completes a request could hold them until there are no more.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, settings: Settings, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._too_many():
+            transport.write(_too_many_connections())
+            transport.close()
         self._set_deadline()
+
+    def _too_many(self) -> bool:
+        if len(self.connections) > self._settings.max_connections:
+            return True
+        address = self.client[0] if self.client else ""
+        if is_loopback(address) or self._settings.trusts(address):
+            return False
+        others = (getattr(each, "client", None) for each in self.connections)
+        same = sum(1 for other in others if other and other[0] == address)
+        return same > self._settings.max_connections_each
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -129,6 +155,16 @@ class _Connection(H11Protocol):
     def _give_up(self) -> None:
         # Not close(), which waits until everything has been sent.
         self.transport.abort()
+
+
+def _too_many_connections() -> bytes:
+    """A whole answer, for whoever has not said anything yet."""
+    refusal = ApiError(503, "There are too many open connections. Close some, or try again in a moment.")
+    body = json.dumps(refusal.body()).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n"
+    )
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class _Uvicorn(uvicorn.Server):

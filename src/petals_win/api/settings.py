@@ -1,4 +1,4 @@
-"""How the API is reached and by whom. Knows addresses, keys and origins; not how requests are answered."""
+"""How the API is reached and by whom. Knows addresses, keys, origins and proxies; not how requests are answered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from petals_win.api.created_keys import CreatedKeys
+from petals_win.api.tls import Tls
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 _KEYS_FRESH_S = 1.0
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?")
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
@@ -24,30 +27,42 @@ class Settings:
     """Checked when made: raises UserError for a combination that would open the API to strangers.
 
     host, port: where to listen; port 0 takes a free one.
-    api_keys, key_file: whoever sends one of these keys may ask; with neither, everybody who reaches the address may.
+    api_keys, key_file, created_keys: whoever sends one of these keys may ask; with none of the three, everybody who reaches
+    the address may.
     insecure: the user accepts that a host other than loopback answers without a key.
     cors_origins: pages of these origins, and no others, may ask from a browser.
     allow_hosts: names or addresses under which the API answers without a key, besides those of this PC.
+    root_path: what stands before all paths at a proxy, as "/llm"; the proxy may take it away or leave it.
+    trusted_proxies: addresses or networks whose X-Forwarded-For, -Proto and -Host are believed.
+    tls: certificate and key for HTTPS; None is HTTP.
     max_body_bytes: larger requests are refused (413). max_running, max_waiting: requests answered at a time,
-    and in line behind them; more are refused (429).
+    and in line behind them; more are refused (429). max_connections, max_connections_each: open at a time, in all and
+    for each address but this PC's own and the trusted proxies'.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     key_file: KeyFile | None = None
+    created_keys: CreatedKeys | None = None
     insecure: bool = False
     cors_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    root_path: str = ""
+    trusted_proxies: tuple[str, ...] = ()
+    tls: Tls | None = None
     max_body_bytes: int = 4 * 2**20
     max_running: int = 16
     max_waiting: int = 32
+    max_connections: int = 512
+    max_connections_each: int = 128
 
     def __post_init__(self) -> None:
         if not (is_loopback(self.host) or self.needs_key or self.insecure):
             raise UserError(
                 f"On {self.host} everybody in your network could use this API. Give --api-key-file FILE "
-                "(one key a line), or --insecure if that is what you want, or leave --host out."
+                "(one key a line), make keys with 'petals-win key create NAME', or --insecure if that is what you want, "
+                "or leave --host out."
             )
         if not 0 <= self.port < 2**16:
             raise UserError(f"{self.port} is no port. Give --port a number from 1 to 65535, or 0 for a free one.")
@@ -64,13 +79,29 @@ class Settings:
                     "Write --allow-host as llm.example.org or 192.168.1.5: without http://, port and path."
                 )
 
+        if self.root_path and not _PREFIX.fullmatch(self.root_path):
+            raise UserError(
+                f"{self.root_path!r} cannot stand before paths. Write --root-path as /llm: without http://, name and last slash."
+            )
+        for address in self.trusted_proxies:
+            if _network(address) is None:
+                raise UserError(
+                    f"{address!r} is no address. Write --trusted-proxy as 192.168.1.5, or as a network: 172.16.0.0/12."
+                )
+
     @property
     def needs_key(self) -> bool:
-        """Whether a key is asked for; also while the key file holds none."""
-        return bool(self.api_keys) or self.key_file is not None
+        """Whether a key is asked for; also while none is valid."""
+        return bool(self.api_keys) or self.key_file is not None or self.created_keys is not None
+
+    def trusts(self, address: str) -> bool:
+        """Whether an address is that of a proxy whose forwarded headers are believed."""
+        found = _network(address)
+        networks = [network for proxy in self.trusted_proxies if (network := _network(proxy)) is not None]
+        return found is not None and any(found[0] in network for network in networks)
 
     def keys(self) -> tuple[str, ...]:
-        """The keys that are valid now."""
+        """The keys that are valid now, but for created ones, of which only hashes are known."""
         return self.api_keys + (self.key_file.keys() if self.key_file else ())
 
 
@@ -120,6 +151,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None
 
 
 def is_address(host: str) -> bool:

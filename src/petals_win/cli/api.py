@@ -48,17 +48,14 @@ EngineName = Annotated[
 ]
 
 
+@listening.with_listening
 def api(
+    *,
     model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
     ] = None,
-    host: listening.Host = "127.0.0.1",
-    port: listening.Port = 8000,
-    api_key_file: listening.ApiKeyFile = None,
-    insecure: listening.Insecure = False,
-    cors_origin: listening.CorsOrigin = None,
-    allow_host: listening.AllowHost = None,
+    listen: listening.Listening,
     engine: EngineName = AUTO,
     device: Device = None,
     dtype: Dtype = None,
@@ -76,7 +73,7 @@ def api(
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
 
-    settings = listening.settings_of(host, port, api_key_file, insecure, cors_origin, allow_host)
+    settings = listen.settings()
     check_engine_name(engine)
     exit_with_parent()
     log_to_file("api")
@@ -84,6 +81,7 @@ def api(
     wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
+        listening.tell_certificate(settings, typer.echo)
         answer_until(
             stop,
             open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True)),

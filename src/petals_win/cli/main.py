@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from petals_win import __version__
-from petals_win.cli import api, bench, doctor, firewall, logs, p2pd, patches, plan, serve, up
+from petals_win.cli import api, bench, doctor, firewall, key, logs, p2pd, patches, plan, serve, up
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
@@ -28,6 +28,7 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(firewall.app, name="firewall")
+app.add_typer(key.app, name="key")
 app.add_typer(p2pd.app, name="p2pd")
 app.add_typer(patches.app, name="patches")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
+import ssl
 import threading
 import time
 import urllib.request
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,19 +29,21 @@ _QUESTION = "What is the capital of France?"
 _ANSWER = "Paris"
 _CHECK_SECONDS = 120
 # A proxy, of the environment or of Windows' settings, would look for 127.0.0.1 on its own PC.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# This process holds the port that it asks, so the certificate need not be looked at: it may be for another name.
+_UNVERIFIED = ssl.create_default_context()
+_UNVERIFIED.check_hostname, _UNVERIFIED.verify_mode = False, ssl.CERT_NONE
+_DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_UNVERIFIED)
+)
 
 
+@listening.with_listening
 def up(
+    *,
     model: Annotated[
         str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")
     ] = "SmolLM2-135M-Instruct",
-    host: listening.Host = "127.0.0.1",
-    port: listening.Port = 8000,
-    api_key_file: listening.ApiKeyFile = None,
-    insecure: listening.Insecure = False,
-    cors_origin: listening.CorsOrigin = None,
-    allow_host: listening.AllowHost = None,
+    listen: listening.Listening,
     engine: Annotated[
         str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' no swarm at all.")
     ] = "petals",
@@ -58,7 +63,11 @@ def up(
     from petals_win.host.threads import apply_thread_settings
 
     check_engine_name(engine)
-    settings = listening.settings_of(host, 0 if check else port, api_key_file, insecure, cors_origin, allow_host)
+    settings = listen.settings()
+    if check:
+        # A key for this question alone: of created keys only hashes are known.
+        key = secrets.token_urlsafe(32)
+        settings = replace(settings, port=0, api_keys=(*settings.api_keys, key) if settings.needs_key else ())
     log_to_file("up")
     stop = stop_event()
     apply_thread_settings(threads)
@@ -79,7 +88,7 @@ def up(
             swarm.wait_until_serving()
 
         def ask() -> None:
-            result.ask(server.url, source.name, settings.keys())
+            result.ask(server.url, source.name, settings.api_keys[-1:])
             stop.set()
 
         def ready() -> None:
@@ -89,6 +98,7 @@ def up(
                 )
                 watching.start()
             progress.done(f"{source.name} answers at {server.url}")
+            listening.tell_certificate(settings, typer.echo)
             if check:
                 threading.Thread(target=ask, name="check", daemon=True).start()
             else:

@@ -27,22 +27,35 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class PeerStatus:
-    """One node of the swarm and the half-open range of blocks [start, end) that it serves."""
+    """One node of the swarm and the half-open range of blocks [start, end) that it serves.
+
+    throughput: tokens per second of one block, as the node says; cache_tokens_left: what it has room for; relayed: whether
+    it is reached through another PC. None is unknown.
+    """
 
     peer_id: str
     start_block: int
     end_block: int
     name: str | None = None
+    throughput: float | None = None
+    cache_tokens_left: int | None = None
+    relayed: bool | None = None
 
 
 @dataclass(frozen=True)
 class SwarmStatus:
-    """Whether a prompt could be answered now, and if not, what is missing. `detail` is one sentence for people."""
+    """Whether a prompt could be answered now, and if not, what is missing. `detail` is one sentence for people.
+
+    num_blocks: of the model. cache_usage: the share of this PC's own memory for conversations that is in use, from 0 to 1;
+    None where nodes have it.
+    """
 
     ready: bool
     detail: str
     missing_blocks: tuple[int, ...] = ()
     peers: tuple[PeerStatus, ...] = ()
+    num_blocks: int = 0
+    cache_usage: float | None = None
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,10 @@ class LocalEngine:
 
     def status(self) -> SwarmStatus:
         if self._closed:
-            return SwarmStatus(False, "petals-win is ending.", tuple(range(self._num_blocks)))
-        return SwarmStatus(True, f"All {self._num_blocks} blocks of {self._card.id} are on this PC.")
+            missing = tuple(range(self._num_blocks))
+            return SwarmStatus(False, "petals-win is ending.", missing, num_blocks=self._num_blocks)
+        detail = f"All {self._num_blocks} blocks of {self._card.id} are on this PC."
+        return SwarmStatus(True, detail, num_blocks=self._num_blocks, cache_usage=self._blocks.cache_usage)
 
     async def generate(
         self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts

@@ -36,6 +36,11 @@ class LocalBlocks:
         """How many tokens one session may have, of at most `most`."""
         return self._span.longest_session(self._budget.total_bytes, most)
 
+    @property
+    def cache_usage(self) -> float:
+        """The share of the sessions' memory that is in use, from 0 to 1."""
+        return 1 - self._budget.bytes_left / self._budget.total_bytes
+
     def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
         session = LocalSession(self, max_length, tokens)
         self._open.add(session)

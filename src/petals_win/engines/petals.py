@@ -52,7 +52,7 @@ from petals_win.errors import NodeFull, NodeRefused, UserError, printable
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.compute import ComputeThread
 from petals_win.swarm.revision import check_content
-from petals_win.swarm.state import SwarmState, read_state
+from petals_win.swarm.state import PeerState, SwarmState, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +128,14 @@ class PetalsEngine:
     def status(self) -> SwarmStatus:
         state = self._state
         if self._lost is not None:
-            return SwarmStatus(False, self._lost, tuple(range(state.num_blocks)))
+            return SwarmStatus(False, self._lost, tuple(range(state.num_blocks)), num_blocks=state.num_blocks)
         missing = state.missing_blocks
-        peers = tuple(PeerStatus(peer.peer_id, peer.start, peer.end, peer.name) for peer in state.peers if peer.online)
+        peers = tuple(_told_of(peer) for peer in state.peers if peer.online)
         if missing:
             detail = f"No node serves the blocks {block_ranges(missing)} of {self._card.id}."
         else:
             detail = f"{len(peers)} nodes serve all {state.num_blocks} blocks of {self._card.id}."
-        return SwarmStatus(not missing, detail, missing, peers)
+        return SwarmStatus(not missing, detail, missing, peers, num_blocks=state.num_blocks)
 
     def routes(self) -> list[list[tuple[PeerID, int, int]]]:
         """Of each answer that runs: the nodes that it uses now, with their blocks [start, end)."""
@@ -224,6 +224,18 @@ class PetalsEngine:
         self._compute.stop()
         self._nodes.shutdown()
         self._dht.shutdown()
+
+
+def _told_of(peer: PeerState) -> PeerStatus:
+    return PeerStatus(
+        peer.peer_id,
+        peer.start,
+        peer.end,
+        peer.name,
+        throughput=peer.throughput,
+        cache_tokens_left=peer.cache_tokens_left,
+        relayed=peer.relayed,
+    )
 
 
 def _nodes_of(source: ModelSource, dht: DHT) -> RemoteSequenceManager:

@@ -1,7 +1,7 @@
 """Where this user's files belong on this system.
 
-Knows the four kinds of folder and makes them on demand. Does not know what is put into them. PETALS_WIN_HOME, if set,
-holds all four.
+Knows the four kinds of folder, makes them on demand, and writes files that nobody else may read. Does not know what is put
+into them. PETALS_WIN_HOME, if set, holds all four.
 """
 
 import os
@@ -62,6 +62,18 @@ def private_folder(folder: Path) -> Path:
         if stat.S_IMODE(found.st_mode) != 0o700:
             folder.chmod(0o700)
     return folder
+
+
+def write_private(file: Path, content: bytes) -> None:
+    """Write a file that this user alone can read, as a whole or not at all. Raises OSError."""
+    unfinished = file.with_name(file.name + ".part")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(unfinished, file)
 
 
 def _home(kind: str) -> Path | None:

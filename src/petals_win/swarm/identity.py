@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import time
@@ -28,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from petals_win.errors import UserError
-from petals_win.host.folders import data_folder, private_folder
+from petals_win.host.folders import data_folder, private_folder, write_private
 from petals_win.host.locks import hold_lock
 from petals_win.host.ports import check_port_free
 
@@ -65,7 +64,7 @@ class Identity:
     def remember(self, members: Mapping[str, list[str]]) -> None:
         """Keep addresses of the swarm's other nodes. While there are none, those of before stay."""
         if members and members != self.members():
-            _write(self._members, json.dumps(members).encode())
+            write_private(self._members, json.dumps(members).encode())
 
 
 @contextmanager
@@ -102,9 +101,9 @@ def _choose(nodes: Path, model: str, asked: dict[str, object], host: str, port: 
         folder = _take(private_folder(_folder_of(nodes, model, host)), asked, held)
         kept = _read_json(folder / "node.json").get("port")
         own, listening = _choose_port(nodes, folder, kept, host, port)
-        _write(folder / "node.json", json.dumps({**asked, "port": own}).encode())
+        write_private(folder / "node.json", json.dumps({**asked, "port": own}).encode())
         if not (folder / "key").exists():
-            _write(folder / "key", new_key())
+            write_private(folder / "key", new_key())
     return Identity(folder / "key", listening)
 
 
@@ -182,15 +181,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         return content
     logger.warning("%s is damaged and is made anew", file)
     return {}
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file that this user alone can read, as a whole or not at all."""
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.unlink(missing_ok=True)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    with os.fdopen(descriptor, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(unfinished, file)

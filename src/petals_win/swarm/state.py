@@ -25,6 +25,7 @@ class PeerState:
     dtype: str | None = None
     cache_tokens_left: int | None = None
     content_id: str | None = None
+    relayed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ async def read_state(dht: DHT, dht_prefix: str, num_blocks: int, *, timeout: flo
             dtype=span.server_info.torch_dtype,
             cache_tokens_left=span.server_info.cache_tokens_left,
             content_id=span.server_info.content_id,
+            relayed=span.server_info.using_relay,
         )
         for peer_id, span in spans.items()
     ]

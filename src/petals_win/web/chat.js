@@ -67,7 +67,7 @@ async function lookAtSwarm() {
   if (document.hidden || keyDeclined || asking) return;
   try {
     if (model.disabled) await loadModels();
-    const swarm = await (await call("/ready")).json();
+    const swarm = await (await call("ready")).json();
     if (swarm.error) throw new ApiError(swarm.error.message);
     const count = swarm.peers.length;
     const nodes = `${count} ${count === 1 ? "node" : "nodes"}`;
@@ -79,7 +79,7 @@ async function lookAtSwarm() {
 }
 
 async function loadModels() {
-  const response = await call("/v1/models");
+  const response = await call("v1/models");
   if (!response.ok) throw await errorOf(response);
   const { data } = await response.json();
   if (!data.length) return;
@@ -171,7 +171,7 @@ async function ask(question) {
   let failure = null;
   try {
     if (model.disabled) await loadModels();
-    const response = await call("/v1/chat/completions", {
+    const response = await call("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({

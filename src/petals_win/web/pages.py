@@ -34,13 +34,14 @@ def page_routes() -> APIRouter:
     for path, (file, media_type) in _FILES.items():
         router.add_api_route(path, _sender(file, media_type))
 
+    # All paths in pages are relative, so that they also work behind a proxy that has a prefix before them.
     @router.get("/docs")
     async def docs() -> HTMLResponse:
         page = get_swagger_ui_html(
-            openapi_url="/openapi.json",
+            openapi_url="openapi.json",
             title="petals-win API",
-            swagger_js_url="/docs/swagger-ui.js",
-            swagger_css_url="/docs/swagger-ui.css",
+            swagger_js_url="docs/swagger-ui.js",
+            swagger_css_url="docs/swagger-ui.css",
             swagger_favicon_url="data:,",
         )
         # Swagger UI writes styles into its elements and is started by a script in the page.
