@@ -83,10 +83,14 @@ def test_an_allowed_origin_may_ask_and_read():
         assert "Retry-After" in response.headers["access-control-expose-headers"]
 
 
-def test_a_page_on_the_internet_may_reach_the_home_network_if_allowed():
+def test_what_chrome_asked_for_before_142_is_no_reason_to_refuse():
+    """It took no answer for a yes; browsers of today ask their users (tests/web/test_local_network.py)."""
     with serving(api_keys=("key",), cors_origins=(SITE,)) as served:
         response = preflight(served.url, SITE, **{"Access-Control-Request-Private-Network": "true"})
-        assert response.headers["access-control-allow-private-network"] == "true"
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, SITE)
+        assert "access-control-allow-private-network" not in response.headers
+        other = preflight(served.url, "https://evil.example", **{"Access-Control-Request-Private-Network": "true"})
+        assert other.status_code == 403
 
 
 @pytest.mark.parametrize("keys", [(), ("key",)])

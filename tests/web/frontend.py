@@ -5,12 +5,15 @@ Nothing here knows which engine answers, so the same page can ask a fake one and
 
 import contextlib
 import http.server
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from selenium.webdriver import Chrome
+
+from petals_win.api.tls import Tls
 
 # The browser fixture resolves this name to 127.0.0.1; it stands for the domain where the front-end lives.
 SITE_HOST = "frontend.test"
@@ -28,8 +31,8 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def site() -> Iterator[str]:
-    """Serve the front-end on a port of its own; gives its origin."""
+def site(certificate: Tls | None = None) -> Iterator[str]:
+    """Serve the front-end on a port of its own, by HTTPS with a certificate; gives its origin."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -44,17 +47,23 @@ def site() -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.cert, certificate.key)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
-            yield f"http://{SITE_HOST}:{server.server_port}"
+            yield f"{'http' if certificate is None else 'https'}://{SITE_HOST}:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
 
 
-def ask_from(browser: Chrome, origin: str, *, url: str, key: str | None, model: str, question: str) -> Outcome:
-    """Open the front-end at `origin` and let it ask the API at `url`."""
+def ask_from(
+    browser: Chrome, origin: str, *, url: str, key: str | None, model: str, question: str, space: str | None = None
+) -> Outcome:
+    """Open the front-end at `origin` and let it ask the API at `url`, which it says to be in the address space `space`."""
     browser.get(origin)
-    arguments = {"url": url, "key": key, "model": model, "question": question}
+    arguments = {"url": url, "key": key, "model": model, "question": question, "space": space}
     return Outcome(**browser.execute_async_script("ask(arguments[0]).then(arguments[1])", arguments))

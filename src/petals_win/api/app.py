@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,7 +16,7 @@ from petals_win import __version__
 from petals_win.api import errors, reply_schemas
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.generations import Generations
-from petals_win.api.guards import LimitBody, LimitHead, RequireKey, TrustedPages
+from petals_win.api.guards import Cors, LimitBody, LimitHead, RequireKey, TrustedPages
 from petals_win.api.metrics import metrics_routes
 from petals_win.api.proxies import Forwarded, Prefix
 from petals_win.api.routes import engine_routes, open_routes
@@ -79,12 +78,10 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.add_middleware(LimitBody, settings=settings)
     app.add_middleware(RequireKey, settings=settings, open_paths=_OPEN_PATHS)
     app.add_middleware(
-        CORSMiddleware,
+        Cors,
         allow_origins=settings.cors_origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        # Chrome asked so before 142, as browsers and programs made of it still do; a preflight that asks is refused otherwise.
-        allow_private_network=True,
         expose_headers=("Retry-After", "WWW-Authenticate"),
     )
     app.add_middleware(TrustedPages, settings=settings)

@@ -11,7 +11,9 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from petals_win.api import callers
@@ -79,6 +81,18 @@ class TrustedPages:
         if origin in self._settings.cors_origins:
             return True
         return name not in _CONTAINER_HOSTS and origin in (f"http://{host}", f"https://{host}")
+
+
+class Cors(CORSMiddleware):
+    """CORS for the origins that are named, also to browsers that ask in the way of Chrome before 142.
+
+    Those add a header that asks for access to the private network, take no answer for a yes, and starlette refuses it. Since
+    then browsers ask their users instead.
+    """
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        outdated = b"access-control-request-private-network"
+        return super().preflight_response(Headers(raw=[each for each in request_headers.raw if each[0] != outdated]))
 
 
 class RequireKey:
