@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from petals_win.api.created_keys import CreatedKeys
 from petals_win.cli.listening import Listening, tell_certificate
@@ -88,3 +89,17 @@ def test_the_certificate_is_told_of():
     assert len(told) == 1
     tell_certificate(Listening().settings(), told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("command", [["up"], ["api", "--model", "any"]], ids=["up", "api"])
+def test_the_commands_heed_them(command):
+    """Before anything slow: what is wrong with them is said at once."""
+    for options, message in (
+        (["--tls", "off"], "--tls off is unknown"),
+        (["--keys"], "There is no key yet"),
+        (["--root-path", "llm"], "Write --root-path as /llm"),
+        (["--trusted-proxy", "192.168.1.5", "--trusted-proxy", "proxy"], "'proxy' is no address"),
+        (["--host", "0.0.0.0", "--cors-origin", "https://example.org"], "--insecure"),
+    ):
+        refused = CliRunner().invoke(app, [*command, *options])
+        assert isinstance(refused.exception, UserError) and message in str(refused.exception)

@@ -131,6 +131,20 @@ def test_what_there_is_memory_for_is_the_context_that_is_offered(folder):
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 300
 
 
+def test_how_much_of_the_memory_is_in_use_is_told(folder):
+    async def ask(engine: TextEngine, _tokens: LocalEngine):
+        before = engine.status().cache_usage
+        answer = engine.generate(chat("x" * 250))
+        await anext(answer)
+        during = engine.status().cache_usage
+        await answer.aclose()
+        return before, during, engine.status()
+
+    before, during, after = use(folder, ask, room=1000)
+    assert before == after.cache_usage == 0 and during is not None and 0.2 < during <= 1
+    assert after.num_blocks > 0 and not after.missing_blocks
+
+
 def test_closing_ends_those_that_wait_in_the_line(folder):
     async def ask(engine: TextEngine, tokens: LocalEngine):
         budget = tokens._blocks._budget

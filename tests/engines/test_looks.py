@@ -12,6 +12,7 @@ from torch import nn
 
 from petals_win.client.hollow import hollow_model
 from petals_win.engines import petals
+from petals_win.engines.base import PeerStatus
 from petals_win.engines.petals import PetalsEngine
 from petals_win.models.source import open_model
 from petals_win.span.compute import ComputeThread
@@ -105,3 +106,11 @@ def test_routes_learn_of_new_nodes_before_they_need_them(engine, monkeypatch):
     asyncio.run(engine._look())
     assert nodes._thread.trigger.is_set()
     asyncio.run(engine.close())
+
+
+def test_what_nodes_say_of_themselves_is_told(engine, monkeypatch):
+    peer = PeerState(PEER.to_base58(), 0, 2, True, 12.5, "gaming-pc", cache_tokens_left=300, relayed=True)
+    look(monkeypatch, engine, lambda _number: SwarmState(2, (peer,)), lambda: engine.status().ready)
+    status = engine.status()
+    assert status.num_blocks == 2
+    assert status.peers == (PeerStatus(PEER.to_base58(), 0, 2, "gaming-pc", 12.5, 300, True),)
