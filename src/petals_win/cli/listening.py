@@ -70,10 +70,14 @@ class Listening:
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls and self.tls_cert):
             raise UserError(f"For HTTPS give --tls-cert together with --tls-key, or --tls {_SELF_SIGNED} alone.")
         from_environment = _keys_in(os.environ.get(KEYS_VARIABLE, ""))
-        created = CreatedKeys()
-        if self.keys and not created.all():
-            raise UserError("There is no key yet. Make one with 'petals-win key create NAME', or leave --keys out.")
-        others = bool(from_environment or self.api_key_file or self.insecure or is_loopback(self.host))
+        said = bool(from_environment or self.api_key_file or self.insecure or is_loopback(self.host))
+        created = CreatedKeys() if self.keys or not said else None
+        if created is not None and not created.all():
+            if self.keys:
+                raise UserError(
+                    "There is no key yet. Make one with 'petals-win key create NAME', or leave --keys out."
+                )
+            created = None
         tls = None
         if self.tls:
             tls = self_signed()
@@ -84,7 +88,7 @@ class Listening:
             port=self.port,
             api_keys=from_environment,
             key_file=KeyFile(self.api_key_file) if self.api_key_file else None,
-            created_keys=created if self.keys or (not others and created.all()) else None,
+            created_keys=created,
             insecure=self.insecure,
             cors_origins=tuple(self.cors_origin or ()),
             allow_hosts=tuple(self.allow_host or ()),
