@@ -1,4 +1,4 @@
-"""From an answer in the making to an HTTP response, whole or as server-sent events, in whatever shape.
+"""From an answer in the making to an HTTP response, whole or as a stream of events or lines, in whatever shape.
 
 Knows when to stop computing: as soon as nobody waits for the answer. Does not know what an answer looks like.
 """
@@ -50,10 +50,12 @@ async def answer_streamed(
     generations: Generations,
     requests: Sequence[GenerationRequest],
     events: Callable[[Answer], AsyncIterator[ServerSentEvent]],
+    media_type: str = "text/event-stream",
+    ping: Callable[[], ServerSentEvent] = lambda: ServerSentEvent(comment="ping", sep="\n"),
 ) -> EventSourceResponse:
     """Answer the requests, of which there is at least one, by the events that `events` makes of the answer as it comes.
 
-    Raises ApiError, ClientDisconnect; what breaks later is for `events` to tell.
+    `ping` makes what is sent where nothing comes for long. Raises ApiError, ClientDisconnect; what breaks later is for `events` to tell.
     """
     answer = generations.start(requests)
     try:
@@ -61,7 +63,7 @@ async def answer_streamed(
     except BaseException:
         await answer.aclose()
         raise
-    return _Stream(answer, events(answer))
+    return _Stream(answer, events(answer), media_type, ping)
 
 
 def json_event(body: dict[str, Any], name: str | None = None) -> ServerSentEvent:
@@ -69,11 +71,27 @@ def json_event(body: dict[str, Any], name: str | None = None) -> ServerSentEvent
     return ServerSentEvent(json.dumps(body, ensure_ascii=False, separators=(",", ":")), event=name, sep="\n")
 
 
-class _Stream(EventSourceResponse):
-    """Server-sent events; however the response ends, the answer is given up with it."""
+class JsonLine(ServerSentEvent):
+    """What is an event elsewhere, as a line of JSON and nothing more.
 
-    def __init__(self, answer: Answer, events: AsyncIterator[ServerSentEvent]):
-        super().__init__(events, ping=PING_S, ping_message_factory=_ping, send_timeout=SEND_S)
+    In ASCII, since many clients take other characters (U+0085, U+2028) for the end of a line, too.
+    """
+
+    def encode(self) -> bytes:
+        return json.dumps(self.data, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+class _Stream(EventSourceResponse):
+    """A stream of events; however the response ends, the answer is given up with it."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        events: AsyncIterator[ServerSentEvent],
+        media_type: str,
+        ping: Callable[[], ServerSentEvent],
+    ):
+        super().__init__(events, media_type=media_type, ping=PING_S, ping_message_factory=ping, send_timeout=SEND_S)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,10 +99,6 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._answer.aclose()
-
-
-def _ping() -> ServerSentEvent:
-    return ServerSentEvent(comment="ping", sep="\n")
 
 
 async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:

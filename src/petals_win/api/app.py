@@ -15,9 +15,11 @@ from starlette.requests import ClientDisconnect
 
 from petals_win import __version__
 from petals_win.api import errors, reply_schemas
+from petals_win.api.anthropic_routes import anthropic_routes
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.generations import Generations
 from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
+from petals_win.api.ollama_routes import ollama_routes
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
 from petals_win.engines.base import Engine
@@ -57,6 +59,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     # RequireKey does the checking; the dependency makes /docs offer a field for the key.
     shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.needs_key else []
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(ollama_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(anthropic_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
     app.add_exception_handler(errors.ApiError, errors.on_api_error)

@@ -76,7 +76,7 @@ class TrustedPages:
 
 
 class RequireKey:
-    """Asks for one of the keys (Authorization: Bearer KEY) everywhere except on the open paths."""
+    """Asks for one of the keys (Authorization: Bearer KEY, or x-api-key: KEY) everywhere except on the open paths."""
 
     def __init__(self, app: ASGIApp, settings: Settings, open_paths: Collection[str]):
         self._app = app
@@ -87,10 +87,13 @@ class RequireKey:
         if scope["type"] != "http" or not self._settings.needs_key or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._is_valid(key.strip().encode("latin-1")):
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = (key if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+        if any(self._is_valid(key.strip().encode("latin-1")) for key in given if key):
             await self._app(scope, receive, send)
             return
+        key = key or given[1]
         problem = "This API key is not valid." if key else "This API needs a key."
         refusal = ApiError(
             401,
