@@ -135,7 +135,7 @@ class FakeEngine:
                 break
         if rest := stops.flush():
             yield Token(rest)
-        yield Finished("length" if not stops.stopped and limit < len(words) else "stop", stops.met)
+        yield Finished("length" if not stops.stopped and limit < len(words) else "stop", stop_string=stops.met)
         yield replace(usage, completion_tokens=count)
 
     async def close(self) -> None:

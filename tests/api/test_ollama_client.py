@@ -355,8 +355,6 @@ def test_json_by_any_name(served, content_type):
         ("/api/create", {}, 400, "not supported here"),
         ("/api/copy", {}, 400, "not supported here"),
         ("/api/push", {}, 400, "not supported here"),
-        ("/api/embed", {"input": "x"}, 400, "Embeddings"),
-        ("/api/embeddings", {"prompt": "x"}, 400, "Embeddings"),
         ("/api/blobs/sha256:12", {}, 400, "not supported here"),
         ("/api/nothing", {}, 404, "There is no POST /api/nothing here."),
         ("/api/tags", {}, 405, "POST /api/tags is not possible: use GET."),
@@ -398,8 +396,6 @@ def test_the_client_raises_what_fails(client):
         client.pull("llama3")
     with pytest.raises(ollama.ResponseError, match="not supported here"):
         client.delete(MODEL)
-    with pytest.raises(ollama.ResponseError, match="Embeddings"):
-        client.embed(MODEL, "x")
 
 
 def test_pings_are_lines_without_text(monkeypatch):

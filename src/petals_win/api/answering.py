@@ -81,6 +81,13 @@ class JsonLine(ServerSentEvent):
         return json.dumps(self.data, separators=(",", ":")).encode("ascii") + b"\n"
 
 
+class _Nothing(ServerSentEvent):
+    """What is sent in the place of a ping when there is none to send."""
+
+    def encode(self) -> bytes:
+        return b""
+
+
 class _Stream(EventSourceResponse):
     """A stream of events; however the response ends, the answer is given up with it."""
 
@@ -91,8 +98,15 @@ class _Stream(EventSourceResponse):
         media_type: str,
         ping: Callable[[], ServerSentEvent],
     ):
-        super().__init__(events, media_type=media_type, ping=PING_S, ping_message_factory=ping, send_timeout=SEND_S)
+        super().__init__(
+            events, media_type=media_type, ping=PING_S, ping_message_factory=self._keep_open, send_timeout=SEND_S
+        )
         self._answer = answer
+        self._ping_of_answer = ping
+
+    def _keep_open(self) -> ServerSentEvent:
+        # Nothing may come after the last event, which is on its way as soon as the answer is complete.
+        return _Nothing() if self._answer.task.done() else self._ping_of_answer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -38,8 +38,6 @@ _NOT_HERE = {
     "/api/copy": "Models have the name that petals-win is started with.",
     "/api/create": "Models are made elsewhere: start petals-win with --model.",
     "/api/delete": "A model goes when petals-win is ended.",
-    "/api/embed": "Embeddings are not to be had here.",
-    "/api/embeddings": "Embeddings are not to be had here.",
     "/api/pull": "Models are fetched when petals-win is started with --model; /api/tags lists those that are there.",
     "/api/push": "Nothing is published from here.",
 }
@@ -102,8 +100,8 @@ class _JsonByAnyName(APIRoute):
 
         async def as_json(http: Request) -> Response:
             kept = [(name, value) for name, value in http.scope["headers"] if name != b"content-type"]
-            scope = {**http.scope, "headers": [*kept, (b"content-type", b"application/json")]}
-            return await handle(Request(scope, http.receive))
+            http.scope["headers"] = [*kept, (b"content-type", b"application/json")]
+            return await handle(Request(http.scope, http.receive))
 
         return as_json
 

@@ -71,7 +71,7 @@ class TextEngine:
             raise EngineClosed()
         if rest := text.flush():
             yield Token(rest)
-        yield Finished("stop" if ended else "length", text.stop_string)
+        yield Finished("stop" if ended else "length", stop_string=text.stop_string)
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
