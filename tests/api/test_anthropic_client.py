@@ -415,9 +415,10 @@ def test_what_fails_in_the_middle_of_a_stream_raises_in_the_client(client, serve
 
 def test_pings_are_events(monkeypatch):
     monkeypatch.setattr(answering, "PING_S", 0.05)
-    with serving(FakeEngine(pace=0.2)) as served:
+    monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.01)
+    with serving(FakeEngine(pace=0.4)) as served:
         response = posted(served, messages=said("say a b"), stream=True)
-        assert response.text.count('event: ping\ndata: {"type":"ping"}\n\n') >= 2
+        assert response.text.count('event: ping\ndata: {"type":"ping"}\n\n') >= 1
         assert response.text.endswith('data: {"type":"message_stop"}\n\n')
         with client_of(served).messages.stream(model=MODEL, max_tokens=5, messages=said("say a b")) as stream:
             assert stream.get_final_text() == "a b"

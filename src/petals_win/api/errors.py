@@ -83,6 +83,8 @@ _ANTHROPIC_TYPES = {
 # The form of errors below a path, where it is not OpenAI's; the first one that fits counts.
 _FORMS: tuple[tuple[str, Callable[[ApiError], dict[str, Any]]], ...] = (
     ("/v1/messages", anthropic_body),
+    ("/api/v1", ApiError.body),  # Petals' own names begin so, too
+    ("/api/v2", ApiError.body),
     ("/api", ollama_body),
 )
 
