@@ -9,6 +9,8 @@ One word is one token. What it does depends on the last message or prompt:
     "missing"          the swarm cannot begin
     "recall N"         answers "You said: ...", and N tokens of the prompt were there from before
     anything else      answers "You said: ..."
+
+With a `script`, the events of its answer are these, and then the counts; the prompt does not matter.
 """
 
 import asyncio
@@ -49,6 +51,7 @@ class FakeEngine:
         self.cancelled = 0
         self.closed = 0
         self.full = False
+        self.script: list[Event] = []
         self._closing = asyncio.Event()
 
     async def start(self, on_lost: Callable[[UserError], None]) -> None:
@@ -72,6 +75,13 @@ class FakeEngine:
                 raise EngineClosed()
             if request.model != MODEL:
                 raise ModelNotFound(request.model, [MODEL])
+            if self.script:
+                for event in self.script:
+                    await asyncio.sleep(self.pace)
+                    yield event
+                yield Usage(7, len(self.script), 3)
+                self.completed += 1
+                return
             text = request.messages[-1]["content"] if request.messages else request.prompt
             words = [f"#{token}" for token in text] if isinstance(text, tuple) else str(text).split()
             if len(words) >= self.context_length:
@@ -125,7 +135,7 @@ class FakeEngine:
                 break
         if rest := stops.flush():
             yield Token(rest)
-        yield Finished("length" if not stops.stopped and limit < len(words) else "stop")
+        yield Finished("length" if not stops.stopped and limit < len(words) else "stop", stop_string=stops.met)
         yield replace(usage, completion_tokens=count)
 
     async def close(self) -> None:

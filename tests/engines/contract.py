@@ -131,9 +131,12 @@ class EngineContract:
         async def ask(subject: Subject):
             free = await whole(subject.engine, subject.asked(max_tokens=30))
             stop = free.text[len(free.text) // 2 :][:2]
-            return free, stop, await whole(subject.engine, subject.asked(max_tokens=30, stop=("nowhere", stop)))
+            request = subject.asked(max_tokens=30, stop=("nowhere", stop))
+            ends = [event async for event in subject.engine.generate(request) if isinstance(event, Finished)]
+            return free, stop, await whole(subject.engine, request), ends
 
-        free, stop, stopped = self.use(ask)
+        free, stop, stopped, ends = self.use(ask)
+        assert [end.stop_string for end in ends] == [stop]
         assert stopped.reason == "stop" and stopped.text == free.text[: free.text.index(stop)]
         assert stopped.usage.completion_tokens <= free.usage.completion_tokens
 

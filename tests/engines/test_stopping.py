@@ -31,6 +31,24 @@ def test_text_ends_before_the_first_stop_string(pieces, stops, expected):
     assert shown(pieces, stops) == expected
 
 
+@pytest.mark.parametrize(
+    ("pieces", "stops", "met"),
+    [
+        (["a", "b"], ["b", "ab"], "ab"),
+        (["abc"], ["abc", "b"], "b"),
+        (["a", "b"], ["x", "bc"], None),
+        (["a"], [], None),
+        (["a", "a"], ["a"], "a"),
+    ],
+)
+def test_which_stop_string_it_was(pieces, stops, met):
+    scanner = StopStrings(stops)
+    for piece in pieces:
+        scanner.feed(piece)
+    scanner.flush()
+    assert scanner.met == met and scanner.stopped is (met is not None)
+
+
 def test_only_a_possible_beginning_is_held_back():
     scanner = StopStrings(["</end>"])
     assert scanner.feed("a < b") == "a < b"

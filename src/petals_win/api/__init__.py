@@ -1,1 +1,4 @@
-"""The HTTP API: OpenAI's routes in front of an engine. Knows HTTP and the engine protocol; nothing of swarms or tensors."""
+"""The HTTP API: OpenAI's, Ollama's and Anthropic's routes in front of an engine.
+
+Knows HTTP and the engine protocol; nothing of swarms or tensors.
+"""

@@ -1,4 +1,4 @@
-"""From an answer in the making to an HTTP response, whole or as server-sent events, in whatever shape.
+"""From an answer in the making to an HTTP response, whole or as a stream of events or lines, in whatever shape.
 
 Knows when to stop computing: as soon as nobody waits for the answer. Does not know what an answer looks like.
 """
@@ -45,15 +45,22 @@ async def answer_whole(
         raise
 
 
+def comment() -> ServerSentEvent:
+    """What is sent where nothing else is, so that proxies keep the connection."""
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
 async def answer_streamed(
     http: Request,
     generations: Generations,
     requests: Sequence[GenerationRequest],
     events: Callable[[Answer], AsyncIterator[ServerSentEvent]],
+    media_type: str = "text/event-stream",
+    ping: Callable[[], ServerSentEvent] = comment,
 ) -> EventSourceResponse:
     """Answer the requests, of which there is at least one, by the events that `events` makes of the answer as it comes.
 
-    Raises ApiError, ClientDisconnect; what breaks later is for `events` to tell.
+    `ping` makes what is sent where nothing comes for long. Raises ApiError, ClientDisconnect; what breaks later is for `events` to tell.
     """
     answer = generations.start(requests)
     try:
@@ -61,7 +68,7 @@ async def answer_streamed(
     except BaseException:
         await answer.aclose()
         raise
-    return _Stream(answer, events(answer))
+    return _Stream(answer, events(answer), media_type, ping)
 
 
 def json_event(body: dict[str, Any], name: str | None = None) -> ServerSentEvent:
@@ -69,23 +76,48 @@ def json_event(body: dict[str, Any], name: str | None = None) -> ServerSentEvent
     return ServerSentEvent(json.dumps(body, ensure_ascii=False, separators=(",", ":")), event=name, sep="\n")
 
 
-class _Stream(EventSourceResponse):
-    """Server-sent events; however the response ends, the answer is given up with it."""
+class JsonLine(ServerSentEvent):
+    """What is an event elsewhere, as a line of JSON and nothing more.
 
-    def __init__(self, answer: Answer, events: AsyncIterator[ServerSentEvent]):
-        super().__init__(events, ping=PING_S, ping_message_factory=ping, send_timeout=SEND_S)
+    In ASCII, since many clients take other characters (U+0085, U+2028) for the end of a line, too.
+    """
+
+    def encode(self) -> bytes:
+        return json.dumps(self.data, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+class _Nothing(ServerSentEvent):
+    """What is sent in the place of a ping when there is none to send."""
+
+    def encode(self) -> bytes:
+        return b""
+
+
+class _Stream(EventSourceResponse):
+    """A stream of events; however the response ends, the answer is given up with it."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        events: AsyncIterator[ServerSentEvent],
+        media_type: str,
+        ping: Callable[[], ServerSentEvent],
+    ):
+        super().__init__(
+            events, media_type=media_type, ping=PING_S, ping_message_factory=self._keep_open, send_timeout=SEND_S
+        )
         self._answer = answer
+        self._ping_of_answer = ping
+
+    def _keep_open(self) -> ServerSentEvent:
+        # Nothing may come after the last event, which is on its way as soon as the answer is complete.
+        return _Nothing() if self._answer.task.done() else self._ping_of_answer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._answer.aclose()
-
-
-def ping() -> ServerSentEvent:
-    """What is sent where nothing else is, so that proxies keep the connection."""
-    return ServerSentEvent(comment="ping", sep="\n")
 
 
 async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -14,10 +14,12 @@ from starlette.requests import ClientDisconnect
 
 from petals_win import __version__
 from petals_win.api import errors, reply_schemas
+from petals_win.api.anthropic_routes import anthropic_routes
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.generations import Generations
 from petals_win.api.guards import Cors, LimitBody, LimitHead, RequireKey, TrustedPages
 from petals_win.api.metrics import metrics_routes
+from petals_win.api.ollama_routes import ollama_routes
 from petals_win.api.proxies import Forwarded, Prefix
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
@@ -62,6 +64,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(swarm_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(metrics_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(ollama_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(anthropic_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
     app.add_exception_handler(errors.ApiError, errors.on_api_error)

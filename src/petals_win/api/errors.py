@@ -1,15 +1,16 @@
-"""Errors as OpenAI's clients expect them. Knows status codes and the JSON body of an error; not who raises which."""
+"""Errors as clients expect them. Knows status codes and the JSON body of an error in each dialect; not who raises which."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.engines.base import (
@@ -48,12 +49,58 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON body, also sent as the last event of a stream that breaks."""
+        """The JSON body in OpenAI's form, also sent as the last event of a stream that breaks."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> AsciiJson:
-        return AsciiJson(self.body(), self.status, self.headers)
+    def response(self) -> Response:
+        """The answer, in the form that those expect who ask for the path."""
+        return _ErrorResponse(self)
+
+
+def ollama_body(error: ApiError) -> dict[str, Any]:
+    """The JSON body in Ollama's form, also sent as the last line of a stream that breaks."""
+    return {"error": str(error)}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The JSON body in Anthropic's form, also sent as the last event of a stream that breaks."""
+    others = "api_error" if error.status >= 500 else "invalid_request_error"
+    return {
+        "type": "error",
+        "error": {"type": _ANTHROPIC_TYPES.get(error.status, others), "message": str(error)},
+    }
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+# The form of errors below a path, where it is not OpenAI's; the first one that fits counts.
+_FORMS: tuple[tuple[str, Callable[[ApiError], dict[str, Any]]], ...] = (
+    ("/v1/messages", anthropic_body),
+    ("/api/v1", ApiError.body),  # Petals' own names begin so, too
+    ("/api/v2", ApiError.body),
+    ("/api", ollama_body),
+)
+
+
+class _ErrorResponse(Response):
+    """An error whose form is chosen when it is sent, since whoever raises it need not know who asked."""
+
+    def __init__(self, error: ApiError):
+        super().__init__(status_code=error.status)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) + "/"
+        forms = (form for prefix, form in _FORMS if path.startswith(f"{prefix}/"))
+        body = next(forms, ApiError.body)(self._error)
+        await AsciiJson(body, self._error.status, self._error.headers)(scope, receive, send)
 
 
 def from_engine(error: UserError) -> ApiError:
@@ -82,12 +129,12 @@ def _translated(error: UserError) -> ApiError:
             return ApiError(400, str(error))
 
 
-async def on_api_error(request: Request, error: Exception) -> AsciiJson:
+async def on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def on_user_error(request: Request, error: Exception) -> AsciiJson:
+async def on_user_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UserError)
     return from_engine(error).response()
 
@@ -97,7 +144,7 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def on_http_error(request: Request, error: Exception) -> AsciiJson:
+async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: no such route, wrong method, a body that is no text."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
@@ -115,7 +162,7 @@ async def on_http_error(request: Request, error: Exception) -> AsciiJson:
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-async def on_invalid_request(request: Request, error: Exception) -> AsciiJson:
+async def on_invalid_request(request: Request, error: Exception) -> Response:
     """A body of the wrong shape. Names the field, never repeats the value: it may be long or private."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -133,6 +180,6 @@ async def on_invalid_request(request: Request, error: Exception) -> AsciiJson:
     return ApiError(400, f"{param}: {reason[:1].lower()}{reason[1:]}.", param=param).response()
 
 
-async def on_defect(request: Request, error: Exception) -> AsciiJson:
+async def on_defect(request: Request, error: Exception) -> Response:
     """A defect of ours: the server logs the traceback, the client learns only that it happened."""
     return ApiError(500, "An error inside petals-win; its log has the details.").response()

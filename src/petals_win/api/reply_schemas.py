@@ -177,9 +177,9 @@ _STATUSES = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int, body: type[BaseModel] = ErrorReply) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of these statuses."""
-    return {status: {"model": ErrorReply, "description": _STATUSES[status]} for status in statuses}
+    return {status: {"model": body, "description": _STATUSES[status]} for status in statuses}
 
 
 def whole_or_streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

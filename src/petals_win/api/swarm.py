@@ -13,7 +13,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from petals_win.api import reply_schemas as sent
-from petals_win.api.answering import PING_S, SEND_S, json_event, ping
+from petals_win.api.answering import PING_S, SEND_S, comment, json_event
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Generations
 from petals_win.engines.base import Engine
@@ -55,7 +55,7 @@ class _Listened(EventSourceResponse):
     """Server-sent events with a place among the listeners, from the moment in which they are made to their end."""
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], listeners: set[object]):
-        super().__init__(events, ping=PING_S, ping_message_factory=ping, send_timeout=SEND_S)
+        super().__init__(events, ping=PING_S, ping_message_factory=comment, send_timeout=SEND_S)
         self._listeners = listeners
         listeners.add(self)
 

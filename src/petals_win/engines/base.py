@@ -180,9 +180,13 @@ class ToolCallArguments:
 @dataclass(frozen=True)
 class Finished:
     """The answer is complete: "stop" (end of turn or a stop string), "length" (max_tokens or end of context), or
-    "tool_calls" (end of a turn in which the model calls tools)."""
+    "tool_calls" (end of a turn in which the model calls tools).
+
+    stop_string: the one that ended it, if one did.
+    """
 
     reason: Literal["stop", "length", "tool_calls"]
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
+        self.met: str | None = None  # the stop string that was complete
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.met is not None
 
     def feed(self, text: str) -> str:
         """Take the next piece and return what may be shown now. Afterwards `stopped` tells whether to go on."""
@@ -40,8 +45,8 @@ class StopStrings:
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)[1]], ""
+            end, at = min(found)
+            shown, self.met, self._held = self._held[:at], self._held[at:end], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

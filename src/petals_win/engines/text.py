@@ -71,7 +71,7 @@ class TextEngine:
             raise EngineClosed()
         if rest := text.flush():
             yield Token(rest)
-        yield Finished("stop" if ended else "length")
+        yield Finished("stop" if ended else "length", stop_string=text.stop_string)
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
@@ -106,6 +106,11 @@ class _AnswerText:
     def stopped(self) -> bool:
         """Whether a stop string is complete."""
         return self._stops.stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that is complete."""
+        return self._stops.met
 
     def feed(self, token: int) -> str:
         """Take the next token and return what may be shown now."""

@@ -32,7 +32,8 @@ def page_routes() -> APIRouter:
     """The pages and what they load. They hold no secrets, so they need no key."""
     router = APIRouter(include_in_schema=False)
     for path, (file, media_type) in _FILES.items():
-        router.add_api_route(path, _sender(file, media_type))
+        # HEAD of "/" is how Ollama's clients ask whether anybody is there.
+        router.add_api_route(path, _sender(file, media_type), methods=["GET", "HEAD"])
 
     # All paths in pages are relative, so that they also work behind a proxy that has a prefix before them.
     @router.get("/docs")

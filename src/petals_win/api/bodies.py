@@ -1,0 +1,62 @@
+"""What the bodies of all dialects but OpenAI's have in common. Knows how fields are left out, ignored and refused; not which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from petals_win.api.errors import ApiError
+from petals_win.api.schemas import name_once
+
+
+class Body(BaseModel):
+    """A request, or a part of one. A field that is null counts as left out.
+
+    `ignored` are fields that say nothing about the text of an answer; what is not known at all is ignored, too, and
+    named in the log. `refused` are fields that would change what an answer means: each with what to do without them.
+    """
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given: dict[str, Any] = {}
+        for name, value in data.items():
+            if value is None or name in cls.ignored:
+                continue
+            if name in cls.model_fields:
+                given[name] = value
+            elif name not in cls.refused:
+                name_once(name)
+            elif value:
+                raise ApiError(
+                    400, f"{name} is not supported here. {cls.refused[name]}", code="unsupported", param=name
+                )
+        return given
+
+
+def penalty_in_bounds(value: float | None) -> float | None:
+    """A repetition penalty, of which 0 means none. Raises ValueError for one that no logit can be multiplied by."""
+    if value == 0:
+        return 1.0
+    if value is not None and value < 0.01:
+        raise ValueError("less than 0.01 would make logits infinite; 1 is no penalty")
+    return value
+
+
+def arguments_as_object(text: str) -> dict[str, Any] | None:
+    """The arguments of a call as the model wrote them; None if they are no JSON object. No text at all is an empty one."""
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
