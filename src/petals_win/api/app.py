@@ -16,8 +16,10 @@ from starlette.requests import ClientDisconnect
 from petals_win import __version__
 from petals_win.api import errors, reply_schemas
 from petals_win.api.ascii_json import AsciiJson
+from petals_win.api.blanks import BlanksAhead
 from petals_win.api.generations import Generations
 from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
+from petals_win.api.names import with_names
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
 from petals_win.engines.base import Engine
@@ -50,6 +52,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         default_response_class=AsciiJson,
         lifespan=lifespan,
     )
+    engine = with_names(engine, settings.aliases, settings.any_model)
     generations = Generations(engine, settings.max_running, settings.max_waiting)
     app.state.generations = generations
 
@@ -70,6 +73,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.openapi = functools.cache(lambda: reply_schemas.complete(describe()))
 
     # The last one added is the first one asked.
+    if settings.blanks_ahead:
+        app.add_middleware(BlanksAhead)
     app.add_middleware(LimitBody, settings=settings)
     app.add_middleware(RequireKey, settings=settings, open_paths=_OPEN_PATHS)
     app.add_middleware(

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # How far an answer may run ahead of a client that reads slowly.
 _EVENTS_AHEAD = 64
 _GIVE_UP_S = 30.0
+# Longer than anybody who sits before a screen waits for others' answers.
+TURN_S = 600.0
 
 
 class Generations:
@@ -87,12 +89,14 @@ class Answer:
 
     async def _run(self, engine: Engine, slots: asyncio.Semaphore, requests: Sequence[GenerationRequest]) -> None:
         try:
-            async with slots:
+            async with _turn(slots):
                 for index, request in enumerate(requests):
                     async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
                             self._begun.set()
                             await self._sender.send((index, event))
+        except ApiError as error:
+            self._error = error
         except UserError as error:
             self._error = from_engine(error)
         except asyncio.CancelledError:
@@ -104,3 +108,21 @@ class Answer:
         finally:
             self._begun.set()
             self._sender.close()
+
+
+@contextlib.asynccontextmanager
+async def _turn(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of the places, for as long as the block runs. Raises ApiError 504 if none gets free in time."""
+    try:
+        async with asyncio.timeout(TURN_S):
+            await slots.acquire()
+    except TimeoutError:
+        raise ApiError(
+            504,
+            f"This answer was not begun within {TURN_S:.0f} s, since others are still being computed. Try again later.",
+            code="timeout",
+        ) from None
+    try:
+        yield
+    finally:
+        slots.release()

@@ -30,6 +30,8 @@ class Settings:
     allow_hosts: names or addresses under which the API answers without a key, besides those of this PC.
     max_body_bytes: larger requests are refused (413). max_running, max_waiting: requests answered at a time,
     and in line behind them; more are refused (429).
+    aliases: further names of the model. any_model: it is meant whatever the name.
+    blanks_ahead: whole answers that take long begin with blanks, for proxies that give up on a silent server.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +44,9 @@ class Settings:
     max_body_bytes: int = 4 * 2**20
     max_running: int = 16
     max_waiting: int = 32
+    aliases: tuple[str, ...] = ()
+    any_model: bool = False
+    blanks_ahead: bool = False
 
     def __post_init__(self) -> None:
         if not (is_loopback(self.host) or self.needs_key or self.insecure):
@@ -62,6 +67,12 @@ class Settings:
                 raise UserError(
                     f"{name!r} is not the name of a host. "
                     "Write --allow-host as llm.example.org or 192.168.1.5: without http://, port and path."
+                )
+
+        for alias in self.aliases:
+            if not re.fullmatch(r"[^\s\x00-\x1f\x7f]{1,200}", alias):
+                raise UserError(
+                    f"{alias[:200]!r} is not the name of a model. Write --alias as gpt-4o or owner/name: without blanks."
                 )
 
     @property

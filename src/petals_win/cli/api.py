@@ -59,6 +59,9 @@ def api(
     insecure: listening.Insecure = False,
     cors_origin: listening.CorsOrigin = None,
     allow_host: listening.AllowHost = None,
+    alias: listening.Alias = None,
+    any_model: listening.AnyModel = False,
+    blanks_ahead: listening.BlanksAhead = False,
     engine: EngineName = AUTO,
     device: Device = None,
     dtype: Dtype = None,
@@ -76,7 +79,9 @@ def api(
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
 
-    settings = listening.settings_of(host, port, api_key_file, insecure, cors_origin, allow_host)
+    settings = listening.settings_of(
+        host, port, api_key_file, insecure, cors_origin, allow_host, alias, any_model, blanks_ahead
+    )
     check_engine_name(engine)
     exit_with_parent()
     log_to_file("api")

@@ -25,6 +25,21 @@ AllowHost = Annotated[
     typer.Option(help="Name under which others may ask without a key, e.g. that of a proxy: llm.example.org."),
 ]
 
+Alias = Annotated[
+    list[str] | None, typer.Option(help="Another name of the model, for programs that ask for a certain one: gpt-4o.")
+]
+AnyModel = Annotated[
+    bool, typer.Option("--any-model", help="Answer by the model whatever the name that is asked for.")
+]
+BlanksAhead = Annotated[
+    bool,
+    typer.Option(
+        "--blanks-ahead",
+        help="Begin whole answers that take over 10 s with blanks, for a proxy that gives up on a silent server; errors after that "
+        "have status 200.",
+    ),
+]
+
 
 def settings_of(
     host: str,
@@ -33,6 +48,9 @@ def settings_of(
     insecure: bool,
     cors_origin: list[str] | None,
     allow_host: list[str] | None,
+    alias: list[str] | None,
+    any_model: bool,
+    blanks_ahead: bool,
 ) -> Settings:
     """What the options say. Raises UserError for what they must not say together, and for a key file that is none."""
     from petals_win.api.settings import KeyFile, Settings
@@ -44,4 +62,7 @@ def settings_of(
         insecure=insecure,
         cors_origins=tuple(cors_origin or ()),
         allow_hosts=tuple(allow_host or ()),
+        aliases=tuple(alias or ()),
+        any_model=any_model,
+        blanks_ahead=blanks_ahead,
     )

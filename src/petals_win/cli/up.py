@@ -39,6 +39,9 @@ def up(
     insecure: listening.Insecure = False,
     cors_origin: listening.CorsOrigin = None,
     allow_host: listening.AllowHost = None,
+    alias: listening.Alias = None,
+    any_model: listening.AnyModel = False,
+    blanks_ahead: listening.BlanksAhead = False,
     engine: Annotated[
         str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' no swarm at all.")
     ] = "petals",
@@ -58,7 +61,9 @@ def up(
     from petals_win.host.threads import apply_thread_settings
 
     check_engine_name(engine)
-    settings = listening.settings_of(host, 0 if check else port, api_key_file, insecure, cors_origin, allow_host)
+    settings = listening.settings_of(
+        host, 0 if check else port, api_key_file, insecure, cors_origin, allow_host, alias, any_model, blanks_ahead
+    )
     log_to_file("up")
     stop = stop_event()
     apply_thread_settings(threads)

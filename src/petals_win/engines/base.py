@@ -17,12 +17,15 @@ from petals_win.errors import UserError
 class ModelCard:
     """A model that can be asked for: its public name, Unix time of loading (s), longest prompt plus answer (tokens).
 
-    The context is the model's, or what the nodes that serve it have room for, if that is less.
+    The context is the model's, or what the nodes that serve it have room for, if that is less. It may be asked for by its
+    aliases, too, or by any name at all.
     """
 
     id: str
     created: int
     context_length: int
+    aliases: tuple[str, ...] = ()
+    any_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,12 +302,12 @@ class SwarmUnavailable(UserError):
 
 
 def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
-    """The model that is meant: its name in any case, with or without its owner ("owner/name"), if that is only one.
+    """The model that is meant: its name in any case, with or without its owner ("owner/name"), if that is only one, or an alias.
 
     Raises ModelNotFound.
     """
     for card in cards:
-        if card.id == asked:
+        if card.id == asked or asked.lower() in (alias.lower() for alias in card.aliases):
             return card
     owner, _, name = asked.lower().rpartition("/")
     found = []
@@ -314,7 +317,9 @@ def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
         if name == its_name and (not owner or not its_owner or owner == its_owner):
             found.append(card)
     if len(found) != 1:
-        raise ModelNotFound(asked, [card.id for card in cards])
+        found = [card for card in cards if card.any_name]
+    if len(found) != 1:
+        raise ModelNotFound(asked, [name for card in cards for name in (card.id, *card.aliases)])
     return found[0]
 
 
