@@ -33,7 +33,7 @@ MAX_CHOICES = 16
 COMPLETION_MAX_TOKENS = 16
 
 # Fields of OpenAI's, and common ones of Ollama's and llama.cpp's, that say nothing about the text of the answer.
-_IGNORED = {
+IGNORED = {
     "cache_prompt",
     "keep_alive",
     "metadata",
@@ -47,7 +47,7 @@ _IGNORED = {
 }
 
 # What other servers call a field.
-_SPELLINGS = {
+SPELLINGS = {
     "max_new_tokens": "max_tokens",
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
@@ -104,39 +104,53 @@ class Sampling(BaseModel):
     }
 
     model: Annotated[Text, Field(description="its name, in any case, with or without its owner")]
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: Annotated[bool, Field(description="as server-sent events, token by token")] = False
+    stream_options: Annotated[
+        StreamOptions,
+        Field(description="count the tokens in a last event; with continuous_usage_stats in every event"),
+    ] = StreamOptions()
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES, description="how many answers; each draws anew")] = 1
     max_tokens: Annotated[
         int | None,
-        Field(ge=-2, description="0, -1 and -2: as long as the context allows; also called n_predict or num_predict"),
+        Field(
+            ge=-2,
+            description="0, -1, -2, and in chats left out: as long as the context allows; in completions left out: 16",
+        ),
     ] = None
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, description="the answer does not end by itself before")] = 0
+    ignore_eos: Annotated[bool, Field(description="the answer does not end by itself at all")] = False
     temperature: Annotated[
-        float | None, Field(ge=0, le=2, description="0: the most likely token; left out: the model's own default")
+        float | None,
+        Field(
+            ge=0,
+            le=2,
+            description="0, and anything below 0.00001: the most likely token; left out: the model's own default",
+        ),
     ] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="1: no limit; 0: the most likely token")] = None
     top_k: Annotated[int | None, Field(ge=-1, description="not in OpenAI's API; 0 and -1: no limit")] = None
     min_p: Annotated[float | None, Field(ge=0, le=1, description="not in OpenAI's API; 0: no limit")] = None
     repetition_penalty: Annotated[
         float | None,
-        Field(
-            ge=0, le=10, description="not in OpenAI's API; at least 0.01; 1 and 0: none; also called repeat_penalty"
-        ),
+        Field(ge=0, le=10, description="not in OpenAI's API; at least 0.01; 1 and 0: none"),
     ] = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, description="over the answer alone")] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, description="over the answer alone")] = 0
     logit_bias: Annotated[
         dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
         Field(description="token id to what is added to its logit"),
     ] = {}
-    stop: Annotated[list[Text], Field(max_length=16, description="a string or a list of strings")] = []
+    stop: Annotated[
+        list[Text],
+        Field(max_length=16, description="where the answer ends; a text or a list of texts, which are not part of it"),
+    ] = []
     stop_token_ids: Annotated[
         list[Annotated[int, Field(ge=0, lt=2**31)]],
         Field(max_length=64, description="tokens that end the answer, too, and are not part of its text"),
     ] = []
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63, description="-1: another one each time")] = None
+    seed: Annotated[
+        int | None, Field(ge=-(2**63), lt=2**63, description="the same answer again; -1: another one each time")
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -146,8 +160,8 @@ class Sampling(BaseModel):
             return data
         given: dict[str, Any] = {}
         for sent, value in data.items():
-            name = _SPELLINGS.get(sent) or sent
-            if value is None or name in _IGNORED or (name != sent and data.get(name) is not None):
+            name = SPELLINGS.get(sent) or sent
+            if value is None or name in IGNORED or (name != sent and data.get(name) is not None):
                 continue
             if name in cls.model_fields:
                 given[name] = value
@@ -219,11 +233,20 @@ class ChatRequest(Sampling):
         "web_search_options": lambda value: True,
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message],
+        Field(
+            min_length=1,
+            description="roles system, developer, user, assistant, tool and function; content as text or parts of type text; "
+            "calls and results of tools, as the chat template shows them, or as text where it cannot",
+        ),
+    ]
     max_completion_tokens: Annotated[
         int | None, Field(ge=-2, description="the newer name of max_tokens; counts if both are given")
     ] = None
-    tools: Annotated[list[Tool], Field(max_length=128, description="functions that the model may call")] = []
+    tools: Annotated[
+        list[Tool], Field(max_length=128, description="functions that the model may call; `strict` is of no effect")
+    ] = []
     tool_choice: Annotated[
         Choice | NamedFunction,
         Field(description="none, auto, required (one call at least), or the function to call"),
