@@ -48,9 +48,9 @@ def settings_of(
     insecure: bool,
     cors_origin: list[str] | None,
     allow_host: list[str] | None,
-    alias: list[str] | None,
-    any_model: bool,
-    blanks_ahead: bool,
+    alias: list[str] | None = None,
+    any_model: bool = False,
+    blanks_ahead: bool = False,
 ) -> Settings:
     """What the options say. Raises UserError for what they must not say together, and for a key file that is none."""
     from petals_win.api.settings import KeyFile, Settings
