@@ -97,7 +97,7 @@ def body(path: str, text: str, **fields: Any) -> dict[str, Any]:
         ({"stream": True}, 200),
         ({"stream": True, "stream_options": {"include_usage": True}}, 200),
         ({"temperature": "warm"}, 400),
-        ({"logprobs": 5}, 400),
+        ({"logprobs": 6}, 400),
         ({"model": "other"}, 404),
     ],
 )

@@ -20,7 +20,7 @@ def events_of(body: str) -> list[str]:
 
 def error_of(response: httpx.Response) -> dict:
     """The error of a response, checked for OpenAI's shape."""
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert list(response.json()) == ["error"]
     error = response.json()["error"]
     assert list(error) == ["message", "type", "param", "code"]
@@ -62,6 +62,14 @@ def test_a_completion_stream_that_breaks_ends_with_the_error(served):
     assert error["error"]["code"] == "swarm_unavailable"
 
 
+def test_line_separators_of_unicode_end_no_line(served):
+    prompt = "a\u2028b\u2029c\x85d"
+    body = {"model": MODEL, "prompt": prompt, "echo": True, "stream": True}
+    response = httpx.post(f"{served.url}/v1/completions", json=body)
+    assert len(response.text.splitlines()) == 2 * len(events_of(response.text)), "one of data and an empty one each"
+    assert json.loads(events_of(response.text)[0])["choices"][0]["text"] == prompt
+
+
 def test_tokens_are_sent_as_they_come():
     with serving(FakeEngine(pace=0.2)) as served:
         with httpx.stream(
@@ -93,6 +101,14 @@ def chat(**fields):
     return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def named(name: str) -> dict:
+    """The choice of a tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
@@ -104,11 +120,35 @@ def chat(**fields):
         (chat(stop=["a", 5]), "stop[1]", "valid string"),
         (chat(model="\udfff"), "model", "half of a surrogate"),
         (chat(stop="\udfff"), "stop[0]", "half of a surrogate"),
-        (chat(tools=[{"type": "function"}]), "tools", "tools is not supported here"),
-        (chat(logprobs=True), "logprobs", "logprobs is not supported here"),
+        (chat(tools=[{"type": "function"}]), "tools[0].function", "field required"),
+        (
+            chat(tools=[{"type": "function", "function": {"name": ""}}]),
+            "tools[0].function.name",
+            "at least 1 character",
+        ),
+        (chat(tools=[TOOL, {"type": "web_search"}]), "tools[1].type", "tools of type 'web_search' are not supported"),
+        (chat(tools=[{"type": "custom", "custom": {"name": "x"}}]), "tools[0].type", "tools of type 'custom'"),
+        (chat(tools=[TOOL] * 129), "tools", "at most 128 items"),
+        (chat(tools=5), "tools", "valid list"),
+        (chat(tools=[TOOL], tool_choice="any"), "tool_choice", '"required" or {"type": "function"'),
+        (
+            chat(tools=[TOOL], tool_choice={"type": "allowed_tools"}),
+            "tool_choice",
+            '"required" or {"type": "function"',
+        ),
+        (chat(tools=[TOOL], tool_choice=named("f2")), "tool_choice", "there is no function 'f2'"),
+        (chat(tool_choice="required"), "tool_choice", "there is no function to call"),
+        (chat(tool_choice=named("f")), "tool_choice", "there is no function 'f'"),
+        (chat(functions=[{"name": "f"}], function_call="required"), "function_call", '"auto" or {"name": NAME}'),
+        (chat(functions=[{"name": "f"}], function_call={"name": "g"}), "function_call", "there is no function 'g'"),
+        (chat(function_call={"name": "g"}), "function_call", "there is no function 'g'"),
+        (chat(parallel_tool_calls="some"), "parallel_tool_calls", "valid boolean"),
+        (chat(logprobs=5), "logprobs", "valid boolean"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+        (chat(stop_token_ids=[-1]), "stop_token_ids[0]", "greater than or equal to 0"),
+        (chat(stop_token_ids=5), "stop_token_ids", "valid list"),
         (chat(response_format={"type": "json_object"}), "response_format", "response_format is not supported"),
-        (chat(tools=[{"type": "function"}], tool_choice="auto"), "tools", "tools is not supported here"),
-        (chat(top_logprobs=3), "top_logprobs", "top_logprobs is not supported here"),
+        (chat(top_logprobs=3), "top_logprobs", "Set logprobs to true"),
         (chat(grammar='root ::= "a"'), "grammar", "grammar is not supported here"),
         (chat(format="json"), "format", "format is not supported here"),
         (chat(guided_json={"type": "object"}), "guided_json", "guided_json is not supported here"),
@@ -175,12 +215,22 @@ def test_bad_prompts(served, prompt):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"echo": True}, {"suffix": "."}, {"logprobs": 1}, {"best_of": 2}, {"prompt": ["a"] * 9, "n": 2}]
+    "fields",
+    [
+        {"echo": True, "logprobs": 0},
+        {"echo": True, "prompt": [1, 2]},
+        {"suffix": "."},
+        {"logprobs": 6},
+        {"best_of": 2},
+        {"best_of": 3, "n": 2},
+        {"n": 2, "prompt": ["a"] * 9},
+    ],
 )
 def test_unsupported_completion_fields(served, fields):
     response = httpx.post(f"{served.url}/v1/completions", json={"model": MODEL, "prompt": "a", **fields})
     assert response.status_code == 400
-    assert error_of(response)["param"] == ("n" if "n" in fields else list(fields)[0])
+    assert error_of(response)["param"] == list(fields)[0]
+    assert served.engine.requests == []
 
 
 def test_fields_that_ask_for_nothing_are_accepted(served):
@@ -221,14 +271,26 @@ def test_answers_of_openai_can_be_sent_back_as_messages(served):
         (b"[" * 100_000, "application/json", "cannot be read as JSON"),
         (b'{"model": "\xff"}', "application/json", "not UTF-8"),
         ('{"model": "Müller"}'.encode("latin-1"), "application/json", "Send the JSON encoded in UTF-8"),
+        (json.dumps(chat()).encode("utf-16-le"), "text/plain", "sent with 'Content-Type: application/json'"),
         (json.dumps(chat()).encode(), "text/plain", "sent with 'Content-Type: application/json'"),
+        (json.dumps(chat()).encode(), "text/json", "sent with 'Content-Type: application/json'"),
+        (json.dumps(chat()).encode(), "", "sent with 'Content-Type: application/json'"),
         (b"model=m", "application/x-www-form-urlencoded", "sent with 'Content-Type: application/json'"),
     ],
 )
 def test_a_body_that_is_no_json_object(served, content, kind, message):
     response = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
-    assert response.status_code == 400
+    assert response.status_code == (400 if kind == "application/json" else 415)
     assert message in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json", "application/json; charset=utf-8", "Application/JSON;charset=UTF-8"]
+)
+def test_content_types_of_json(served, kind):
+    content = json.dumps(served.chat("say Grüße"), ensure_ascii=False).encode()
+    response = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers={"Content-Type": kind})
+    assert response.json()["choices"][0]["message"]["content"] == "Grüße"
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "max_tokens", "repeat_penalty", "seed"])
@@ -245,6 +307,7 @@ def test_numbers_that_are_none(served, field, value):
 
 def test_whole_answers_are_ascii(served):
     """Windows PowerShell 5.1 takes JSON for Latin-1, unless a charset says otherwise."""
+    assert httpx.get(f"{served.url}/v1/models").headers["content-type"] == "application/json; charset=utf-8"
     response = httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("say Grüße 你好 🎉"))
     assert response.content.decode("latin-1") == response.content.decode("ascii")
     assert json.loads(response.content)["choices"][0]["message"]["content"] == "Grüße 你好 🎉"
@@ -286,7 +349,19 @@ def test_ready():
             "ready": False,
             "detail": "No node serves blocks 15:30.",
             "missing_blocks": list(range(15, 30)),
-            "peers": [{"peer_id": "12D3KooWFakePeer", "start_block": 0, "end_block": 15, "name": "gaming-pc"}],
+            "peers": [
+                {
+                    "peer_id": "12D3KooWFakePeer",
+                    "start_block": 0,
+                    "end_block": 15,
+                    "name": "gaming-pc",
+                    "throughput": None,
+                    "cache_tokens_left": None,
+                    "relayed": None,
+                }
+            ],
+            "num_blocks": 30,
+            "cache_usage": None,
         }
         assert httpx.get(f"{served.url}/health").status_code == 200
 

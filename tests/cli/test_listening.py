@@ -43,6 +43,8 @@ def test_what_they_say(tmp_path):
     assert (settings.cors_origins, settings.allow_hosts) == (("https://example.org",), ("llm.example.org",))
     assert (settings.root_path, settings.trusted_proxies, settings.tls) == ("/llm", ("172.16.0.0/12",), None)
     assert Listening(port=80).settings().keys() == ()
+    named = Listening(alias=["gpt-4o", "b"], any_model=True, blanks_ahead=True).settings()
+    assert (named.aliases, named.any_model, named.blanks_ahead) == (("gpt-4o", "b"), True, True)
 
 
 def test_what_they_must_not_say(tmp_path):

@@ -14,6 +14,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from petals_win.api.blanks import expect_whole_answer
 from petals_win.api.generations import Answer, Generations
 from petals_win.engines.base import GenerationRequest
 
@@ -23,6 +24,8 @@ FIRST_EVENT_S = 10.0
 PING_S = 15
 # A client that has stopped reading must not hold its place for ever.
 SEND_S = 60.0
+
+_LINE_SEPARATORS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ async def answer_whole(
     Raises ApiError, ClientDisconnect.
     """
     answer = generations.start(requests)
+    expect_whole_answer(http.scope)
     try:
         return await _unless_disconnected(http, whole(answer))
     except BaseException:
@@ -72,8 +76,9 @@ async def answer_streamed(
 
 
 def json_event(body: dict[str, Any], name: str | None = None) -> ServerSentEvent:
-    """An event whose data is JSON in one line."""
-    return ServerSentEvent(json.dumps(body, ensure_ascii=False, separators=(",", ":")), event=name, sep="\n")
+    """An event whose data is JSON in one line, also for clients that take Unicode's line separators for ends of a line."""
+    data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_SEPARATORS)
+    return ServerSentEvent(data, event=name, sep="\n")
 
 
 class JsonLine(ServerSentEvent):

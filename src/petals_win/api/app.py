@@ -16,9 +16,11 @@ from petals_win import __version__
 from petals_win.api import errors, reply_schemas
 from petals_win.api.anthropic_routes import anthropic_routes
 from petals_win.api.ascii_json import AsciiJson
+from petals_win.api.blanks import BlanksAhead
 from petals_win.api.generations import Generations
 from petals_win.api.guards import Cors, LimitBody, LimitHead, RequireKey, TrustedPages
 from petals_win.api.metrics import metrics_routes
+from petals_win.api.names import with_names
 from petals_win.api.ollama_routes import ollama_routes
 from petals_win.api.proxies import Forwarded, Prefix
 from petals_win.api.routes import engine_routes, open_routes
@@ -55,6 +57,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         default_response_class=AsciiJson,
         lifespan=lifespan,
     )
+    engine = with_names(engine, settings.aliases, settings.any_model)
     generations = Generations(engine, settings.max_running, settings.max_waiting)
     app.state.generations = generations
 
@@ -79,6 +82,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.openapi = functools.cache(lambda: reply_schemas.complete(describe()))
 
     # The last one added is the first one asked.
+    if settings.blanks_ahead:
+        app.add_middleware(BlanksAhead)
     app.add_middleware(LimitBody, settings=settings)
     app.add_middleware(RequireKey, settings=settings, open_paths=_OPEN_PATHS)
     app.add_middleware(

@@ -171,13 +171,21 @@ async def on_invalid_request(request: Request, error: Exception) -> Response:
         reason, position = first["ctx"]["error"], location[0]
         return ApiError(400, f"The request body is not valid JSON: {reason}, character {position}.").response()
     if not location:
+        kind = request.headers.get("content-type", "")
+        status = 400 if _is_json(kind) else 415
         message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
-        return ApiError(400, message).response()
+        return ApiError(status, message).response()
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")[
         :_LONGEST_PARAM
     ]
     reason = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {reason[:1].lower()}{reason[1:]}.", param=param).response()
+
+
+def _is_json(content_type: str) -> bool:
+    """Whether the framework reads a body of this type as JSON; one without a type is none."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 async def on_defect(request: Request, error: Exception) -> Response:

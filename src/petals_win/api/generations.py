@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # How far an answer may run ahead of a client that reads slowly.
 _EVENTS_AHEAD = 64
 _GIVE_UP_S = 30.0
+# Longer than anybody who sits before a screen waits for others' answers.
+TURN_S = 600.0
 
 
 class Generations:
@@ -133,7 +135,7 @@ class Answer:
         run = self._count(requests[0])
         unused = list(bills)
         try:
-            async with slots:
+            async with _turn(slots):
                 self.has_turn = True
                 run.has_turn()
                 for index, (request, bill) in enumerate(zip(requests, bills, strict=True)):
@@ -149,6 +151,8 @@ class Answer:
                             elif not isinstance(event, Finished):
                                 bill.piece()
                             await self._sender.send((index, event))
+        except ApiError as error:
+            self._error = error
         except UserError as error:
             self._error = from_engine(error)
             run.failed(self._error.status)
@@ -171,3 +175,21 @@ class Answer:
     def _count(self, request: GenerationRequest) -> Run:
         # What models there are is the engine's to say: made-up names would be new lines of /metrics for ever.
         return Run(self._counts, request.model if request.model in self._known else "unknown")
+
+
+@contextlib.asynccontextmanager
+async def _turn(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of the places, for as long as the block runs. Raises ApiError 504 if none gets free in time."""
+    try:
+        async with asyncio.timeout(TURN_S):
+            await slots.acquire()
+    except TimeoutError:
+        raise ApiError(
+            504,
+            f"This answer was not begun within {TURN_S:.0f} s, since others are still being computed. Try again later.",
+            code="timeout",
+        ) from None
+    try:
+        yield
+    finally:
+        slots.release()

@@ -1,4 +1,4 @@
-"""The replies of OpenAI's API, whole or in chunks. Knows their shape; not where the events of an answer come from."""
+"""The replies of OpenAI's API, whole or in chunks. Knows their frame and usage; not what a choice looks like."""
 
 from __future__ import annotations
 
@@ -15,44 +15,8 @@ from petals_win.api.answering import answer_streamed, answer_whole, json_event
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Answer, Generations
 from petals_win.api.schemas import Sampling
-from petals_win.engines.base import Finished, GenerationRequest, Token, Usage
-
-
-class ChatShape:
-    """Replies of /v1/chat/completions."""
-
-    id_prefix = "chatcmpl-"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    opening: dict[str, Any] | None = {"delta": {"role": "assistant", "content": ""}}
-    closing: dict[str, Any] = {"delta": {}}
-
-    @staticmethod
-    def piece(text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    @staticmethod
-    def whole(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-
-class TextShape:
-    """Replies of /v1/completions."""
-
-    id_prefix = "cmpl-"
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
-    opening: dict[str, Any] | None = None
-    closing: dict[str, Any] = {"text": ""}
-
-    @staticmethod
-    def piece(text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    whole = piece
-
-
-Shape = type[ChatShape] | type[TextShape]
+from petals_win.api.shapes import Shape
+from petals_win.engines.base import Event, Finished, GenerationRequest, Usage
 
 
 async def reply(
@@ -70,73 +34,77 @@ async def reply(
 
 
 async def _whole(answer: Answer, asked: Sampling, shape: Shape, requests: list[GenerationRequest]) -> dict[str, Any]:
-    texts = [""] * len(requests)
+    events: list[list[Event]] = [[] for _ in requests]
     reasons: list[str | None] = [None] * len(requests)
-    usage = _Usage()
+    usage = _Usage(asked.n)
     async for index, event in answer:
         match event:
-            case Token(text):
-                texts[index] += text
-            case Finished(reason):
-                reasons[index] = reason
+            case Finished():
+                reasons[index] = shape.reason(event.reason)
             case Usage():
-                usage.add(index, event, asked.n)
+                usage.counts[index] = event
+            case _:
+                events[index].append(event)
     choices = [
-        {"index": index, **shape.whole(text), "logprobs": None, "finish_reason": reason}
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        {"index": index, **shape.whole(index, events[index]), "finish_reason": reason}
+        for index, reason in enumerate(reasons)
     ]
     return {**_head(shape, shape.whole_object, requests[0].model), "choices": choices, "usage": usage.body()}
 
 
 async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> AsyncIterator[ServerSentEvent]:
     head = _head(shape, shape.chunk_object, model)
-    counted: dict[str, Any] = {"usage": None} if asked.stream_options.include_usage else {}
+    options = asked.stream_options
+    usage = _Usage(asked.n)
 
     def chunk(index: int, piece: dict[str, Any], reason: str | None = None) -> ServerSentEvent:
-        choice = {"index": index, **piece, "logprobs": None, "finish_reason": reason}
-        return json_event({**head, "choices": [choice], **counted})
+        body = {**head, "choices": [{"index": index, **piece, "finish_reason": reason}]}
+        if options.continuous_usage_stats:
+            body["usage"] = usage.body()
+        elif options.include_usage:
+            body["usage"] = None
+        return json_event(body)
 
-    usage = _Usage()
-    opened = -1
+    opened, reason = -1, None
     try:
         async for index, event in answer:
-            if index > opened and shape.opening:
-                yield chunk(index, shape.opening)
-                opened = index
-            match event:
-                case Token(text):
-                    yield chunk(index, shape.piece(text))
-                case Finished(reason):
-                    yield chunk(index, shape.closing, reason)
-                case Usage():
-                    usage.add(index, event, asked.n)
+            if isinstance(event, Usage):
+                usage.counts[index] = event
+                if reason is not None:
+                    yield chunk(index, shape.closing(), reason)
+                    reason = None
+                continue
+            if index > opened and (opening := shape.opening(index, event)):
+                yield chunk(index, opening)
+            opened = index
+            if isinstance(event, Finished):
+                reason = shape.reason(event.reason)  # told with the last count, which comes next
+            elif (piece := shape.piece(index, event)) is not None:
+                yield chunk(index, piece)
     except ApiError as error:
         yield json_event(error.body())
         return
-    if asked.stream_options.include_usage:
+    if options.include_usage:
         yield json_event({**head, "choices": [], "usage": usage.body()})
     yield ServerSentEvent("[DONE]", sep="\n")
 
 
 class _Usage:
-    """Adds up tokens; a prompt that is answered several times counts once."""
+    """What was counted for each choice, and the sums; a prompt that is answered several times counts once."""
 
-    def __init__(self) -> None:
-        self._prompt = 0
-        self._completion = 0
-        self._cached = 0
-
-    def add(self, index: int, usage: Usage, choices_per_prompt: int) -> None:
-        self._prompt += usage.prompt_tokens if index % choices_per_prompt == 0 else 0
-        self._cached += usage.cached_tokens if index % choices_per_prompt == 0 else 0
-        self._completion += usage.completion_tokens
+    def __init__(self, choices_per_prompt: int) -> None:
+        self._choices_per_prompt = choices_per_prompt
+        self.counts: dict[int, Usage] = {}
 
     def body(self) -> dict[str, Any]:
+        of_prompts = [count for index, count in self.counts.items() if index % self._choices_per_prompt == 0]
+        prompt = sum(count.prompt_tokens for count in of_prompts)
+        completion = sum(count.completion_tokens for count in self.counts.values())
         return {
-            "prompt_tokens": self._prompt,
-            "completion_tokens": self._completion,
-            "total_tokens": self._prompt + self._completion,
-            "prompt_tokens_details": {"cached_tokens": self._cached},
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(count.cached_tokens for count in of_prompts)},
         }
 
 

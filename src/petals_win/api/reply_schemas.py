@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,7 +63,10 @@ class Swarm(Readiness):
 
 
 class Model(_Reply):
+    """A name that can be asked for. `root` is the model's own, which answers carry; under an alias it differs from `id`."""
+
     id: str
+    root: str
     object: Literal["model"]
     created: int
     owned_by: str
@@ -94,19 +97,57 @@ class _Head(_Reply):
 
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+
+
+class TokenLogprob(_Reply):
+    token: str = Field(description="its text; bytes that are no whole characters are written as \\xf0\\x9f")
+    bytes: list[int]
+    logprob: float
+
+
+class ChosenTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = Field(description="as many as top_logprobs asked for, the likeliest first")
+
+
+class ChatLogprobs(_Reply):
+    """The tokens of a text, by the model's own logits: before temperature, penalties and all that limits a choice."""
+
+    content: list[ChosenTokenLogprob]
+    refusal: None
+
+
+class CalledFunctionReply(_Reply):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it")
+
+
+class ToolCallReply(_Reply):
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionReply
+
+
+_Reasoning = Annotated[str, Field(description="what a model that thinks wrote before its answer, if there is any")]
 
 
 class AssistantMessage(_Reply):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null if the message has calls only")
     refusal: None
+    reasoning_content: _Reasoning = ""
+    reasoning: _Reasoning = ""
+    tool_calls: list[ToolCallReply] = []
+    function_call: CalledFunctionReply | None = Field(
+        default=None, description="of a request with functions, in the place of tool_calls"
+    )
 
 
 class ChatChoice(_Reply):
     index: int
     message: AssistantMessage
-    logprobs: None
-    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(_Head):
@@ -115,30 +156,57 @@ class ChatCompletion(_Head):
     usage: TokenCounts
 
 
+class FunctionPiece(_Reply):
+    name: str = Field(default="", description="in the first piece of a call")
+    arguments: str
+
+
+class ToolCallPiece(_Reply):
+    """A call begins with its id, type and name; the pieces of its arguments follow."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionPiece
+
+
 class Delta(_Reply):
     role: Literal["assistant"] = "assistant"
-    content: str = ""
+    content: str | None = ""
+    reasoning_content: _Reasoning = ""
+    reasoning: _Reasoning = ""
+    tool_calls: list[ToolCallPiece] = []
+    function_call: FunctionPiece | None = None
 
 
 class ChunkChoice(_Reply):
     index: int
     delta: Delta
-    logprobs: None
-    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(_Head):
-    """One event of a streamed chat; usage is there if stream_options asks for it, and counts in the last one."""
+    """One event of a streamed chat; usage is there if stream_options asks for it: it counts in the last one, or in each."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     usage: TokenCounts | None = None
 
 
+class TextLogprobs(_Reply):
+    """The tokens of a text, by the model's own logits; bytes that are no whole characters are written as bytes:\\xf0."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] = Field(description="as many as logprobs asked for, and the chosen one")
+    text_offset: list[int] = Field(description="characters of the answer before each token")
+
+
 class TextChoice(_Reply):
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason
 
 
@@ -151,12 +219,12 @@ class TextCompletion(_Head):
 class TextChunkChoice(_Reply):
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
 
 
 class TextCompletionChunk(_Head):
-    """One event of a streamed completion; usage is there if stream_options asks for it, and counts in the last one."""
+    """One event of a streamed completion; usage is there if stream_options asks for it: it counts in the last one, or in each."""
 
     object: Literal["text_completion"]
     choices: list[TextChunkChoice]
@@ -171,9 +239,11 @@ _STATUSES = {
     408: "The request was not complete in time.",
     413: "The request is too large.",
     431: "The request has too many headers, or too long ones.",
+    415: "The request body is not JSON.",
     429: "Too many requests are being answered or wait. Retry-After says when to try again (s).",
     500: "An error inside petals-win.",
     503: "The swarm cannot answer now. Retry-After says when to try again (s).",
+    504: "Others' answers took so long that this one was not begun.",
 }
 
 
@@ -206,12 +276,14 @@ def events_of(data: type[BaseModel], description: str) -> dict[int | str, dict[s
 
 
 def complete(openapi: dict[str, Any]) -> dict[str, Any]:
-    """Bring FastAPI's description to what is sent: no 422, which is a 400 here, and the schemas of the chunks."""
+    """Bring FastAPI's description to what is sent: no 422, which is a 400 here, 415, and the schemas of the chunks."""
+    of_errors = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
     for path in openapi["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-            too_long = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
-            operation["responses"].setdefault("431", {"description": _STATUSES[431], "content": too_long})
+            operation["responses"].setdefault("431", {"description": _STATUSES[431], "content": of_errors})
+            if "requestBody" in operation:
+                operation["responses"].setdefault("415", {"description": _STATUSES[415], "content": of_errors})
     schemas = openapi["components"]["schemas"]
     for of_fastapi in ("HTTPValidationError", "ValidationError"):
         schemas.pop(of_fastapi, None)

@@ -13,11 +13,12 @@ from petals_win.api import reply_schemas as sent
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.errors import RETRY_AFTER_S
 from petals_win.api.generations import Generations
-from petals_win.api.replies import ChatShape, TextShape, reply
+from petals_win.api.replies import reply
 from petals_win.api.schemas import ChatRequest, CompletionRequest
+from petals_win.api.shapes import ChatShape, TextShape
 from petals_win.engines.base import Engine, ModelCard, find_model
 
-_ANSWER_ERRORS = sent.errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
+_ANSWER_ERRORS = sent.errors(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 
 
 def open_routes() -> APIRouter:
@@ -49,13 +50,15 @@ def engine_routes(engine: Engine, generations: Generations) -> APIRouter:
 
     @router.get("/v1/models", response_model=sent.ModelList, responses=sent.errors(401, 403, 500))
     async def models() -> dict[str, Any]:
-        """The models that can be asked."""
-        return {"object": "list", "data": [_card(model) for model in engine.models()]}
+        """The names of models that can be asked for; each alias is one of its own."""
+        cards = engine.models()
+        return {"object": "list", "data": [_card(card, name) for card in cards for name in (card.id, *card.aliases)]}
 
     @router.get("/v1/models/{model_id:path}", response_model=sent.Model, responses=sent.errors(401, 403, 404, 500))
     async def model(model_id: str) -> dict[str, Any]:
-        """One model."""
-        return _card(find_model(model_id, engine.models()))
+        """One model, by any of its names."""
+        card = find_model(model_id, engine.models())
+        return _card(card, model_id if model_id in card.aliases else card.id)
 
     @router.post(
         "/v1/chat/completions",
@@ -65,7 +68,8 @@ def engine_routes(engine: Engine, generations: Generations) -> APIRouter:
     async def chat_completions(http: Request, body: ChatRequest):
         """Answer a conversation, whole or with "stream": true as server-sent events."""
         card = find_model(body.model, engine.models())
-        return await reply(http, generations, body, body.requests(card.id), ChatShape)
+        shape = ChatShape(body.logprobs, body.calls_functions)
+        return await reply(http, generations, body, body.requests(card.id), shape)
 
     @router.post(
         "/v1/completions",
@@ -75,14 +79,16 @@ def engine_routes(engine: Engine, generations: Generations) -> APIRouter:
     async def completions(http: Request, body: CompletionRequest):
         """Continue a text, whole or with "stream": true as server-sent events."""
         card = find_model(body.model, engine.models())
-        return await reply(http, generations, body, body.requests(card.id), TextShape)
+        shape = TextShape(body.logprobs is not None, body.echoed)
+        return await reply(http, generations, body, body.requests(card.id), shape)
 
     return router
 
 
-def _card(model: ModelCard) -> dict[str, Any]:
+def _card(model: ModelCard, name: str) -> dict[str, Any]:
     return {
-        "id": model.id,
+        "id": name,
+        "root": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": "petals-win",

@@ -6,14 +6,24 @@ What is neither known nor refused is ignored, so that front-ends made for other 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from petals_win.api.errors import ApiError
+from petals_win.api.messages import Message, Text, name_results, whole_characters
+from petals_win.api.tool_schemas import (
+    CalledFunction,
+    Choice,
+    NamedFunction,
+    Tool,
+    ToolFunction,
+    check_tool_types,
+    checked_choice,
+    read_choice,
+)
 from petals_win.engines.base import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -23,11 +33,10 @@ MAX_CHOICES = 16
 COMPLETION_MAX_TOKENS = 16
 
 # Fields of OpenAI's, and common ones of Ollama's and llama.cpp's, that say nothing about the text of the answer.
-_IGNORED = {
+IGNORED = {
     "cache_prompt",
     "keep_alive",
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -38,7 +47,7 @@ _IGNORED = {
 }
 
 # What other servers call a field.
-_SPELLINGS = {
+SPELLINGS = {
     "max_new_tokens": "max_tokens",
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
@@ -56,16 +65,6 @@ def name_once(field: str) -> None:
         logger.info("Requests have the field %s, which means nothing here and is ignored", ascii(field[:40]))
 
 
-def _whole_characters(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text")
-    return text
-
-
-# JSON can escape what UTF-8 cannot carry; no tokenizer takes it.
-Text = Annotated[str, AfterValidator(_whole_characters)]
-
-
 def _asks(value: Any) -> bool:
     """Whether the value of a field that is not supported asks for something: false, 0, "", [] and {} do not."""
     return bool(value)
@@ -76,9 +75,10 @@ def _unless(*neutral: Any) -> Callable[[Any], bool]:
 
 
 class StreamOptions(BaseModel):
-    """include_usage: a last event before [DONE] counts the tokens."""
+    """What a stream tells beside the text."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, Field(description="a last event before [DONE] counts the tokens")] = False
+    continuous_usage_stats: Annotated[bool, Field(description="every event counts the tokens so far")] = False
 
 
 class Sampling(BaseModel):
@@ -97,44 +97,60 @@ class Sampling(BaseModel):
         "guided_json": _asks,
         "guided_regex": _asks,
         "json_schema": _asks,
-        "logprobs": _asks,
         "prompt_logprobs": _asks,
         "response_format": _unless({"type": "text"}),
-        "stop_token_ids": _asks,
         "structured_outputs": _asks,
         "use_beam_search": _asks,
     }
 
     model: Annotated[Text, Field(description="its name, in any case, with or without its owner")]
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: Annotated[bool, Field(description="as server-sent events, token by token")] = False
+    stream_options: Annotated[
+        StreamOptions,
+        Field(description="count the tokens in a last event; with continuous_usage_stats in every event"),
+    ] = StreamOptions()
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES, description="how many answers; each draws anew")] = 1
     max_tokens: Annotated[
         int | None,
-        Field(ge=-2, description="0, -1 and -2: as long as the context allows; also called n_predict or num_predict"),
+        Field(
+            ge=-2,
+            description="0, -1, -2, and in chats left out: as long as the context allows; in completions left out: 16",
+        ),
     ] = None
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, description="the answer does not end by itself before")] = 0
+    ignore_eos: Annotated[bool, Field(description="the answer does not end by itself at all")] = False
     temperature: Annotated[
-        float | None, Field(ge=0, le=2, description="0: the most likely token; left out: the model's own default")
+        float | None,
+        Field(
+            ge=0,
+            le=2,
+            description="0, and anything below 0.00001: the most likely token; left out: the model's own default",
+        ),
     ] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="1: no limit; 0: the most likely token")] = None
     top_k: Annotated[int | None, Field(ge=-1, description="not in OpenAI's API; 0 and -1: no limit")] = None
     min_p: Annotated[float | None, Field(ge=0, le=1, description="not in OpenAI's API; 0: no limit")] = None
     repetition_penalty: Annotated[
         float | None,
-        Field(
-            ge=0, le=10, description="not in OpenAI's API; at least 0.01; 1 and 0: none; also called repeat_penalty"
-        ),
+        Field(ge=0, le=10, description="not in OpenAI's API; at least 0.01; 1 and 0: none"),
     ] = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, description="over the answer alone")] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, description="over the answer alone")] = 0
     logit_bias: Annotated[
         dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
         Field(description="token id to what is added to its logit"),
     ] = {}
-    stop: Annotated[list[Text], Field(max_length=16, description="a string or a list of strings")] = []
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63, description="-1: another one each time")] = None
+    stop: Annotated[
+        list[Text],
+        Field(max_length=16, description="where the answer ends; a text or a list of texts, which are not part of it"),
+    ] = []
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]],
+        Field(max_length=64, description="tokens that end the answer, too, and are not part of its text"),
+    ] = []
+    seed: Annotated[
+        int | None, Field(ge=-(2**63), lt=2**63, description="the same answer again; -1: another one each time")
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -144,8 +160,8 @@ class Sampling(BaseModel):
             return data
         given: dict[str, Any] = {}
         for sent, value in data.items():
-            name = _SPELLINGS.get(sent) or sent
-            if value is None or name in _IGNORED or (name != sent and data.get(name) is not None):
+            name = SPELLINGS.get(sent) or sent
+            if value is None or name in IGNORED or (name != sent and data.get(name) is not None):
                 continue
             if name in cls.model_fields:
                 given[name] = value
@@ -195,6 +211,8 @@ class Sampling(BaseModel):
                 presence_penalty=self.presence_penalty,
                 logit_bias=self.logit_bias,
                 stop=tuple(stop for stop in self.stop if stop),
+                stop_tokens=tuple(self.stop_token_ids),
+                count_along=self.stream and self.stream_options.continuous_usage_stats,
                 # With one seed for all, all the answers would be the same.
                 seed=None if seed is None else seed + choice,
                 **prompt,
@@ -204,93 +222,6 @@ class Sampling(BaseModel):
         ]
 
 
-class Function(BaseModel):
-    """A function that the assistant called, with its arguments as JSON."""
-
-    name: Text
-    arguments: Any = "{}"
-
-    @field_validator("arguments")
-    @classmethod
-    def _as_object(cls, value: Any) -> Any:
-        """Chat templates expect an object. What is none stays the text that it is."""
-        if isinstance(value, str):
-            try:
-                parsed = json.loads(value or "{}")
-            except (ValueError, RecursionError):
-                return value
-            return parsed if isinstance(parsed, dict) else value
-        return {} if value is None else value
-
-
-class ToolCall(BaseModel):
-    """A call of a tool, as answers of OpenAI's have it."""
-
-    id: Text = ""
-    function: Function
-
-
-class Message(BaseModel):
-    """One turn of a conversation. Other fields, as answers of OpenAI's have them, are ignored."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[
-        Text,
-        Field(
-            description="text, or a list of parts of type text; may be null or left out of what assistants and tools say"
-        ),
-    ]
-    name: Text | None = None
-    tool_call_id: Text | None = None
-    tool_calls: list[ToolCall] = []
-    reasoning_content: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bring_up_to_date(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {name: value for name, value in data.items() if value is not None}
-        if data.get("role") in ("assistant", "tool", "function"):
-            data.setdefault("content", "")
-        # What tool calls were before there were several of them.
-        if "function_call" in data and not data.get("tool_calls"):
-            data["tool_calls"] = [{"function": data["function_call"]}]
-        return data
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        texts = [part if isinstance(part, str) else _text_of(part) for part in value]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("only parts of type text are supported here")
-        return "".join(texts)
-
-    def turn(self) -> dict[str, Any]:
-        """As chat templates know it: "developer" is OpenAI's newer name for system, "function" the older one for tool."""
-        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        turn: dict[str, Any] = {"role": role, "content": self.content}
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if value := getattr(self, name):
-                turn[name] = value
-        if self.tool_calls and role == "assistant":
-            turn["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": call.function.arguments},
-                }
-                for call in self.tool_calls
-            ]
-        return turn
-
-
-def _text_of(part: Any) -> Any:
-    return part.get("text", part.get("refusal")) if isinstance(part, dict) else None
-
-
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
@@ -298,19 +229,40 @@ class ChatRequest(Sampling):
         "audio": _asks,
         "chat_template": _asks,
         "documents": _asks,
-        "function_call": _unless("none", "auto"),
-        "functions": _asks,
         "modalities": _unless(["text"]),
-        "tool_choice": _unless("none", "auto"),
-        "tools": _asks,
-        "top_logprobs": _asks,
         "web_search_options": lambda value: True,
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message],
+        Field(
+            min_length=1,
+            description="roles system, developer, user, assistant, tool and function; content as text or parts of type text; "
+            "calls and results of tools, as the chat template shows them, or as text where it cannot",
+        ),
+    ]
     max_completion_tokens: Annotated[
         int | None, Field(ge=-2, description="the newer name of max_tokens; counts if both are given")
     ] = None
+    tools: Annotated[
+        list[Tool], Field(max_length=128, description="functions that the model may call; `strict` is of no effect")
+    ] = []
+    tool_choice: Annotated[
+        Choice | NamedFunction,
+        Field(description="none, auto, required (one call at least), or the function to call"),
+    ] = "auto"
+    parallel_tool_calls: Annotated[bool, Field(description="whether there may be several calls in an answer")] = True
+    functions: Annotated[
+        list[ToolFunction],
+        Field(max_length=128, description="what tools were before; answers then have function_call"),
+    ] = []
+    function_call: Annotated[
+        Literal["none", "auto"] | CalledFunction, Field(description="what tool_choice was before")
+    ] = "auto"
+    logprobs: Annotated[bool, Field(description="tell the log probability of each token")] = False
+    top_logprobs: Annotated[
+        int, Field(ge=0, le=20, description="with logprobs: how many of the likeliest tokens are told, too")
+    ] = 0
     chat_template_kwargs: Annotated[
         dict[str, Any], Field(description='variables of the model\'s chat template, e.g. {"enable_thinking": false}')
     ] = {}
@@ -324,17 +276,24 @@ class ChatRequest(Sampling):
         bool | None, Field(description="begin a turn of the assistant; left out: unless one is continued")
     ] = None
 
-    @model_validator(mode="before")
+    @field_validator("tools", mode="before")
     @classmethod
-    def _tools_that_may_not_be_called(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        idle = {
-            name
-            for name, choice in (("tools", "tool_choice"), ("functions", "function_call"))
-            if data.get(choice) == "none"
-        }
-        return {name: value for name, value in data.items() if name not in idle}
+    def _only_functions(cls, value: Any) -> Any:
+        check_tool_types(value)
+        return value
+
+    @field_validator("tool_choice", "function_call", mode="before")
+    @classmethod
+    def _a_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        return checked_choice(value, info.field_name == "function_call")
+
+    @model_validator(mode="after")
+    def _probabilities_of_what_is_told(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(
+                400, "top_logprobs is for answers with logprobs. Set logprobs to true.", param="top_logprobs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_go_on(self) -> ChatRequest:
@@ -349,7 +308,7 @@ class ChatRequest(Sampling):
     def requests(self, model: str) -> list[GenerationRequest]:
         """One request to `model` per choice, in the order of their indices."""
         messages = [message.turn() for message in self.messages]
-        _name_results(messages)
+        name_results(messages)
         last = messages[-1]
         continued = self.continue_final_message
         if continued is None:
@@ -360,32 +319,44 @@ class ChatRequest(Sampling):
             "template": {n: v for n, v in variables.items() if v is not None} | self.chat_template_kwargs,
             "continue_final": continued,
             "generation_prompt": self.add_generation_prompt is not False,
+            "logprobs": self.top_logprobs if self.logprobs else None,
+            **self._tools(),
         }
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._requests([conversation], most, model)
 
+    @property
+    def calls_functions(self) -> bool:
+        """Whether calls are told in the older way, of which there is one in an answer."""
+        return bool(self.functions) and not self.tools
 
-def _name_results(messages: list[dict[str, Any]]) -> None:
-    """Results of tools name the call that they answer; chat templates want the tool's name, too."""
-    tools = {call["id"]: call["function"]["name"] for turn in messages for call in turn.get("tool_calls", ())}
-    for turn in messages:
-        if turn["role"] == "tool" and (name := tools.get(turn.get("tool_call_id", ""))):
-            turn.setdefault("name", name)
+    def _tools(self) -> dict[str, Any]:
+        names = [tool.function.name for tool in self.tools], [function.name for function in self.functions]
+        choice = read_choice(self.tool_choice, names[0], "tool_choice")
+        older = read_choice(self.function_call, names[1], "function_call")
+        functions = self.functions if self.calls_functions else [tool.function for tool in self.tools]
+        return {
+            "tools": tuple(function.as_tool() for function in functions),
+            "tool_choice": older if self.calls_functions else choice,
+            "parallel_tool_calls": self.parallel_tool_calls and not self.calls_functions,
+        }
 
 
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
-    refused: ClassVar[dict[str, Callable[[Any], bool]]] = Sampling.refused | {
-        "best_of": _unless(1),
-        "echo": _asks,
-        "suffix": _asks,
-    }
+    refused: ClassVar[dict[str, Callable[[Any], bool]]] = Sampling.refused | {"suffix": _asks}
 
     prompt: Annotated[
         str | list[str] | list[int] | list[list[int]],
         Field(description="text or token ids, or a list of several of either"),
     ]
+    echo: Annotated[bool, Field(description="begin each answer with its prompt, which has to be text")] = False
+    best_of: Annotated[int | None, Field(description="as many as n, or 1")] = None
+    logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=5, description="tell the log probability of each token, and of so many of the likeliest ones"),
+    ] = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -393,17 +364,54 @@ class CompletionRequest(Sampling):
         if isinstance(value, str) or (isinstance(value, list) and value and _is_prompt_list(value)):
             for text in [value] if isinstance(value, str) else value:
                 if isinstance(text, str):
-                    _whole_characters(text)
+                    whole_characters(text)
             return value
         raise ValueError("a text, a list of texts, a list of token ids or a list of such lists is needed")
 
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_of_them(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _what_can_be_told(self) -> CompletionRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise ApiError(
+                400,
+                "best_of: answers are not compared here, so all of them are sent. Leave it out, and set n.",
+                code="unsupported",
+                param="best_of",
+            )
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                400,
+                "echo: the log probabilities of a prompt are not known here. Leave out echo or logprobs.",
+                code="unsupported",
+                param="echo",
+            )
+        if self.echo and not all(isinstance(prompt, str) for prompt in self._prompts):
+            raise ApiError(
+                400, "echo: token ids are not repeated. Send the prompt as text.", code="unsupported", param="echo"
+            )
+        return self
+
+    @property
+    def echoed(self) -> list[str]:
+        """What the text of each choice begins with, before the answer; empty if that is nothing."""
+        return [prompt for prompt in self._prompts for _ in range(self.n)] if self.echo else []
+
+    @property
+    def _prompts(self) -> list[Any]:
+        prompts: Any = self.prompt
+        return [prompts] if isinstance(prompts, str) or isinstance(prompts[0], int) else prompts
+
     def requests(self, model: str) -> list[GenerationRequest]:
         """One request to `model` per prompt and choice, in the order of their indices."""
-        prompts: Any = self.prompt
-        if isinstance(prompts, str) or isinstance(prompts[0], int):
-            prompts = [prompts]
         return self._requests(
-            [{"prompt": prompt if isinstance(prompt, str) else tuple(prompt)} for prompt in prompts],
+            [
+                {"prompt": prompt if isinstance(prompt, str) else tuple(prompt), "logprobs": self.logprobs}
+                for prompt in self._prompts
+            ],
             COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
             model,
         )

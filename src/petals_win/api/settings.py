@@ -38,6 +38,9 @@ class Settings:
     max_body_bytes: larger requests are refused (413). max_running, max_waiting: requests answered at a time,
     and in line behind them; more are refused (429). max_connections, max_connections_each: open at a time, in all and
     for each address but this PC's own and the trusted proxies'.
+    and in line behind them; more are refused (429).
+    aliases: further names of the model. any_model: it is meant whatever the name.
+    blanks_ahead: whole answers that take long begin with blanks, for proxies that give up on a silent server.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +59,9 @@ class Settings:
     max_waiting: int = 32
     max_connections: int = 512
     max_connections_each: int = 128
+    aliases: tuple[str, ...] = ()
+    any_model: bool = False
+    blanks_ahead: bool = False
 
     def __post_init__(self) -> None:
         if not (is_loopback(self.host) or self.needs_key or self.insecure):
@@ -78,7 +84,6 @@ class Settings:
                     f"{name!r} is not the name of a host. "
                     "Write --allow-host as llm.example.org or 192.168.1.5: without http://, port and path."
                 )
-
         if self.root_path and not _PREFIX.fullmatch(self.root_path):
             raise UserError(
                 f"{self.root_path!r} cannot stand before paths. Write --root-path as /llm: without http://, name and last slash."
@@ -87,6 +92,11 @@ class Settings:
             if _network(address) is None:
                 raise UserError(
                     f"{address!r} is no address. Write --trusted-proxy as 192.168.1.5, or as a network: 172.16.0.0/12."
+                )
+        for alias in self.aliases:
+            if not re.fullmatch(r"[^\s\x00-\x1f\x7f]{1,200}", alias):
+                raise UserError(
+                    f"{alias[:200]!r} is not the name of a model. Write --alias as gpt-4o or owner/name: without blanks."
                 )
 
     @property

@@ -58,6 +58,21 @@ class Listening:
     )
     tls_cert: Annotated[Path | None, typer.Option(help="HTTPS by this certificate (PEM), with --tls-key.")] = None
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert (PEM).")] = None
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of the model, for programs that ask for a certain one: gpt-4o."),
+    ] = None
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Answer by the model whatever the name that is asked for.")
+    ] = False
+    blanks_ahead: Annotated[
+        bool,
+        typer.Option(
+            "--blanks-ahead",
+            help="Begin whole answers that take over 10 s with blanks, for a proxy that gives up on a silent server; errors after "
+            "that have status 200.",
+        ),
+    ] = False
 
     def settings(self) -> Settings:
         """Raises UserError for what the options must not say together, and for files that are none."""
@@ -95,6 +110,9 @@ class Listening:
             root_path=self.root_path,
             trusted_proxies=tuple(self.trusted_proxy or ()),
             tls=tls,
+            aliases=tuple(self.alias or ()),
+            any_model=self.any_model,
+            blanks_ahead=self.blanks_ahead,
         )
 
 

@@ -17,12 +17,15 @@ from petals_win.errors import UserError
 class ModelCard:
     """A model that can be asked for: its public name, Unix time of loading (s), longest prompt plus answer (tokens).
 
-    The context is the model's, or what the nodes that serve it have room for, if that is less.
+    The context is the model's, or what the nodes that serve it have room for, if that is less. It may be asked for by its
+    aliases, too, or by any name at all.
     """
 
     id: str
     created: int
     context_length: int
+    aliases: tuple[str, ...] = ()
+    any_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class GenerationRequest:
     parallel_tool_calls: whether the answer may have several calls.
     constraint: what the text of the answer has to be; None: anything.
     logprobs: tell with each token its log probability, and those of so many of the likeliest ones; None: do not.
+    count_along: a Usage, with the counts so far, comes before each piece of the answer, too.
     seed: the same request with the same seed gives the same answer; None draws anew.
     """
 
@@ -118,6 +122,7 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     constraint: Constraint | None = None
     logprobs: int | None = None
+    count_along: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -146,7 +151,8 @@ class ChosenToken(TokenProbability):
 class Token:
     """The next piece of the answer: whole characters, never half of a multi-byte one; one token or several.
 
-    chosen: the tokens since the last piece, if the request asks for log probabilities.
+    chosen: the tokens whose text begins in this piece, if the request asks for log probabilities. Those without a text,
+    such as the end of a turn, are left out.
     """
 
     text: str
@@ -225,7 +231,7 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yield any number of Token, Thought, ToolCallBegun and ToolCallArguments, then one Finished, then one Usage.
 
-        (An `async def` with `yield`.)
+        (An `async def` with `yield`.) Between them there is a Usage only if the request wants to have tokens counted along.
 
         Whoever consumes it may stop at any point, by `aclose()` or by being cancelled: the computation ends
         then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.
@@ -313,12 +319,12 @@ class SwarmUnavailable(UserError):
 
 
 def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
-    """The model that is meant: its name in any case, with or without its owner ("owner/name"), if that is only one.
+    """The model that is meant: its name in any case, with or without its owner ("owner/name"), if that is only one, or an alias.
 
     Raises ModelNotFound.
     """
     for card in cards:
-        if card.id == asked:
+        if card.id == asked or asked.lower() in (alias.lower() for alias in card.aliases):
             return card
     owner, _, name = asked.lower().rpartition("/")
     found = []
@@ -328,7 +334,9 @@ def find_model(asked: str, cards: Sequence[ModelCard]) -> ModelCard:
         if name == its_name and (not owner or not its_owner or owner == its_owner):
             found.append(card)
     if len(found) != 1:
-        raise ModelNotFound(asked, [card.id for card in cards])
+        found = [card for card in cards if card.any_name]
+    if len(found) != 1:
+        raise ModelNotFound(asked, [name for card in cards for name in (card.id, *card.aliases)])
     return found[0]
 
 
