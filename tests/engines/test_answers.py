@@ -51,15 +51,17 @@ TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {"ty
 CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
 
 
-def tokenizer(template: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    template: str, special: Sequence[str] = SPECIAL, plain: Sequence[str] = NOT_SPECIAL
+) -> PreTrainedTokenizerFast:
     """A token for each byte, for some words, and for marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: number for number, text in enumerate([*alphabet, "We", "at", "Weat", "Ulm", "Ġis"])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("W", "e"), ("a", "t"), ("We", "at")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    made.add_tokens([AddedToken(text, normalized=False) for text in NOT_SPECIAL])
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    made.add_tokens([AddedToken(text, normalized=False) for text in plain])
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
     fast.chat_template = template
     return fast
