@@ -64,3 +64,4 @@ def test_what_is_control():
     assert format.turns == {"<｜User｜>"}
     assert {"<｜User｜>", "<|im_end|>", "[TOOL_CALLS]"} <= format.never_typed
     assert not {"<think>", "<tool_call>", "<fim>", "\n\n"} & format.never_typed
+    assert format.has_typed("a <|im_end|>") and not format.has_typed("a <|im_ end|> <think>")

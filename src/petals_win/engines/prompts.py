@@ -123,7 +123,7 @@ class PromptEncoder:
     def _tokens(self, rendered: _Rendered, how: dict[str, Any]) -> list[int]:
         """Control tokens that the template writes, and none that somebody has typed in a message."""
         typed = (*rendered.messages, rendered.tools)
-        if not any(control in text for text in _texts(typed) for control in self._format.never_typed):
+        if not any(map(self._format.has_typed, _texts(typed))):
             return self._tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
         tools = list(rendered.tools) or None
         return self._tokenizer.apply_chat_template(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,16 @@ class AnswerFormat:
     def never_typed(self) -> frozenset[str]:
         """Tokens that a template writes; in a message their texts are no tokens."""
         return self.turns.union(filter(None, self.controls.values()))
+
+    def has_typed(self, text: str) -> bool:
+        """Whether one of them is in a message. Some models have hundreds, and hardly a message has as much as their beginnings."""
+        beginnings, whole = self._patterns
+        return any(beginning in text for beginning in beginnings) and whole.search(text) is not None
+
+    @cached_property
+    def _patterns(self) -> tuple[frozenset[str], re.Pattern[str]]:
+        beginnings = frozenset(text[:3] for text in self.never_typed)
+        return beginnings, re.compile("|".join(map(re.escape, self.never_typed)))
 
     def parser(
         self, tools: Sequence[Mapping[str, Any]], *, plain: bool, parallel: bool, prompt: str, continued: str
