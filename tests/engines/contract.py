@@ -21,7 +21,10 @@ from petals_win.engines.base import (
     Full,
     GenerationRequest,
     ModelNotFound,
+    Thought,
     Token,
+    ToolCallArguments,
+    ToolCallBegun,
     Usage,
 )
 from petals_win.errors import UserError
@@ -51,12 +54,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Whole:
-    """A complete answer."""
+    """A complete answer. calls: the tools that it calls, with their arguments."""
 
     text: str
     reason: str
     usage: Usage
     chosen: tuple[ChosenToken, ...] = field(default=(), compare=False)
+    calls: tuple[tuple[str, str], ...] = ()
 
 
 async def whole(engine: Engine, request: GenerationRequest) -> Whole:
@@ -64,12 +68,27 @@ async def whole(engine: Engine, request: GenerationRequest) -> Whole:
     events: list[Event] = [event async for event in engine.generate(request)]
     assert len(events) >= 2, f"an answer of {events}"
     *tokens, finished, usage = events
-    assert isinstance(finished, Finished) and finished.reason in ("stop", "length"), f"{finished} is no end"
+    assert isinstance(finished, Finished) and finished.reason in (
+        "stop",
+        "length",
+        "tool_calls",
+    ), f"{finished} is no end"
     assert isinstance(usage, Usage), f"{usage} is no usage"
-    for token in tokens:
-        assert isinstance(token, Token) and token.text, f"{token} is no piece of an answer"
-    chosen = tuple(each for token in tokens for each in token.chosen)
-    return Whole("".join(token.text for token in tokens), finished.reason, usage, chosen)
+    calls: list[tuple[str, str]] = []
+    for event in tokens:
+        if isinstance(event, ToolCallBegun):
+            assert event.index == len(calls) and event.id and event.name, f"{event} is no call"
+            calls.append((event.name, ""))
+        elif isinstance(event, ToolCallArguments):
+            assert event.index == len(calls) - 1 and event.text, f"{event} belongs to no call"
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.text)
+        else:
+            assert isinstance(event, Token | Thought) and event.text, f"{event} is no piece of an answer"
+    assert finished.reason != "tool_calls" or calls, "it ends by calls that it has not"
+    assert finished.reason != "stop" or not calls, "it does not say that it ends by calls"
+    said = "".join(event.text for event in tokens if isinstance(event, Token))
+    chosen = tuple(each for event in tokens if isinstance(event, Token) for each in event.chosen)
+    return Whole(said, finished.reason, usage, chosen, tuple(calls))
 
 
 async def soon(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
@@ -142,6 +161,18 @@ class EngineContract:
         assert [end.stop_string for end in ends] == [stop]
         assert stopped.reason == "stop" and stopped.text == free.text[: free.text.index(stop)]
         assert stopped.usage.completion_tokens <= free.usage.completion_tokens
+
+    @pytest.mark.parametrize("choice", ["auto", "none"])
+    def test_tools_may_be_offered(self, choice: str):
+        """What answers here calls none of its own accord: the answer is text, as long as was asked for."""
+
+        async def ask(subject: Subject):
+            tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+            return await whole(subject.engine, subject.asked(max_tokens=5, tools=(tool,), tool_choice=choice))
+
+        answer = self.use(ask)
+        assert (answer.reason, answer.usage.completion_tokens, answer.calls) == ("length", 5, ())
+        assert answer.text
 
     def test_a_seed_repeats_an_answer_whoever_else_asks(self):
         async def ask(subject: Subject):

@@ -78,6 +78,17 @@ WEATHER = (
 )
 
 
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    },
+)
+
+
 def test_a_turn_begins():
     assert read(CHATML, user("Hi")) == "<|user|>Hi</s><|assistant|>"
     assert read(CHATML, user("Hi"), generation_prompt=False) == "<|user|>Hi</s>"
@@ -121,7 +132,8 @@ def test_tools_as_the_template_knows_them():
 
 def test_a_template_that_shows_the_role_but_not_the_call():
     text = read(CHATML, *WEATHER)
-    assert '<|assistant|>{"name": "weather", "arguments": {"city": "Ulm"}}</s>' in text
+    call = '{"name": "weather", "arguments": {"city": "Ulm"}}'
+    assert f"<|assistant|><tool_call>\n{call}\n</tool_call></s>" in text, "as calls are asked for"
     assert '<|user|>Result of weather:\n{"sky": "clear"}</s>' in text
 
 
@@ -134,6 +146,34 @@ def test_a_template_that_refuses_tools_or_passes_over_them(template):
 
 def test_results_without_a_call():
     assert "[I]Result:\n7[/I]" in read(IN_TURN, {"role": "tool", "content": "7"})
+
+
+def test_tools_are_told_as_the_template_has_it():
+    template = "{% for tool in tools or [] %}{{ tool.function | tojson }}{% endfor %}" + KNOWS_TOOLS
+    assert read(template, *WEATHER, tools=TOOLS).startswith('{"name": "weather", "parameters": {')
+    assert read(template, *WEATHER, tools=TOOLS, tool_choice="none") == read(KNOWS_TOOLS, *WEATHER)
+
+
+@pytest.mark.parametrize("text", ["Sun?", "Is there a tool named weather?"])
+def test_tools_are_told_in_the_system_turn_to_a_template_that_knows_none(text):
+    """Also where the name of a tool is there for another reason."""
+    told = read(CHATML, {"role": "system", "content": "Be brief."}, user(text), tools=TOOLS)
+    assert told.startswith("<|system|>Be brief.\n\nYou can call tools")
+    assert "<tool_call>\n{" in told and '{"name": "weather", "parameters": {' in told
+    assert read(CHATML, user(text), tools=TOOLS).startswith("<|system|>You can call tools")
+    assert read(CHATML, user(text), tools=TOOLS, tool_choice="none") == read(CHATML, user(text))
+
+
+@pytest.mark.parametrize(("template", "begin"), [(IN_TURN, "[I]"), (PASSES_OVER, "<|user|>")])
+def test_tools_are_told_by_the_user_where_a_system_turn_is_refused_or_passed_over(template, begin):
+    told = read(template, *WEATHER, tools=TOOLS)
+    assert told.startswith(begin + "You can call tools") and told.count('{"name": "weather", "parameters"') == 1
+    assert "\n\nSun?" in told and "<tool_call>\n" in told and "Result of weather" in told
+
+
+def test_a_template_that_shows_nothing_of_tools():
+    with pytest.raises(UserError, match="shows no tools"):
+        read("{{ messages | length }}", user("Hi"), tools=TOOLS)
 
 
 def test_variables_of_the_template():

@@ -24,11 +24,11 @@ class ToldTokens:
         self._held: deque[tuple[int, ChosenToken]] = deque()  # with where its text begins, in characters
         self._length = self._shown = 0  # of the text so far, and of what of it was shown
 
-    def came(self, token: int, length: int) -> None:
-        """Take the next token, with which the text has `length` characters; one that is not weighed is not told."""
+    def came(self, token: int, characters: int) -> None:
+        """Take the next token, with which so many characters came; one that is not weighed is not told."""
         if isinstance(token, WeighedToken) and token not in self._token_bytes.without_text:
             self._held.append((self._length, self._chosen(token)))
-        self._length = length
+        self._length += characters
 
     def shown(self, piece: str) -> tuple[ChosenToken, ...]:
         """The tokens of the next piece that is shown: those whose text begins in it."""
@@ -37,6 +37,12 @@ class ToldTokens:
         while self._held and self._held[0][0] < self._shown:
             told.append(self._held.popleft()[1])
         return tuple(told)
+
+    def held(self) -> tuple[ChosenToken, ...]:
+        """All that came since the last piece, where not all of the text is shown."""
+        told = tuple(each for _, each in self._held)
+        self._held.clear()
+        return told
 
     def _chosen(self, token: WeighedToken) -> ChosenToken:
         likeliest = (TokenProbability(each, self._token_bytes(each), logprob) for each, logprob in token.likeliest)

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from petals_win.engines.base import GenerationRequest
+from petals_win.engines.formats.answer import AnswerParser
+from petals_win.engines.formats.table import AnswerFormat
 from petals_win.errors import UserError
 
 _LONGEST_REASON = 300  # characters of what a template says
 _BLANKS = " \t"
 _END = 8  # tokens; enough for some text before the answer
+
+# How tools are told to a model whose template knows none.
+_CALL = "<tool_call>\n{}\n</tool_call>"
+_TELLS = "You can call tools"
+_TOOLS = (
+    _TELLS + ": write a JSON object with name and arguments between tags, a block for each call, and wait for the "
+    "results.\n{call}\nThe tools, each with the JSON schema of its arguments:\n{tools}"
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,13 @@ class Prompt:
 
     tokens: the token ids. before: the last of them, if the answer goes on with their text and does not begin a turn.
     blanks: with what the caller's text ends, though not the tokens: the answer may repeat it.
+    parser: what tells thoughts and calls of tools from the answer's text, for this one answer; None: all of it is text.
     """
 
     tokens: list[int]
     before: list[int]
     blanks: str
+    parser: AnswerParser | None = None
 
 
 class PromptEncoder:
@@ -39,12 +51,15 @@ class PromptEncoder:
         self._name = name
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
+        self._format = AnswerFormat.of(tokenizer)
+        # Of the added tokens that are not special, those that make up the template's turns.
+        tokenizer.chat_control_tokens = sorted(self._format.turns)
 
     def encode(self, request: GenerationRequest) -> Prompt:
         """The prompt of a request. Raises UserError if it is empty, or what the model or its template does not take."""
-        continued, blanks = True, ""
+        continued, blanks, parser = True, "", None
         if request.messages is not None:
-            tokens, continued, blanks = self._conversation(request, request.messages)
+            tokens, continued, blanks, parser = self._conversation(request, request.messages)
         elif isinstance(request.prompt, str):
             tokens = self._plain(request.prompt)
         else:
@@ -55,7 +70,7 @@ class PromptEncoder:
             raise UserError(
                 f"{self._name} has the tokens 0 to {self._vocabulary - 1}, but the prompt has {unknown[0]}."
             )
-        return Prompt(tokens, self._end_of(tokens) if continued else [], blanks)
+        return Prompt(tokens, self._end_of(tokens) if continued else [], blanks, parser)
 
     def _end_of(self, tokens: list[int]) -> list[int]:
         """The last tokens, but none if they end within a character: text can go on behind a whole one only."""
@@ -71,8 +86,8 @@ class PromptEncoder:
 
     def _conversation(
         self, request: GenerationRequest, messages: Sequence[dict[str, Any]]
-    ) -> tuple[list[int], bool, str]:
-        """Token ids, whether the last turn is continued, and the blanks at its end, which are left out."""
+    ) -> tuple[list[int], bool, str, AnswerParser | None]:
+        """Token ids, whether the last turn is continued, the blanks at its end, which are left out, and what reads the answer."""
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self._name} was not made for chats: it has no chat template. Send a prompt to /v1/completions instead."
@@ -90,12 +105,30 @@ class PromptEncoder:
                 messages, continued, begun = messages[:-1], False, True
         how = {"continue_final_message": continued, "add_generation_prompt": begun and not continued}
         how |= self._variables(request)
+        tools = () if request.tool_choice == "none" else request.tools
         try:
-            text = self._render(messages, how)
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            rendered = self._render(messages, tools, how)
+            tokens = self._tokens(rendered, how)
         except Exception as e:  # a template is a program of the model's makers, and may raise anything
             raise UserError(f"The chat template of {self._name} does not take these messages: {_reason(e)}.") from e
-        return tokens, continued, blanks
+        parser = self._format.parser(
+            tools,
+            plain=rendered.told or request.tool_choice not in ("auto", "none"),
+            parallel=request.parallel_tool_calls,
+            prompt=rendered.text,
+            continued=messages[-1]["content"] if continued else "",
+        )
+        return tokens, continued, blanks, parser
+
+    def _tokens(self, rendered: _Rendered, how: dict[str, Any]) -> list[int]:
+        """Control tokens that the template writes, and none that somebody has typed in a message."""
+        typed = (*rendered.messages, rendered.tools)
+        if not any(map(self._format.has_typed, _texts(typed))):
+            return self._tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+        tools = list(rendered.tools) or None
+        return self._tokenizer.apply_chat_template(
+            rendered.messages, tools=tools, return_dict=False, sanitize_control_tokens=True, **how
+        )
 
     def _variables(self, request: GenerationRequest) -> dict[str, Any]:
         # What is no variable of the template's but an argument of the method would change how it is rendered.
@@ -104,19 +137,56 @@ class PromptEncoder:
             raise UserError(f"chat_template_kwargs: {min(taken)} cannot be set there. Leave it out.")
         return dict(request.template)
 
-    def _render(self, messages: Sequence[dict[str, Any]], how: dict[str, Any]) -> str:
-        """The text of a conversation; where the template refuses tools or passes over them, with tools told as text."""
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], how: dict[str, Any]
+    ) -> _Rendered:
+        """The conversation; what the template refuses of tools, or passes over, is told as text."""
 
-        def render(these: Sequence[dict[str, Any]]) -> str:
-            return self._tokenizer.apply_chat_template(list(these), tokenize=False, **how)
+        def render(these: Sequence[dict[str, Any]], these_tools: Sequence[dict[str, Any]] = ()) -> _Rendered:
+            text = self._tokenizer.apply_chat_template(
+                list(these), tools=list(these_tools) or None, tokenize=False, **how
+            )
+            return _Rendered(text, list(these), tuple(these_tools))
 
+        refused: Exception | None = None
         try:
-            text = render(messages)
-        except Exception:
-            if (told := tools_as_text(messages)) == list(messages):
-                raise
+            rendered = render(messages, tools)
+            # A name may be there by chance.
+            knows = not tools or (_names_tools(tools, rendered.text) and render(messages).text != rendered.text)
+            if knows and _shows_tools(messages, rendered.text):
+                return rendered
+        except Exception as e:
+            refused = e
+        told = tools_as_text(messages)
+        if not tools:
+            if refused is not None and told == list(messages):
+                raise refused
             return render(told)
-        return text if _shows_tools(messages, text) else render(tools_as_text(messages))
+        # Some templates know no system turn, or refuse it.
+        for place in ("system", "user"):
+            try:
+                rendered = render(tell_tools(told, tools, place))
+            except Exception as e:
+                refused = e
+                continue
+            if _TELLS in rendered.text and _names_tools(tools, rendered.text):
+                return replace(rendered, told=True)
+        raise refused or UserError(f"The chat template of {self._name} shows no tools. Leave them out.")
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation as text, of what it was made, and whether its tools are told within the messages."""
+
+    text: str
+    messages: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...]
+    told: bool = False
+
+
+def _names_tools(tools: Sequence[dict[str, Any]], rendered: str) -> bool:
+    """Whether every tool is in the text."""
+    return all(tool["function"]["name"] in rendered for tool in tools)
 
 
 def _shows_tools(messages: Sequence[dict[str, Any]], rendered: str) -> bool:
@@ -138,7 +208,7 @@ def tools_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         calls, role, content = message.get("tool_calls", ()), message["role"], message["content"]
         if calls:
             lines = [content] if content else []
-            lines += [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            lines += [_CALL.format(json.dumps(call["function"], ensure_ascii=False)) for call in calls]
             message = {"role": role, "content": "\n".join(lines)}
         elif role == "tool":
             name = f" of {message['name']}" if message.get("name") else ""
@@ -150,6 +220,34 @@ def tools_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             told.append(message)
             of_tools = role == "tool"
     return told
+
+
+def tell_tools(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], place: str
+) -> list[dict[str, Any]]:
+    """The same conversation with the tools told in its system turn, or before what the user says first.
+
+    Calls are asked for as Hermes and Qwen write them, which `petals_win.engines.formats.json_calls` reads.
+    """
+    listed = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+    told = _TOOLS.format(call=_CALL.format('{"name": "NAME", "arguments": {...}}'), tools="\n".join(listed))
+    messages = list(messages)
+    at = next((number for number, message in enumerate(messages) if message["role"] == place), None)
+    if at is None:
+        return [{"role": place, "content": told}, *messages]
+    known = messages[at]["content"]
+    parts = [known, told] if place == "system" else [told, known]
+    messages[at] = {**messages[at], "content": "\n\n".join(filter(None, parts))}
+    return messages
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in lists and dicts, but for keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _reason(error: Exception) -> str:

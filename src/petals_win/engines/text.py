@@ -1,6 +1,6 @@
 """The text half of every engine that speaks token ids: from a request to a prompt, from tokens to the events of an answer.
 
-Knows tokenizers, stop strings and what a request has to fulfil. Does not know how tokens are computed.
+Knows what a request has to fulfil and when an answer ends. Does not know how tokens are computed.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
-from tokenizers.decoders import DecodeStream
-
+from petals_win.engines.answer import AnswerEvents
 from petals_win.engines.base import (
     ContextTooLong,
     EngineClosed,
@@ -19,14 +18,12 @@ from petals_win.engines.base import (
     ModelCard,
     ModelNotFound,
     SwarmStatus,
-    Token,
     Usage,
 )
-from petals_win.engines.chosen import TokenBytes, ToldTokens
+from petals_win.engines.chosen import TokenBytes
 from petals_win.engines.prompts import Prompt, PromptEncoder
 from petals_win.engines.sampling import check_token_ids
-from petals_win.engines.stopping import StopStrings, WithoutRepeat
-from petals_win.engines.tokens import Language, TokenEngine
+from petals_win.engines.tokens import TokenEngine
 from petals_win.errors import UserError
 
 
@@ -50,8 +47,7 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         prompt, limit = self._read(request)
-        text = _AnswerText(self.tokens.language, prompt, request.stop)
-        told = ToldTokens(self._token_bytes)
+        answer = AnswerEvents(self.tokens.language, prompt, request, self._token_bytes)
         generated, last = 0, None
         cached: list[int] = []
         try:
@@ -61,24 +57,23 @@ class TextEngine:
             ) as tokens:
                 async for token in tokens:
                     generated, last = generated + 1, token
-                    piece = text.feed(token)
-                    told.came(token, text.length)
-                    if piece:
+                    for event in answer.feed(token):
                         if request.count_along:
                             yield Usage(len(prompt.tokens), generated, sum(cached))
-                        yield Token(piece, told.shown(piece))
-                    if text.stopped:
+                        yield event
+                    if answer.stopped:
                         break
         except Exception as e:
             if self._closed:
                 raise EngineClosed() from e
             raise
-        ended = text.stopped or last in self.tokens.language.ends
+        ended = answer.stopped or last in self.tokens.language.ends
         if self._closed and not ended:
             raise EngineClosed()
-        if rest := text.flush():
-            yield Token(rest, told.shown(rest))
-        yield Finished("stop" if ended else "length", stop_string=text.stop_string)
+        for event in answer.flush():
+            yield event
+        reason = "length" if not ended else "tool_calls" if answer.called else "stop"
+        yield Finished(reason, stop_string=answer.stop_string)
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
@@ -98,34 +93,3 @@ class TextEngine:
     async def close(self) -> None:
         self._closed = True
         await self.tokens.close()
-
-
-class _AnswerText:
-    """The text of one answer, token by token: whole characters, without what the reader has already, up to a stop string."""
-
-    def __init__(self, language: Language, prompt: Prompt, stop: tuple[str, ...]):
-        self._tokenizer = language.tokenizer.backend_tokenizer
-        # Some tokenizers leave out the blank before the first word of a text, which this one may not be.
-        self._decode = DecodeStream(ids=prompt.before, skip_special_tokens=True)
-        self._new, self._stops = WithoutRepeat(prompt.blanks), StopStrings(stop)
-        self.length = 0  # of the text so far, in characters, with what is held back
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string is complete."""
-        return self._stops.stopped
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that is complete."""
-        return self._stops.met
-
-    def feed(self, token: int) -> str:
-        """Take the next token and return what may be shown now."""
-        text = self._new.feed(self._decode.step(self._tokenizer, token) or "")
-        self.length += len(text)
-        return self._stops.feed(text)
-
-    def flush(self) -> str:
-        """What is still held back, at the end of the answer; nothing behind a stop string."""
-        return self._stops.flush()
