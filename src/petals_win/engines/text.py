@@ -6,7 +6,7 @@ Knows tokenizers, stop strings and what a request has to fulfil. Does not know h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from tokenizers.decoders import DecodeStream
 
@@ -22,6 +22,7 @@ from petals_win.engines.base import (
     Token,
     Usage,
 )
+from petals_win.engines.forced_calls import ForcedCall, with_forced_call
 from petals_win.engines.prompts import Prompt, PromptEncoder
 from petals_win.engines.sampling import check_token_ids
 from petals_win.engines.stopping import StopStrings, WithoutRepeat
@@ -48,6 +49,9 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         prompt, limit = self._read(request)
+        call = None
+        if forced := with_forced_call(request):
+            request, call = forced, ForcedCall()
         text = _AnswerText(self.tokens.language, prompt, request.stop)
         generated, last = 0, None
         cached: list[int] = []
@@ -58,8 +62,8 @@ class TextEngine:
             ) as tokens:
                 async for token in tokens:
                     generated, last = generated + 1, token
-                    if piece := text.feed(token):
-                        yield Token(piece)
+                    for event in _shown(text.feed(token), call):
+                        yield event
                     if text.stopped:
                         break
         except Exception as e:
@@ -69,9 +73,11 @@ class TextEngine:
         ended = text.stopped or last in self.tokens.language.ends
         if self._closed and not ended:
             raise EngineClosed()
-        if rest := text.flush():
-            yield Token(rest)
-        yield Finished("stop" if ended else "length")
+        for event in _shown(text.flush(), call):
+            yield event
+        for event in call.flush(ended) if call else ():
+            yield event
+        yield Finished("length" if not ended else "tool_calls" if call else "stop")
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
@@ -91,6 +97,13 @@ class TextEngine:
     async def close(self) -> None:
         self._closed = True
         await self.tokens.close()
+
+
+def _shown(piece: str, call: ForcedCall | None) -> Sequence[Event]:
+    """The events that a piece of text is, of an answer or of the call that it has to be."""
+    if call is not None:
+        return call.feed(piece)
+    return [Token(piece)] if piece else []
 
 
 class _AnswerText:
