@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from petals_win.api.errors import ApiError
+from petals_win.api.structure import Structured
 from petals_win.engines.base import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Sampling(BaseModel):
+class Sampling(Structured):
     """What chat and plain completion have in common. A field that is null counts as left out."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -90,18 +91,9 @@ class Sampling(BaseModel):
     refused: ClassVar[dict[str, Callable[[Any], bool]]] = {
         "allowed_token_ids": _asks,
         "bad_words": _asks,
-        "format": _asks,
-        "grammar": _asks,
-        "guided_choice": _asks,
-        "guided_grammar": _asks,
-        "guided_json": _asks,
-        "guided_regex": _asks,
-        "json_schema": _asks,
         "logprobs": _asks,
         "prompt_logprobs": _asks,
-        "response_format": _unless({"type": "text"}),
         "stop_token_ids": _asks,
-        "structured_outputs": _asks,
         "use_beam_search": _asks,
     }
 
@@ -180,6 +172,7 @@ class Sampling(BaseModel):
         if len(prompts) * self.n > MAX_CHOICES:
             raise ApiError(400, f"More than {MAX_CHOICES} answers in one request. Ask several times.", param="n")
         seed = None if self.seed == -1 else self.seed
+        constraint = self.constraint()
         return [
             GenerationRequest(
                 model=model,
@@ -195,6 +188,7 @@ class Sampling(BaseModel):
                 presence_penalty=self.presence_penalty,
                 logit_bias=self.logit_bias,
                 stop=tuple(stop for stop in self.stop if stop),
+                constraint=constraint,
                 # With one seed for all, all the answers would be the same.
                 seed=None if seed is None else seed + choice,
                 **prompt,

@@ -9,7 +9,13 @@ from typing import Any
 Schema = dict[str, Any]
 
 _NAMES = ("name", "age", "city", "tags", "notes", "price", "kind", "items", "owner", "größe")
-_PATTERNS = ("^[A-Z]{3}-[0-9]{4}$", "^(red|green|blue)$", "^[a-z]+@[a-z]+\\.com$", "^#[0-9a-f]{6}$", "^\\d{1,3}(\\.\\d{1,3}){3}$")
+_PATTERNS = (
+    "^[A-Z]{3}-[0-9]{4}$",
+    "^(red|green|blue)$",
+    "^[a-z]{1,8}@[a-z]{2,8}\\.com$",
+    "^#[0-9a-f]{6}$",
+    "^\\d{1,3}(\\.\\d{1,3}){3}$",
+)
 _FORMATS = ("date", "time", "uuid", "ipv4", "x-of-nobody")
 _NOT_HELD = ({"uniqueItems": True, "type": "array"}, {"not": {"type": "null"}}, {"contains": {"type": "integer"}})
 _SHARE_NOT_HELD = 0.05

@@ -28,7 +28,9 @@ from petals_win.errors import UserError
 
 _LONGEST = 2**17  # characters
 _DEEPEST = 60  # lists and objects of a schema within each other
-_LEVELS = 2000  # of those, with what they refer to put in their places; three times as many were too much for the stack
+_LEVELS = (
+    2000  # of those, with what they refer to put in their places; three times as many were too much for the stack
+)
 _RULES = 1000  # of a grammar
 _STACK = 2**24  # bytes
 _LEXER_STATES = 50_000  # up to 2 kB each
@@ -136,9 +138,7 @@ class AnswerGuide:
         # What cannot go on looks like what is complete, but for this.
         if self._matcher.is_error():
             dead = self._matcher.stop_reason() == "NoExtensionBias"
-            raise UserError(
-                f"{self._what}: {_sentence('NoExtensionBias' if dead else self._matcher.get_error())}"
-            )
+            raise UserError(f"{self._what}: {_sentence('NoExtensionBias' if dead else self._matcher.get_error())}")
         return torch.frombuffer(bias, dtype=torch.uint8)[: self._vocabulary] == 0
 
 
