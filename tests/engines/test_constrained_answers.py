@@ -99,7 +99,7 @@ def test_answers_beside_each_other(folder):
     """Those that are held to something, and those that are not: each the same as alone."""
 
     async def ask(engine: TextEngine):
-        asked = [held(seed=seed) if seed % 2 else chat(temperature=0, max_tokens=40 + seed) for seed in range(8)]
+        asked = [held(seed=seed) if seed % 2 else chat(temperature=0, max_tokens=20 + seed) for seed in range(4)]
         return [await whole(engine, each) for each in asked], await asyncio.gather(
             *(whole(engine, each) for each in asked)
         )
@@ -111,7 +111,7 @@ def test_answers_beside_each_other(folder):
 
 
 def test_drafts_change_nothing(folder, monkeypatch):
-    asked = [chat(constraint=Constraint("regex", "(ab[0-9]ab){30}"), seed=seed) for seed in range(3)]
+    asked = [chat(constraint=Constraint("regex", "(ab[0-9]ab){9}"), seed=seed) for seed in range(3)]
     monkeypatch.setattr(Pace, "took", lambda *_: None)
 
     async def ask(engine: TextEngine):
@@ -124,7 +124,7 @@ def test_drafts_change_nothing(folder, monkeypatch):
     monkeypatch.setattr(Pace, "plain", 1.0)
     monkeypatch.setattr(Pace, "of", lambda *_: 1.0)
     assert use(folder, ask) == plain and drafts
-    assert all(answer.reason == "stop" and re.fullmatch("(ab[0-9]ab){30}", answer.text) for answer in plain)
+    assert all(answer.reason == "stop" and re.fullmatch("(ab[0-9]ab){9}", answer.text) for answer in plain)
 
 
 def test_what_cannot_be_is_told_before_any_event(folder):
