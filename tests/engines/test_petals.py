@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -10,12 +11,14 @@ import psutil
 import pytest
 
 from petals_win.engines.base import (
+    Constraint,
     ContextTooLong,
     Finished,
     GenerationRequest,
     ModelNotFound,
     SwarmUnavailable,
     Token,
+    ToolCallBegun,
     Usage,
 )
 from petals_win.engines.petals import PetalsEngine
@@ -95,6 +98,25 @@ def test_lengths_and_stop_strings(use):
     assert over_tokens[:2] == ("The capital of France ", "stop")
     assert continued[0].replace(" ", "").startswith("7,8,") and continued[1] == "length"
     assert by_ids == continued
+
+
+def test_an_answer_that_is_held_to_a_schema(use):
+    properties = {
+        "capital": {"type": "string"},
+        "rivers": {"type": "array", "items": {"type": "string"}, "maxItems": 2},
+    }
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    function = {"name": "look_up", "parameters": schema}
+
+    async def ask(engine):
+        held = request(constraint=Constraint("json_schema", json.dumps(schema)), max_tokens=100)
+        forced = request(tools=({"type": "function", "function": function},), tool_choice="required", max_tokens=100)
+        return await answer(engine, held), [event async for event in engine.generate(forced)]
+
+    (text, reason, _), (begun, *arguments, finished, _usage) = use(ask)
+    assert reason == "stop" and json.loads(text)["capital"] == "Paris"
+    assert isinstance(begun, ToolCallBegun) and begun.name == "look_up" and finished == Finished("tool_calls")
+    assert json.loads("".join(piece.text for piece in arguments)).keys() == properties.keys()
 
 
 def test_the_assistants_turn_is_continued(use):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from petals_win.api.errors import ApiError
 from petals_win.api.messages import Message, Text, name_results, whole_characters
+from petals_win.api.structure import Structured
 from petals_win.api.tool_schemas import (
     CalledFunction,
     Choice,
@@ -81,7 +82,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Annotated[bool, Field(description="every event counts the tokens so far")] = False
 
 
-class Sampling(BaseModel):
+class Sampling(Structured):
     """What chat and plain completion have in common. A field that is null counts as left out."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -90,16 +91,7 @@ class Sampling(BaseModel):
     refused: ClassVar[dict[str, Callable[[Any], bool]]] = {
         "allowed_token_ids": _asks,
         "bad_words": _asks,
-        "format": _asks,
-        "grammar": _asks,
-        "guided_choice": _asks,
-        "guided_grammar": _asks,
-        "guided_json": _asks,
-        "guided_regex": _asks,
-        "json_schema": _asks,
         "prompt_logprobs": _asks,
-        "response_format": _unless({"type": "text"}),
-        "structured_outputs": _asks,
         "use_beam_search": _asks,
     }
 
@@ -196,6 +188,7 @@ class Sampling(BaseModel):
         if len(prompts) * self.n > MAX_CHOICES:
             raise ApiError(400, f"More than {MAX_CHOICES} answers in one request. Ask several times.", param="n")
         seed = None if self.seed == -1 else self.seed
+        constraint = self.constraint()
         return [
             GenerationRequest(
                 model=model,
@@ -213,6 +206,7 @@ class Sampling(BaseModel):
                 stop=tuple(stop for stop in self.stop if stop),
                 stop_tokens=tuple(self.stop_token_ids),
                 count_along=self.stream and self.stream_options.continuous_usage_stats,
+                constraint=constraint,
                 # With one seed for all, all the answers would be the same.
                 seed=None if seed is None else seed + choice,
                 **prompt,

@@ -5,7 +5,7 @@ Knows what generate() of transformers would apply. Does not know requests, sessi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
@@ -13,6 +13,22 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from petals_win.client.hollow import RemoteCache
 
 _LIKELIEST = 1024  # tokens, in whose order top-p is tried first
+_NEVER = float("-inf")
+
+
+class Guide(Protocol):
+    """Which tokens one answer may go on with. Used by one thread, in turn: what is forbidden, what was taken."""
+
+    def forbidden(self) -> torch.Tensor | None:
+        """The tokens that may not come next, as bool [vocabulary], of which at least one may; None if all may.
+
+        Waits until it is known. Raises UserError if the answer cannot go on.
+        """
+        ...
+
+    def took(self, token: int) -> None:
+        """The next token is this one. Does not wait: what may follow it is found out beside the step through the blocks."""
+        ...
 
 
 class WeighedToken(int):
@@ -31,24 +47,49 @@ class WeighedToken(int):
 
 
 class Sampler:
-    """Chooses the tokens of one answer; used for one answer only, since processors and the generator have a state."""
+    """Chooses the tokens of one answer; used for one answer only, since processors, the generator and the guide have a state."""
 
     def __init__(
-        self, processors: LogitsProcessorList, generator: torch.Generator | None = None, logprobs: int | None = None
+        self,
+        processors: LogitsProcessorList,
+        generator: torch.Generator | None = None,
+        *,
+        logprobs: int | None = None,
+        guide: Guide | None = None,
     ) -> None:
-        """`generator` draws the token; without one the most likely is taken. `logprobs`: how many of the likeliest are told."""
+        """`generator` draws the token; without one the most likely is taken. `logprobs`: how many of the likeliest are told.
+
+        `guide` leaves some of them out.
+        """
         self._processors = processors
         self._generator = generator
         self._logprobs = logprobs
+        self._guide = guide
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether it chooses the largest logit as it stands, so that one look at a whole batch will do."""
-        return not self._processors and self._generator is None
+        return not self._processors and self._generator is None and self._guide is None
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
-        """The next token after `ids` [1, prompt and answer so far], by its logits [1, vocabulary], float32."""
-        scores = self._processors(ids, logits)  # pyright: ignore[reportArgumentType]
+        """The next token after `ids` [1, prompt and answer so far], by its logits [1, vocabulary], float32.
+
+        Raises what the guide does.
+        """
+        forbidden = self._guide.forbidden() if self._guide is not None else None
+        # Before the processors, some of which keep the likeliest tokens only.
+        allowed = logits if forbidden is None else logits.masked_fill(forbidden, _NEVER)
+        scores = self._processors(ids, allowed)  # pyright: ignore[reportArgumentType]
+        if forbidden is not None:
+            scores = scores.masked_fill(forbidden, _NEVER)  # some processors force a token
+            if scores.max() == _NEVER:
+                scores = allowed  # and a model's own settings may forbid all that its answer can go on with
+        token = self._draw(scores)
+        if self._guide is not None:
+            self._guide.took(token)
+        return token
+
+    def _draw(self, scores: torch.Tensor) -> int:
         if self._generator is None:
             return int(scores.argmax(dim=-1))
         # A generator of the answer's own: with one for all, a seed would give what others left over.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from petals_win.client.decode import DecodeLoop
 from petals_win.client.hollow import hollow_model
 from petals_win.engines.base import Full, GenerationRequest, ModelCard, SwarmStatus
+from petals_win.engines.constraints import Constraints
 from petals_win.engines.local_blocks import LocalBlocks
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
@@ -111,7 +112,7 @@ class LocalEngine:
         compute: ComputeThread,
         budget: CacheBudget,
     ):
-        self.language = language
+        self.language, self._constraints = language, Constraints(language)
         self._model, self._decode, self._compute = model, decode, compute
         self._blocks = LocalBlocks(span, compute, budget)
         self._card = ModelCard(source.name, int(time.time()), source.context_length)
@@ -157,7 +158,8 @@ class LocalEngine:
     async def generate(
         self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts
     ) -> AsyncGenerator[int, None]:
-        choose = sampler(request, self._model, prompt, limit)
+        guide = await self._constraints.guide(request.constraint, prompt)
+        choose = sampler(request, self._model, prompt, limit, guide)
         known, ended = list(prompt), len(prompt) + limit
         while True:
             before = len(known)

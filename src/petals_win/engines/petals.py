@@ -44,6 +44,7 @@ from petals_win.engines.base import (
     SwarmUnavailable,
     block_ranges,
 )
+from petals_win.engines.constraints import Constraints
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
 from petals_win.engines.text import TextEngine
@@ -79,6 +80,7 @@ class PetalsEngine:
         """`model` is hollow, and computed on the thread `compute`, which runs."""
         self._source, self._model, self._compute, self._dht = source, model, compute, dht
         self.language = Language.of(source.tokenizer(), model)
+        self._constraints = Constraints(self.language)
         self._decode = DecodeLoop(model, compute)
         self._nodes = _nodes_of(source, dht)
         self._blocks = SwarmBlocks(self._nodes)
@@ -175,7 +177,8 @@ class PetalsEngine:
             await self._look()
             if self._state.missing_blocks:
                 raise SwarmUnavailable(self._state.missing_blocks)
-        choose = sampler(request, self._model, prompt, limit)
+        guide = await self._constraints.guide(request.constraint, prompt)
+        choose = sampler(request, self._model, prompt, limit, guide)
         known = list(prompt)
         session = self._blocks.open(len(prompt) + limit, prompt)
         self._running.add(session)

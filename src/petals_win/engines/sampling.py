@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from petals_win.client.choosing import Sampler, processors_of_generate
+from petals_win.client.choosing import Guide, Sampler, processors_of_generate
 from petals_win.engines.base import GenerationRequest
 from petals_win.errors import UserError
 
@@ -19,8 +19,14 @@ from petals_win.errors import UserError
 _GREEDY_BELOW = 1e-5
 
 
-def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> Sampler:
-    """What chooses the tokens of the answer to `prompt`, at most `max_tokens`.
+def sampler(
+    request: GenerationRequest,
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    guide: Guide | None = None,
+) -> Sampler:
+    """What chooses the tokens of the answer to `prompt`, at most `max_tokens`, of those that `guide` leaves.
 
     What the request leaves open is as the generation_config of `model` says, of which nothing is computed here.
     """
@@ -32,14 +38,15 @@ def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence
         arguments["repetition_penalty"] = float(request.repetition_penalty)
     if request.logit_bias:
         arguments["sequence_bias"] = {(token,): float(bias) for token, bias in request.logit_bias.items()}
-    # As long as a turn must not end, its end tokens are no choice.
-    if shortest := max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens):
+    # As long as a turn must not end, its end tokens are no choice; but a constrained answer ends where it is complete.
+    if guide is None and (shortest := max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens)):
         arguments["min_new_tokens"] = shortest
     if request.frequency_penalty or request.presence_penalty:
         penalties = _Penalties(request.frequency_penalty, request.presence_penalty, len(prompt))
         arguments["logits_processor"] = LogitsProcessorList([penalties])
     processors = processors_of_generate(model, torch.tensor([prompt]), **arguments)
-    return Sampler(processors, _generator(request.seed) if arguments["do_sample"] else None, request.logprobs)
+    generator = _generator(request.seed) if arguments["do_sample"] else None
+    return Sampler(processors, generator, logprobs=request.logprobs, guide=guide)
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -21,6 +21,7 @@ from petals_win.engines.base import (
     Usage,
 )
 from petals_win.engines.chosen import TokenBytes
+from petals_win.engines.forced_calls import with_forced_call
 from petals_win.engines.prompts import Prompt, PromptEncoder
 from petals_win.engines.sampling import check_token_ids
 from petals_win.engines.tokens import TokenEngine
@@ -47,6 +48,7 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         prompt, limit = self._read(request)
+        request = with_forced_call(request) or request
         answer = AnswerEvents(self.tokens.language, prompt, request, self._token_bytes)
         generated, last = 0, None
         cached: list[int] = []
