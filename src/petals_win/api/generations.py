@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import anyio
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _EVENTS_AHEAD = 64
 _GIVE_UP_S = 30.0
 
+T = TypeVar("T")
+
 
 class Generations:
     """All answers of one engine: at most `max_running` at a time, at most `max_waiting` in line behind them."""
@@ -30,26 +33,69 @@ class Generations:
         self._engine = engine
         self._slots = asyncio.Semaphore(max_running)
         self._most = max_running + max_waiting
-        self._answers: set[Answer] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, requests: Sequence[GenerationRequest]) -> Answer:
         """Begin to answer the requests, one after the other. Raises ApiError 429 if the line is full."""
-        if len(self._answers) >= self._most:
-            raise ApiError(
-                429,
-                f"{len(self._answers)} requests are being answered or wait already. Try again in a moment.",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "5"},
-            )
+        self._check_line()
         answer = Answer(self._engine, self._slots, requests)
-        self._answers.add(answer)
-        answer.task.add_done_callback(lambda _: self._answers.discard(answer))
+        self._keep(answer.task)
         return answer
+
+    async def run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do other work of the engine's in the place of an answer. It ends when the caller is cancelled.
+
+        Raises ApiError 429 if the line is full, and ApiError for what the work raises.
+        """
+        self._check_line()
+
+        async def in_slot() -> T:
+            async with self._slots:
+                return await work()
+
+        task = asyncio.create_task(in_slot())
+        self._keep(task)
+        try:
+            return await task
+        except Exception as error:
+            raise _told(error) from error
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():
+                raise
+            raise _shutting_down() from None
 
     def stop(self) -> None:
         """End all answers, with an error for those who wait for them: the server is going down."""
-        for answer in self._answers:
-            answer.task.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    def _check_line(self) -> None:
+        if len(self._tasks) >= self._most:
+            raise ApiError(
+                429,
+                f"{len(self._tasks)} requests are being answered or wait already. Try again in a moment.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "5"},
+            )
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _told(error: Exception) -> ApiError:
+    """What work on a request ended by, as whoever asked is told of it; a defect goes to the log."""
+    if isinstance(error, UserError):
+        return from_engine(error)
+    if isinstance(error, ApiError):
+        return error
+    logger.error("The engine failed", exc_info=error)
+    return ApiError(500, "An error inside petals-win; its log has the details.")
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
 class Answer:
@@ -93,14 +139,11 @@ class Answer:
                         async for event in events:
                             self._begun.set()
                             await self._sender.send((index, event))
-        except UserError as error:
-            self._error = from_engine(error)
         except asyncio.CancelledError:
-            self._error = ApiError(503, "The server is shutting down.", code="shutting_down")
+            self._error = _shutting_down()
             raise
-        except Exception:
-            logger.exception("The engine failed")
-            self._error = ApiError(500, "An error inside petals-win; its log has the details.")
+        except Exception as error:
+            self._error = _told(error)
         finally:
             self._begun.set()
             self._sender.close()

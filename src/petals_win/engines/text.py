@@ -6,7 +6,7 @@ Knows tokenizers, stop strings and what a request has to fulfil. Does not know h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from tokenizers.decoders import DecodeStream
 
@@ -50,6 +50,7 @@ class TextEngine:
         prompt, limit = self._read(request)
         text = _AnswerText(self.tokens.language, prompt, request.stop)
         generated, last = 0, None
+        untold: list[int] = []  # tokens that no event has told
         cached: list[int] = []
         try:
             # Left before the end is told, so that nothing of the answer is held any more when somebody hears of it.
@@ -58,8 +59,10 @@ class TextEngine:
             ) as tokens:
                 async for token in tokens:
                     generated, last = generated + 1, token
+                    untold.append(token)
                     if piece := text.feed(token):
-                        yield Token(piece)
+                        yield Token(piece, ids=tuple(untold))
+                        untold.clear()
                     if text.stopped:
                         break
         except Exception as e:
@@ -71,22 +74,52 @@ class TextEngine:
             raise EngineClosed()
         if rest := text.flush():
             yield Token(rest)
-        yield Finished("stop" if ended else "length")
+        yield Finished("stop" if ended else "length", ids=tuple(untold))
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
         """The prompt, and how many tokens the answer may have. Raises UserError for what cannot be answered."""
-        if self._closed:
-            raise EngineClosed()
-        card = self.tokens.card()
-        if request.model != card.id:
-            raise ModelNotFound(request.model, [card.id])
+        card = self._card(request.model)
         prompt = self._prompts.encode(request)
         check_token_ids(request.logit_bias, self.tokens.language.vocabulary)
         room = card.context_length - len(prompt.tokens)
         if room < 1:
             raise ContextTooLong(len(prompt.tokens), card.context_length)
         return prompt, min(request.max_tokens or room, room)
+
+    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+        self._card(request.model)
+        if isinstance(request.prompt, str):
+            return self._prompts.plain(request.prompt, special=special)
+        return self._prompts.encode(request).tokens
+
+    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        self._card(model)
+        self._prompts.check(tokens)
+        return self.tokens.language.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
+        card = self._card(model)
+        self._prompts.check(tokens)
+        if not tokens:
+            raise UserError("The text is empty. Send at least one token.")
+        if len(tokens) > card.context_length:
+            raise ContextTooLong(len(tokens), card.context_length)
+        try:
+            return await self.tokens.embed(list(tokens))
+        except Exception as e:
+            if self._closed:
+                raise EngineClosed() from e
+            raise
+
+    def _card(self, model: str) -> ModelCard:
+        """The card of the model that is asked for by its name, if this engine still answers and has it."""
+        if self._closed:
+            raise EngineClosed()
+        card = self.tokens.card()
+        if model != card.id:
+            raise ModelNotFound(model, [card.id])
+        return card
 
     async def close(self) -> None:
         self._closed = True
