@@ -8,6 +8,8 @@ One word is one token. What it does depends on the last message or prompt:
     "break" "crash"    two tokens, then the swarm fails, or the engine itself does
     "missing"          the swarm cannot begin
     "recall N"         answers "You said: ...", and N tokens of the prompt were there from before
+    "think A | B"      thinks A and answers B
+    "call NAME ARGUMENTS … | A"   answers A, which may be missing, and calls tools, each with arguments without blanks
     "... </s>"         an answer ends there, and ~ is a token without text
     anything else      answers "You said: ..."
 """
@@ -20,6 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from petals_win.engines.base import (
+    ChosenToken,
     ContextTooLong,
     EngineClosed,
     Event,
@@ -31,7 +34,11 @@ from petals_win.engines.base import (
     SwarmFull,
     SwarmStatus,
     SwarmUnavailable,
+    Thought,
     Token,
+    TokenProbability,
+    ToolCallArguments,
+    ToolCallBegun,
     Usage,
 )
 from petals_win.engines.stopping import StopStrings
@@ -93,6 +100,7 @@ class FakeEngine:
             if order == "wait":
                 await asyncio.wait_for(self._closing.wait(), 600)
                 raise EngineClosed()
+            before: list[str] = []
             match order:
                 case "say":
                     answer = words[1:]
@@ -100,16 +108,25 @@ class FakeEngine:
                     answer = [str(n) for n in range(1, int(words[1]) + 1)]
                 case "break" | "crash":
                     answer = ["two", "tokens"]
+                case "think" | "call":
+                    bar = words.index("|") if "|" in words else len(words)
+                    before, answer = words[1:bar], words[bar + 1 :]
                 case _:
                     answer = ["You", "said:", *words]
             if request.seed is not None:
                 answer.append(str(zlib.crc32(repr((answer, request.seed)).encode())))
             cached = int(words[1]) if order == "recall" else 0
+            for word in before if order == "think" else ():
+                yield Thought(f"{word} ")
             async for event in self._speak(answer, request, Usage(length, 0, cached)):
                 if isinstance(event, Finished) and order == "break":
                     raise SwarmUnavailable(range(15, 30))
                 if isinstance(event, Finished) and order == "crash":
                     raise RuntimeError("scripted defect")
+                if isinstance(event, Finished) and order == "call":
+                    for call in _calls(before):
+                        yield call
+                    event = Finished("tool_calls")
                 yield event
             self.completed += 1
         except (asyncio.CancelledError, GeneratorExit):
@@ -130,6 +147,7 @@ class FakeEngine:
         limit = min(room, len(words) if request.max_tokens is None else request.max_tokens)
         count, ended = 0, False
         untold: list[int] = []
+        told = _Told(request.logprobs)
         for word in words[:limit]:
             await asyncio.sleep(self.pace)
             if self.closed:
@@ -139,16 +157,20 @@ class FakeEngine:
             untold.append(self._id(text))
             if ended := untold[-1] in (END, *request.stop_tokens):
                 break
-            if piece := stops.feed("" if word == "~" else text):
-                yield Token(piece, ids=tuple(untold))
+            text = "" if word == "~" else text
+            told.came(count, text)
+            if piece := stops.feed(text):
+                if request.count_along:
+                    yield replace(usage, completion_tokens=count)
+                yield Token(piece, told.shown(piece), tuple(untold))
                 untold.clear()
             if stops.stopped:
                 break
         if rest := stops.flush():
-            yield Token(rest)
-        yield Finished(
-            "length" if not stops.stopped and not ended and limit < len(words) else "stop", ids=tuple(untold)
-        )
+            yield Token(rest, told.shown(rest), tuple(untold))
+            untold.clear()
+        whole = stops.stopped or ended or limit >= len(words)
+        yield Finished("stop" if whole else "length", tuple(untold))
         yield replace(usage, completion_tokens=count)
 
     def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
@@ -205,3 +227,37 @@ class FakeEngine:
     async def close(self) -> None:
         self.closed += 1
         self._closing.set()
+
+
+def _calls(words: list[str]) -> list[Event]:
+    """Each call begins, and then come its arguments in two pieces."""
+    events: list[Event] = []
+    for index, (name, arguments) in enumerate(zip(words[::2], words[1::2], strict=True)):
+        events.append(ToolCallBegun(index, f"call_{index}", name))
+        events += [ToolCallArguments(index, part) for part in (arguments[:3], arguments[3:]) if part]
+    return events
+
+
+class _Told:
+    """Log probabilities in step with a text that is held back; characters that UTF-16 needs two of are two tokens."""
+
+    def __init__(self, likeliest: int | None):
+        self._likeliest = likeliest
+        self._held: list[tuple[int, ChosenToken]] = []
+        self._length = self._shown = 0
+
+    def came(self, number: int, text: str) -> None:
+        data = text.encode()
+        for part in (data[:-2], data[-2:]) if text[-1:] > "\uffff" else (data,):
+            others = [TokenProbability(number, part, -number / 8), TokenProbability(0, b"\xff", -9.0)]
+            others += [TokenProbability(each, b"t%d" % each, float("-inf")) for each in range(1000, 1020)]
+            if self._likeliest is not None:
+                chosen = ChosenToken(number, part, -number / 8, tuple(others[: self._likeliest]))
+                self._held.append((self._length, chosen))
+        self._length += len(text)
+
+    def shown(self, piece: str) -> tuple[ChosenToken, ...]:
+        self._shown += len(piece)
+        told = tuple(chosen for begin, chosen in self._held if begin < self._shown)
+        del self._held[: len(told)]
+        return told

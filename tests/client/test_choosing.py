@@ -1,4 +1,4 @@
-"""Top-p among the likeliest tokens is what transformers' own one keeps."""
+"""Top-p among the likeliest tokens is what transformers' own one keeps; log probabilities are those of its raw logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from span.families import VOCABULARY, random_model
 from transformers import TopPLogitsWarper
 
 from petals_win.client import choosing
-from petals_win.client.choosing import Sampler, processors_of_generate
+from petals_win.client.choosing import Sampler, WeighedToken, processors_of_generate
 
 
 @pytest.mark.parametrize("likeliest", [VOCABULARY + 1, 40, 1])
@@ -34,3 +34,25 @@ def test_it_takes_the_place_of_the_other_one():
     with torch.no_grad():
         logits = model(ids).logits[:, -1]
     assert Sampler(processors, torch.Generator().manual_seed(3))(ids, logits) == theirs
+
+
+@pytest.mark.parametrize("told", [0, 4, VOCABULARY + 5])
+def test_log_probabilities_are_those_before_anything_is_done_to_logits(told):
+    model, ids = random_model("llama"), torch.tensor([[5, 6, 7]])
+    settings = {"do_sample": True, "temperature": 0.2, "top_k": 3, "repetition_penalty": 1.5, "max_new_tokens": 1}
+    made = model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
+    expected = made.logits[0][0].double().log_softmax(dim=-1)
+    sampler = Sampler(processors_of_generate(model, ids, **settings), torch.Generator().manual_seed(3), told)
+    token = sampler(ids, made.logits[0])
+    weighed = sampler.weighed(token, made.logits[0])
+    assert isinstance(weighed, WeighedToken) and weighed == token
+    assert weighed.logprob == pytest.approx(float(expected[token]), abs=1e-5)
+    assert [each for each, _ in weighed.likeliest] == expected.argsort(descending=True)[:told].tolist()
+    assert [logprob for _, logprob in weighed.likeliest] == pytest.approx(
+        expected.sort(descending=True).values[:told].tolist(), abs=1e-5
+    )
+
+
+def test_a_token_is_a_plain_one_if_nobody_asks():
+    sampler = Sampler(processors_of_generate(random_model("llama"), torch.tensor([[5]]), max_new_tokens=1))
+    assert type(sampler.weighed(7, torch.zeros(1, VOCABULARY))) is int

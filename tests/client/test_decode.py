@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from petals_win.client import decode
-from petals_win.client.choosing import Sampler, processors_of_generate
+from petals_win.client.choosing import Sampler, WeighedToken, processors_of_generate
 from petals_win.client.decode import DecodeLoop
 from petals_win.client.drafts import Pace
 from petals_win.client.ends import Ends
@@ -407,6 +407,26 @@ def test_an_error_in_the_middle_of_a_draft_comes_after_the_tokens(decoding, monk
     monkeypatch.setattr(decode, "Drafter", lambda _pace: Guessing(prompt + expected, []))
     monkeypatch.setattr(made.blocks, "takes_back", 100)
     assert asyncio.run(run()) == expected[:3]
+
+
+def test_log_probabilities_of_guessed_tokens_are_those_of_each_alone(decoding, monkeypatch):
+    made = decoding("llama")
+    (prompt,) = some_prompts([9])
+
+    async def ask() -> list[WeighedToken]:
+        session = made.blocks.open(40)
+        choose = Sampler(LogitsProcessorList(), None, 2)
+        tokens = [t async for t in made.loop.generate(session, prompt, choose=choose, limit=20, ends=set())]
+        await session.close()
+        return [token for token in tokens if isinstance(token, WeighedToken)]
+
+    plain = asyncio.run(ask())
+    assert len(plain) == 20 and all(token == token.likeliest[0][0] for token in plain)
+    monkeypatch.setattr(decode, "Drafter", lambda _pace: Guessing(prompt + list(map(int, plain)), []))
+    monkeypatch.setattr(made.blocks, "takes_back", 100)
+    guessed = asyncio.run(ask())
+    assert guessed == plain and len(made.blocks.sessions[-1].steps) < 15
+    assert [token.logprob for token in guessed] == pytest.approx([token.logprob for token in plain], abs=1e-4)
 
 
 def test_text_that_repeats_itself_takes_fewer_steps(decoding, monkeypatch):

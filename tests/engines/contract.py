@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pytest
 
 from petals_win.engines.base import (
+    ChosenToken,
     ContextTooLong,
     Engine,
     EngineClosed,
@@ -55,6 +56,7 @@ class Whole:
     text: str
     reason: str
     usage: Usage
+    chosen: tuple[ChosenToken, ...] = field(default=(), compare=False)
 
 
 async def whole(engine: Engine, request: GenerationRequest) -> Whole:
@@ -66,7 +68,8 @@ async def whole(engine: Engine, request: GenerationRequest) -> Whole:
     assert isinstance(usage, Usage), f"{usage} is no usage"
     for token in tokens:
         assert isinstance(token, Token) and token.text, f"{token} is no piece of an answer"
-    return Whole("".join(token.text for token in tokens), finished.reason, usage)
+    chosen = tuple(each for token in tokens for each in token.chosen)
+    return Whole("".join(token.text for token in tokens), finished.reason, usage, chosen)
 
 
 async def soon(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
@@ -149,6 +152,44 @@ class EngineContract:
         first, again, other, beside = self.use(ask)
         assert first == again == beside
         assert first.text != other.text
+
+    def test_log_probabilities_are_those_of_the_text(self):
+        async def ask(subject: Subject):
+            def drawn(**settings: Any) -> Awaitable[Whole]:
+                return whole(
+                    subject.engine, subject.asked("count 50", temperature=1.0, seed=5, max_tokens=12, **settings)
+                )
+
+            plain, alone, *told = [await drawn(logprobs=n) for n in (None, 0, 3)]
+            stop = plain.text[len(plain.text) // 2 :][:2]
+            return plain, alone, *told, stop, await drawn(logprobs=1, stop=(stop,))
+
+        plain, alone, told, stop, stopped = self.use(ask)
+        assert plain.chosen == () and plain == alone == told, "telling changes nothing"
+        assert b"".join(each.text for each in told.chosen).decode(errors="ignore") == told.text
+        assert [each.logprob for each in alone.chosen] == pytest.approx([each.logprob for each in told.chosen])
+        assert all(each.likeliest == () for each in alone.chosen)
+        for each in told.chosen:
+            assert len(each.likeliest) == 3 and each.logprob <= each.likeliest[0].logprob <= 0
+            logprobs = [other.logprob for other in each.likeliest]
+            assert logprobs == sorted(logprobs, reverse=True)
+        assert b"".join(each.text for each in stopped.chosen).startswith(stopped.text.encode())
+        assert len(stopped.chosen) < len(told.chosen)
+
+    def test_tokens_are_counted_along_if_asked_for(self):
+        async def ask(subject: Subject):
+            return [event async for event in subject.engine.generate(subject.asked(max_tokens=5, count_along=True))]
+
+        *along, finished, usage = self.use(ask)
+        assert isinstance(usage, Usage) and isinstance(finished, Finished)
+        counts, pieces = along[::2], along[1::2]
+        assert all(isinstance(piece, Token) for piece in pieces)
+        assert [replace(count, completion_tokens=0) for count in counts] == [
+            replace(usage, completion_tokens=0)
+        ] * len(counts)
+        assert [count.completion_tokens for count in counts] == list(
+            range(1, len(counts) + 1)
+        ), "one piece for each token"
 
     def test_sixteen_at_once_answer_as_each_alone(self):
         async def ask(subject: Subject):

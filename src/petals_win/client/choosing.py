@@ -15,13 +15,31 @@ from petals_win.client.hollow import RemoteCache
 _LIKELIEST = 1024  # tokens, in whose order top-p is tried first
 
 
+class WeighedToken(int):
+    """A token id that says how likely the token was, and which ones were the likeliest; the likeliest comes first.
+
+    logprob, and the second of each pair: natural logarithms of probabilities by the logits as they came from the model.
+    """
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+    def __new__(cls, token: int, logprob: float, likeliest: tuple[tuple[int, float], ...]) -> WeighedToken:
+        weighed = super().__new__(cls, token)
+        weighed.logprob, weighed.likeliest = logprob, likeliest
+        return weighed
+
+
 class Sampler:
     """Chooses the tokens of one answer; used for one answer only, since processors and the generator have a state."""
 
-    def __init__(self, processors: LogitsProcessorList, generator: torch.Generator | None = None) -> None:
-        """`generator` draws the token; without one the most likely is taken."""
+    def __init__(
+        self, processors: LogitsProcessorList, generator: torch.Generator | None = None, logprobs: int | None = None
+    ) -> None:
+        """`generator` draws the token; without one the most likely is taken. `logprobs`: how many of the likeliest are told."""
         self._processors = processors
         self._generator = generator
+        self._logprobs = logprobs
 
     @property
     def takes_the_likeliest(self) -> bool:
@@ -35,6 +53,15 @@ class Sampler:
             return int(scores.argmax(dim=-1))
         # A generator of the answer's own: with one for all, a seed would give what others left over.
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+
+    def weighed(self, token: int, logits: torch.Tensor) -> int:
+        """The token that was chosen by the logits [1, vocabulary]: a WeighedToken, if log probabilities are told."""
+        if self._logprobs is None:
+            return token
+        logprobs = logits[0].log_softmax(dim=-1)
+        best = logprobs.topk(min(self._logprobs, len(logprobs)))
+        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return WeighedToken(token, float(logprobs[token]), likeliest)
 
 
 def processors_of_generate(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> LogitsProcessorList:

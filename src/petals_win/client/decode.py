@@ -57,6 +57,8 @@ class DecodeLoop:
     ) -> AsyncGenerator[int, None]:
         """Yield the tokens that go on after `prompt`, at most `limit`, the last of them in `ends` if one of those came.
 
+        They are WeighedTokens, if `choose` makes such ones.
+
         `session` is the caller's to close, and has seen nothing that is not part of the answer. Tokens are computed as fast
         as they can be, not only when they are asked for. Whoever stops reading, by `aclose()` or by being cancelled, ends the
         computation: before `aclose()` returns, the session's step has ended and nothing waits for a turn.
@@ -278,7 +280,8 @@ class _Answer:
         """
         draft = self._draft
         for number in range(len(logits)):
-            token = likeliest[number] if likeliest else self.choose(self.ids, logits[number : number + 1])
+            here = logits[number : number + 1]
+            token = self.choose.weighed(likeliest[number] if likeliest else self.choose(self.ids, here), here)
             self.append(token)
             tokens.append(token)
             if self.ended or number == len(draft) or token != draft[number]:

@@ -78,6 +78,7 @@ class GenerationRequest:
     parallel_tool_calls: whether the answer may have several calls.
     constraint: what the text of the answer has to be; None: anything.
     logprobs: tell with each token its log probability, and those of so many of the likeliest ones; None: do not.
+    count_along: a Usage, with the counts so far, comes before each piece of the answer, too.
     seed: the same request with the same seed gives the same answer; None draws anew.
     """
 
@@ -105,6 +106,7 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     constraint: Constraint | None = None
     logprobs: int | None = None
+    count_along: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -133,7 +135,8 @@ class ChosenToken(TokenProbability):
 class Token:
     """The next piece of the answer: whole characters, never half of a multi-byte one; one token or several.
 
-    chosen: the tokens since the last piece, if the request asks for log probabilities.
+    chosen: the tokens whose text begins in this piece, if the request asks for log probabilities. Those without a text,
+    such as the end of a turn, are left out.
     ids: those of all tokens since the last Token, some of which may have no text. The same text counts as the same event.
     """
 
@@ -215,7 +218,7 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yield any number of Token, Thought, ToolCallBegun and ToolCallArguments, then one Finished, then one Usage.
 
-        (An `async def` with `yield`.)
+        (An `async def` with `yield`.) Between them there is a Usage only if the request wants to have tokens counted along.
 
         Whoever consumes it may stop at any point, by `aclose()` or by being cancelled: the computation ends
         then, at the latest after the token in work, and everything held for it is released before `aclose()` returns.

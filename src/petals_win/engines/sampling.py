@@ -39,7 +39,7 @@ def sampler(request: GenerationRequest, model: PreTrainedModel, prompt: Sequence
         penalties = _Penalties(request.frequency_penalty, request.presence_penalty, len(prompt))
         arguments["logits_processor"] = LogitsProcessorList([penalties])
     processors = processors_of_generate(model, torch.tensor([prompt]), **arguments)
-    return Sampler(processors, _generator(request.seed) if arguments["do_sample"] else None)
+    return Sampler(processors, _generator(request.seed) if arguments["do_sample"] else None, request.logprobs)
 
 
 def _generator(seed: int | None) -> torch.Generator:

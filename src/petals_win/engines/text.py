@@ -22,6 +22,7 @@ from petals_win.engines.base import (
     Token,
     Usage,
 )
+from petals_win.engines.chosen import TokenBytes, ToldTokens
 from petals_win.engines.prompts import Prompt, PromptEncoder
 from petals_win.engines.sampling import check_token_ids
 from petals_win.engines.stopping import StopStrings, WithoutRepeat
@@ -35,6 +36,7 @@ class TextEngine:
     def __init__(self, tokens: TokenEngine):
         self.tokens = tokens
         self._prompts = PromptEncoder(tokens.card().id, tokens.language.tokenizer, tokens.language.vocabulary)
+        self._token_bytes = TokenBytes(tokens.language.tokenizer)
         self._closed = False
 
     async def start(self, on_lost: Callable[[UserError], None]) -> None:
@@ -49,6 +51,7 @@ class TextEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         prompt, limit = self._read(request)
         text = _AnswerText(self.tokens.language, prompt, request.stop)
+        told = ToldTokens(self._token_bytes)
         generated, last = 0, None
         untold: list[int] = []  # tokens that no event has told
         cached: list[int] = []
@@ -60,8 +63,12 @@ class TextEngine:
                 async for token in tokens:
                     generated, last = generated + 1, token
                     untold.append(token)
-                    if piece := text.feed(token):
-                        yield Token(piece, ids=tuple(untold))
+                    piece = text.feed(token)
+                    told.came(token, text.length)
+                    if piece:
+                        if request.count_along:
+                            yield Usage(len(prompt.tokens), generated, sum(cached))
+                        yield Token(piece, told.shown(piece), tuple(untold))
                         untold.clear()
                     if text.stopped:
                         break
@@ -73,8 +80,9 @@ class TextEngine:
         if self._closed and not ended:
             raise EngineClosed()
         if rest := text.flush():
-            yield Token(rest)
-        yield Finished("stop" if ended else "length", ids=tuple(untold))
+            yield Token(rest, told.shown(rest), tuple(untold))
+            untold.clear()
+        yield Finished("stop" if ended else "length", tuple(untold))
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
@@ -134,6 +142,7 @@ class _AnswerText:
         # Some tokenizers leave out the blank before the first word of a text, which this one may not be.
         self._decode = DecodeStream(ids=prompt.before, skip_special_tokens=True)
         self._new, self._stops = WithoutRepeat(prompt.blanks), StopStrings(stop)
+        self.length = 0  # of the text so far, in characters, with what is held back
 
     @property
     def stopped(self) -> bool:
@@ -142,7 +151,9 @@ class _AnswerText:
 
     def feed(self, token: int) -> str:
         """Take the next token and return what may be shown now."""
-        return self._stops.feed(self._new.feed(self._decode.step(self._tokenizer, token) or ""))
+        text = self._new.feed(self._decode.step(self._tokenizer, token) or "")
+        self.length += len(text)
+        return self._stops.feed(text)
 
     def flush(self) -> str:
         """What is still held back, at the end of the answer; nothing behind a stop string."""

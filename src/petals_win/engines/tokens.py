@@ -69,7 +69,8 @@ class TokenEngine(Protocol):
         """Yield the tokens that continue `prompt`: at most `limit` (at least 1), the last of them an end token if one comes.
 
         The prompt is not empty, its tokens are the model's, and it fits into the context with `limit` more. Of the request
-        only what chooses tokens is of interest: temperature and its like, min_tokens, ignore_eos, seed.
+        only what chooses tokens is of interest: temperature and its like, min_tokens, ignore_eos, seed, logprobs, by which
+        each token is a `petals_win.client.choosing.WeighedToken`.
         `cached` is told with the first token how many of the prompt's were not computed.
         Whoever consumes it may stop at any point, and errors are raised, as Engine.generate says. When `close` is called
         meanwhile it ends soon, in whatever way.
