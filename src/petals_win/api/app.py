@@ -16,10 +16,12 @@ from starlette.requests import ClientDisconnect
 from petals_win import __version__
 from petals_win.api import errors, reply_schemas
 from petals_win.api.ascii_json import AsciiJson
+from petals_win.api.embedding import embedding_routes
 from petals_win.api.generations import Generations
 from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
+from petals_win.api.tokenizing import tokenizing_routes
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 from petals_win.web import pages
@@ -57,6 +59,8 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     # RequireKey does the checking; the dependency makes /docs offer a field for the key.
     shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.needs_key else []
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(tokenizing_routes(engine), dependencies=shown_in_docs)
+    app.include_router(embedding_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
     app.add_exception_handler(errors.ApiError, errors.on_api_error)

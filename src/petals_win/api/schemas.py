@@ -49,7 +49,7 @@ _NAMED_AT_MOST = 100
 _named: set[str] = set()
 
 
-def _name_once(field: str) -> None:
+def name_once(field: str) -> None:
     """Log that a field is ignored: once for each name, and for so many that nobody fills the log with made-up names."""
     if field not in _named and len(_named) < _NAMED_AT_MOST:
         _named.add(field)
@@ -150,7 +150,7 @@ class Sampling(BaseModel):
             if name in cls.model_fields:
                 given[name] = value
             elif name not in cls.refused:
-                _name_once(name)
+                name_once(name)
             elif cls.refused[name](value):
                 raise ApiError(400, f"{name} is not supported here. Leave it out.", code="unsupported", param=name)
         return given
