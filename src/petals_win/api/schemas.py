@@ -145,10 +145,12 @@ class Sampling(BaseModel):
         given: dict[str, Any] = {}
         for sent, value in data.items():
             name = _SPELLINGS.get(sent) or sent
-            if value is None or name in _IGNORED or (name != sent and data.get(name) is not None):
+            if value is None or (name != sent and data.get(name) is not None):
                 continue
             if name in cls.model_fields:
                 given[name] = value
+            elif name in _IGNORED:
+                continue
             elif name not in cls.refused:
                 name_once(name)
             elif cls.refused[name](value):
