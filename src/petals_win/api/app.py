@@ -19,6 +19,7 @@ from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.embedding import embedding_routes
 from petals_win.api.generations import Generations
 from petals_win.api.guards import LimitBody, RequireKey, TrustedPages
+from petals_win.api.petals_chat import petals_routes
 from petals_win.api.responses_routes import responses_routes
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
@@ -60,6 +61,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     # RequireKey does the checking; the dependency makes /docs offer a field for the key.
     shown_in_docs = [Depends(HTTPBearer(auto_error=False))] if settings.needs_key else []
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(petals_routes(engine, generations, shown_in_docs))
     app.include_router(responses_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(tokenizing_routes(engine), dependencies=shown_in_docs)
     app.include_router(embedding_routes(engine, generations), dependencies=shown_in_docs)

@@ -1,6 +1,7 @@
 """What stands before the routes: which host and page may ask, the key, the size of the body.
 
-Knows raw requests only. Each guard is an ASGI middleware that answers by itself or passes the request on.
+Knows raw requests only, those that open a WebSocket among them. Each guard is an ASGI middleware that answers by itself or
+passes the request on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class TrustedPages:
         self._named = {name.lower() for name in (settings.host, *settings.allow_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -84,7 +85,7 @@ class RequireKey:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._settings.needs_key or scope["path"] in self._open_paths:
+        if scope["type"] == "lifespan" or not self._settings.needs_key or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

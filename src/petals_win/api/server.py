@@ -9,6 +9,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -45,6 +46,7 @@ class ApiServer:
     """
 
     def __init__(self, settings: Settings):
+        self._settings = settings
         self._sockets = _listen(settings.host, settings.port)
         self._uvicorn: _Uvicorn | None = None
         self._stopped = False
@@ -61,7 +63,9 @@ class ApiServer:
         config = uvicorn.Config(
             app,
             http=_Connection,
-            ws="none",
+            ws="wsproto",
+            ws_max_size=self._settings.max_body_bytes,
+            ws_per_message_deflate=False,  # a small frame could become a huge message
             lifespan="on",
             log_config=None,
             access_log=False,
@@ -93,6 +97,7 @@ class _Connection(H11Protocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _upgraded = False  # to a WebSocket, whose deadlines are the app's and uvicorn's pings
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -100,10 +105,14 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._upgraded or (self.cycle is not None and not self.cycle.response_complete):
             self._clear_deadline()  # the head is complete: from here on the deadlines are the app's
         elif self._deadline is None:
             self._set_deadline()
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._upgraded = True
+        super().handle_websocket_upgrade(event)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
