@@ -28,7 +28,7 @@ class Chat:
         url = f"ws://127.0.0.1:{served.port}/api/v2/generate"
         origin, host = headers.pop("Origin", None), headers.pop("Host", None)
         self.socket = websocket.create_connection(
-            url, timeout=10, header=headers, origin=origin, host=host, suppress_origin=origin is None
+            url, timeout=30, header=headers, origin=origin, host=host, suppress_origin=origin is None
         )
 
     def send(self, **message: Any) -> None:
