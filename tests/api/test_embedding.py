@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import httpx
 import openai
 import pytest
 
-from api.fake_engine import MODEL, FakeEngine
+from api.fake_engine import MODEL
 from api.serving import eventually, serving
 from petals_win.api.embedding import MAX_INPUTS
 from petals_win.errors import UserError
@@ -78,10 +78,13 @@ def test_an_engine_that_cannot(served, monkeypatch):
 
 
 def test_they_take_the_places_of_answers():
-    with serving(FakeEngine(pace=0.1), max_running=1, max_waiting=1) as served, ThreadPoolExecutor(3) as pool:
-        ask = {"model": MODEL, "input": ["one", "two", "three"]}
-        statuses = list(pool.map(lambda _: httpx.post(f"{served.url}/v1/embeddings", json=ask).status_code, range(3)))
-        assert sorted(statuses) == [200, 200, 429]
+    with serving(max_running=1, max_waiting=1) as served, ThreadPoolExecutor(3) as pool:
+        wait = {"model": MODEL, "input": "wait"}
+        asked = [pool.submit(httpx.post, f"{served.url}/v1/embeddings", json=wait, timeout=60) for _ in range(3)]
+        assert next(as_completed(asked)).result().status_code == 429
+        assert eventually(lambda: served.engine.running == 1)
+        served.api.stop()
+        assert sorted(each.result().status_code for each in asked) == [429, 503, 503]
         assert served.engine.most_running == 1
 
 
