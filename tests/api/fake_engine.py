@@ -10,14 +10,17 @@ One word is one token. What it does depends on the last message or prompt:
     "recall N"         answers "You said: ...", and N tokens of the prompt were there from before
     "think A | B"      thinks A and answers B
     "call NAME ARGUMENTS … | A"   answers A, which may be missing, and calls tools, each with arguments without blanks
+    "... </s>"         an answer ends there, and ~ is a token without text
     anything else      answers "You said: ..."
 
 With a `script`, the events of its answer are these, and then the counts; the prompt does not matter.
 """
 
 import asyncio
+import math
+import re
 import zlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from petals_win.engines.base import (
@@ -44,6 +47,8 @@ from petals_win.engines.stopping import StopStrings
 from petals_win.errors import UserError
 
 MODEL = "made-up/fake-model"
+BEGIN, END = 100_000, 100_001  # ids below them are of words that nobody knows
+_WORDS = re.compile(r"</?s>|\s*[^\s<]+|\s*<|\s+")
 
 
 class FakeEngine:
@@ -52,6 +57,7 @@ class FakeEngine:
         self.missing_blocks = missing_blocks
         self.context_length = 2000
         self.requests: list[GenerationRequest] = []
+        self.tokenized: list[tuple[GenerationRequest, bool]] = []
         self.running = 0
         self.most_running = 0
         self.completed = 0
@@ -60,6 +66,8 @@ class FakeEngine:
         self.full = False
         self.script: list[Event] = []
         self._closing = asyncio.Event()
+        self._tokens = {"<s>": BEGIN, "</s>": END}
+        self._texts = list(self._tokens)
 
     async def start(self, on_lost: Callable[[UserError], None]) -> None:
         """It is never lost."""
@@ -90,9 +98,10 @@ class FakeEngine:
                 self.completed += 1
                 return
             text = request.messages[-1]["content"] if request.messages else request.prompt
-            words = [f"#{token}" for token in text] if isinstance(text, tuple) else str(text).split()
-            if len(words) >= self.context_length:
-                raise ContextTooLong(len(words), self.context_length)
+            words = self._words_of(text) if isinstance(text, tuple) else str(text).split()
+            length = len(text) if isinstance(text, tuple) else len(words)
+            if length >= self.context_length:
+                raise ContextTooLong(length, self.context_length)
             if self.full:
                 raise SwarmFull("All places are taken.")
             order = words[0] if words else ""
@@ -119,7 +128,7 @@ class FakeEngine:
             cached = int(words[1]) if order == "recall" else 0
             for word in before if order == "think" else ():
                 yield Thought(f"{word} ")
-            async for event in self._speak(answer, request, Usage(len(words), 0, cached)):
+            async for event in self._speak(answer, request, Usage(length, 0, cached)):
                 if isinstance(event, Finished) and order == "break":
                     raise SwarmUnavailable(range(15, 30))
                 if isinstance(event, Finished) and order == "crash":
@@ -136,29 +145,94 @@ class FakeEngine:
         finally:
             self.running -= 1
 
+    def _words_of(self, tokens: tuple[int, ...]) -> list[str]:
+        """Those of the last line of a text; with ids that are no words, what stands for these."""
+        if any(token < BEGIN for token in tokens):
+            return [f"#{token}" for token in tokens]
+        return self.detokenize(MODEL, tokens).removeprefix("<s>").rpartition("\n")[2].split()
+
     async def _speak(self, words: list[str], request: GenerationRequest, usage: Usage) -> AsyncGenerator[Event, None]:
         stops = StopStrings(request.stop)
         room = self.context_length - usage.prompt_tokens
         limit = min(room, len(words) if request.max_tokens is None else request.max_tokens)
-        count = 0
+        count, ended = 0, False
+        untold: list[int] = []
         told = _Told(request.logprobs)
         for word in words[:limit]:
             await asyncio.sleep(self.pace)
             if self.closed:
                 raise EngineClosed()
             count += 1
-            text = word if count == 1 else f" {word}"
+            text = word if count == 1 or word == "</s>" else f" {word}"
+            untold.append(self._id(text))
+            if ended := untold[-1] in (END, *request.stop_tokens):
+                break
+            text = "" if word == "~" else text
             told.came(count, text)
             if piece := stops.feed(text):
                 if request.count_along:
                     yield replace(usage, completion_tokens=count)
-                yield Token(piece, told.shown(piece))
+                yield Token(piece, told.shown(piece), tuple(untold))
+                untold.clear()
             if stops.stopped:
                 break
         if rest := stops.flush():
-            yield Token(rest, told.shown(rest))
-        yield Finished("length" if not stops.stopped and limit < len(words) else "stop", stop_string=stops.met)
+            yield Token(rest, told.shown(rest), tuple(untold))
+            untold.clear()
+        whole = stops.stopped or ended or limit >= len(words)
+        yield Finished("stop" if whole else "length", stops.met, tuple(untold))
         yield replace(usage, completion_tokens=count)
+
+    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+        """One token for each word, with the blank before it; there are no special ones."""
+        self._check(request.model)
+        self.tokenized.append((request, special))
+        if isinstance(request.prompt, tuple):
+            return list(request.prompt)
+        text = request.messages[-1]["content"] if request.messages else request.prompt
+        return [self._id(word) for word in _WORDS.findall(str(text))]
+
+    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        self._check(model)
+        if unknown := [token for token in tokens if not 0 <= token - BEGIN < len(self._texts)]:
+            raise UserError(f"{MODEL} has no token {unknown[0]}.")
+        return "".join(self._texts[token - BEGIN] for token in tokens)
+
+    async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
+        """Where in the vocabulary its words are; "wait" computes for ever."""
+        self._check(model)
+        if not tokens:
+            raise UserError("The text is empty.")
+        if len(tokens) > self.context_length:
+            raise ContextTooLong(len(tokens), self.context_length)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.pace)
+            if tokens[-1] == self._tokens.get("wait"):
+                await asyncio.wait_for(self._closing.wait(), 600)
+                raise EngineClosed()
+            weights = [sum(tokens) % 101 + 1, len(tokens), tokens[-1] - BEGIN + 1]
+            length = math.hypot(*weights)
+            return [weight / length for weight in weights]
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    def _id(self, word: str) -> int:
+        """The id of a word, the same for as long as the engine lives."""
+        if word not in self._tokens:
+            self._tokens[word] = BEGIN + len(self._texts)
+            self._texts.append(word)
+        return self._tokens[word]
+
+    def _check(self, model: str) -> None:
+        if self.closed:
+            raise EngineClosed()
+        if model != MODEL:
+            raise ModelNotFound(model, [MODEL])
 
     async def close(self) -> None:
         self.closed += 1

@@ -317,6 +317,85 @@ class EngineContract:
         assert isinstance(error, Full), f"{error!r}"
         assert answer.usage.completion_tokens == 5
 
+    def test_the_ids_of_an_answer_are_told(self):
+        async def ask(subject: Subject):
+            asked = subject.asked(max_tokens=20, messages=None, prompt="count 50")
+            events = [event async for event in subject.engine.generate(asked)]
+            prompt = subject.engine.tokenize(asked)
+            ids = [token for event in events if isinstance(event, Token | Finished) for token in event.ids]
+            halves = [(), ()]
+            for end, half in ((8, 0), (12, 1)):
+                prompt_so_far = tuple(prompt + [token for part in halves for token in part])
+                part = replace(asked, prompt=prompt_so_far, max_tokens=end)
+                told = [event async for event in subject.engine.generate(part)]
+                halves[half] = tuple(i for event in told if isinstance(event, Token | Finished) for i in event.ids)
+            return ids, events[-1], len(prompt), halves
+
+        ids, usage, prompt, halves = self.use(ask)
+        assert isinstance(usage, Usage) and len(ids) == usage.completion_tokens == 20
+        assert prompt == usage.prompt_tokens
+        self.goes_on_with(ids, halves)
+
+    def goes_on_with(self, ids: list[int], halves: list[tuple[int, ...]]) -> None:
+        """Asked for the rest by the tokens so far, an engine says the same as at once."""
+        assert [token for half in halves for token in half] == ids
+
+    def test_text_to_tokens_and_back(self):
+        async def ask(subject: Subject):
+            model, text = subject.engine.models()[0].id, "count 50 and  more"
+            plain = GenerationRequest(model=model, prompt=text)
+            tokens = subject.engine.tokenize(plain, special=False)
+            chat = subject.engine.tokenize(subject.asked(text))
+            usage = (await whole(subject.engine, subject.asked(text, max_tokens=1))).usage
+            empty = subject.engine.tokenize(GenerationRequest(model=model, prompt=""), special=False)
+            with pytest.raises(ModelNotFound):
+                subject.engine.tokenize(replace(plain, model="gpt-5"))
+            with pytest.raises(ModelNotFound):
+                subject.engine.detokenize("gpt-5", tokens)
+            with pytest.raises(UserError, match="token"):
+                subject.engine.detokenize(model, [2**31 - 1])
+            return text, subject.engine.detokenize(model, tokens), len(chat), usage.prompt_tokens, empty
+
+        text, back, chat, counted, empty = self.use(ask)
+        assert back == text and chat == counted and empty == []
+
+    def test_embeddings(self):
+        async def ask(subject: Subject):
+            card = subject.engine.models()[0]
+
+            async def embedded(text: str) -> list[float]:
+                tokens = subject.engine.tokenize(GenerationRequest(model=card.id, prompt=text))
+                return await subject.engine.embed(card.id, tokens)
+
+            alone = [await embedded(text) for text in ("count 50", "and more")]
+            beside = await asyncio.gather(embedded("count 50"), whole(subject.engine, subject.asked(max_tokens=5)))
+            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="count"))[-1]
+            longest = await subject.engine.embed(card.id, [token] * card.context_length)
+            with pytest.raises(ContextTooLong):
+                await subject.engine.embed(card.id, [token] * (card.context_length + 1))
+            with pytest.raises(UserError, match="empty"):
+                await subject.engine.embed(card.id, [])
+            with pytest.raises(ModelNotFound):
+                await subject.engine.embed("gpt-5", [token])
+            return alone, beside[0], longest
+
+        (one, other), beside, longest = self.use(ask)
+        assert one == pytest.approx(beside, abs=1e-5) and one != pytest.approx(other, abs=1e-3)
+        assert len(one) == len(other) == len(longest) > 0
+        assert all(sum(number * number for number in vector) == pytest.approx(1) for vector in (one, other, longest))
+
+    def test_an_embedding_that_is_given_up_frees_what_was_held(self):
+        async def ask(subject: Subject):
+            card = subject.engine.models()[0]
+            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait"))[-1]
+            working = asyncio.create_task(subject.engine.embed(card.id, [token] * card.context_length))
+            assert await soon(lambda: subject.held() > 0)
+            working.cancel()
+            await asyncio.wait({working}, timeout=2)
+            assert working.cancelled()
+
+        self.use(ask)
+
     def test_what_it_says_of_itself(self):
         async def ask(subject: Subject):
             return subject.engine.models(), subject.engine.status()

@@ -24,7 +24,6 @@ from petals_win.engines.base import (
     ToolCallBegun,
     Usage,
 )
-from petals_win.engines.forced_calls import ForcedCall
 from petals_win.engines.local import LocalEngine
 from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
@@ -192,12 +191,3 @@ def test_a_choice_that_leaves_it_open_holds_to_nothing(folder):
         return [event async for event in engine.generate(chat(tools=(tool("f"),), tool_choice="none", max_tokens=3))]
 
     assert isinstance(use(folder, ask)[0], Token)
-
-
-@pytest.mark.parametrize("size", range(1, 9))
-def test_a_call_in_pieces(size):
-    text, call = '{"name": "a\\"b", "arguments": {"c": "}, \\"arguments\\": {}"}}', ForcedCall()
-    events = [event for start in range(0, len(text), size) for event in call.feed(text[start : start + size])]
-    events += call.flush(ended=True)
-    assert isinstance(events[0], ToolCallBegun) and events[0].name == 'a"b'
-    assert "".join(event.text for event in events[1:] if isinstance(event, ToolCallArguments)) == text[31:-1]

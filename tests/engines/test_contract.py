@@ -36,6 +36,10 @@ def nodes(folder):
 class TestFake(EngineContract):
     """The engine of the API's tests: what they show is worth something only if it does as the others do."""
 
+    def goes_on_with(self, ids: list[int], halves: list[tuple[int, ...]]) -> None:
+        """It answers a script, from its beginning."""
+        assert list(halves[0]) == ids[:8]
+
     @contextlib.asynccontextmanager
     async def subject(self) -> AsyncIterator[Subject]:
         engine = FakeEngine()

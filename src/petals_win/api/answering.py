@@ -43,7 +43,7 @@ async def answer_whole(
     answer = generations.start(requests)
     expect_whole_answer(http.scope)
     try:
-        return await _unless_disconnected(http, whole(answer))
+        return await unless_disconnected(http, whole(answer))
     except BaseException:
         await answer.aclose()
         raise
@@ -68,7 +68,7 @@ async def answer_streamed(
     """
     answer = generations.start(requests)
     try:
-        await _unless_disconnected(http, answer.begun(FIRST_EVENT_S))
+        await unless_disconnected(http, answer.begun(FIRST_EVENT_S))
     except BaseException:
         await answer.aclose()
         raise
@@ -125,7 +125,7 @@ class _Stream(EventSourceResponse):
             await self._answer.aclose()
 
 
-async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
     """Do the work, but cancel it and raise ClientDisconnect when nobody waits for its result any more."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(http))

@@ -17,15 +17,19 @@ from petals_win.api import errors, reply_schemas
 from petals_win.api.anthropic_routes import anthropic_routes
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.blanks import BlanksAhead
+from petals_win.api.embedding import embedding_routes
 from petals_win.api.generations import Generations
 from petals_win.api.guards import Cors, LimitBody, LimitHead, RequireKey, TrustedPages
 from petals_win.api.metrics import metrics_routes
 from petals_win.api.names import with_names
 from petals_win.api.ollama_routes import ollama_routes
+from petals_win.api.petals_chat import petals_routes
 from petals_win.api.proxies import Forwarded, Prefix
+from petals_win.api.responses_routes import responses_routes
 from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
 from petals_win.api.swarm import swarm_routes
+from petals_win.api.tokenizing import tokenizing_routes
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 from petals_win.web import pages
@@ -69,6 +73,10 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.include_router(metrics_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(ollama_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(anthropic_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(petals_routes(engine, generations, shown_in_docs))
+    app.include_router(responses_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(tokenizing_routes(engine), dependencies=shown_in_docs)
+    app.include_router(embedding_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(pages.page_routes())
 
     app.add_exception_handler(errors.ApiError, errors.on_api_error)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import anyio
 
@@ -27,6 +28,8 @@ _GIVE_UP_S = 30.0
 # Longer than anybody who sits before a screen waits for others' answers.
 TURN_S = 600.0
 
+T = TypeVar("T")
+
 
 class Generations:
     """All answers of one engine: at most `max_running` at a time, at most `max_waiting` in line behind them."""
@@ -38,6 +41,7 @@ class Generations:
         self._slots = asyncio.Semaphore(max_running)
         self._most = max_running + max_waiting
         self._answers: set[Answer] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # of answers and of other work
 
     @property
     def running(self) -> int:
@@ -54,12 +58,51 @@ class Generations:
 
         Raises ApiError 429 if the line is full, or a limit of the caller's key is used up.
         """
+        caller = self._admitted()
+        bills = [Bill(caller, request) for request in requests]
+        answer = Answer(self._engine, self._slots, requests, bills, self.counts)
+        self._answers.add(answer)
+        answer.task.add_done_callback(lambda _: self._answers.discard(answer))
+        self._keep(answer.task)
+        return answer
+
+    async def run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do other work of the engine's in the place of an answer. It ends when the caller is cancelled.
+
+        Raises ApiError as `start`, and for what the work raises.
+        """
+        self._admitted()
+
+        async def in_slot() -> T:
+            async with _turn(self._slots):
+                return await work()
+
+        task = asyncio.create_task(in_slot())
+        self._keep(task)
+        try:
+            return await task
+        except Exception as error:
+            raise _told(error) from error
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():
+                raise
+            raise _shutting_down() from None
+
+    def stop(self) -> None:
+        """End all answers, with an error for those who wait for them: the server is going down."""
+        self.stopping.set()
+        for task in self._tasks:
+            task.cancel()
+
+    def _admitted(self) -> callers.Caller | None:
+        """The caller that asks now. Raises ApiError 429 if there is no place in the line, or a limit of its key is used up."""
         caller = callers.current.get()
-        if len(self._answers) >= self._most:
+        if len(self._tasks) >= self._most:
             self.counts.refused.labels("full").inc()
             raise ApiError(
                 429,
-                f"{len(self._answers)} requests are being answered or wait already. Try again in a moment.",
+                f"{len(self._tasks)} requests are being answered or wait already. Try again in a moment.",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "5"},
             )
@@ -69,17 +112,25 @@ class Generations:
             except ApiError:
                 self.counts.refused.labels("key").inc()
                 raise
-        bills = [Bill(caller, request) for request in requests]
-        answer = Answer(self._engine, self._slots, requests, bills, self.counts)
-        self._answers.add(answer)
-        answer.task.add_done_callback(lambda _: self._answers.discard(answer))
-        return answer
+        return caller
 
-    def stop(self) -> None:
-        """End all answers, with an error for those who wait for them: the server is going down."""
-        self.stopping.set()
-        for answer in self._answers:
-            answer.task.cancel()
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _told(error: Exception) -> ApiError:
+    """What work on a request ended by, as whoever asked is told of it; a defect goes to the log."""
+    if isinstance(error, UserError):
+        return from_engine(error)
+    if isinstance(error, ApiError):
+        return error
+    logger.error("The engine failed", exc_info=error)
+    return ApiError(500, "An error inside petals-win; its log has the details.")
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
 class Answer:
@@ -151,19 +202,12 @@ class Answer:
                             elif not isinstance(event, Finished):
                                 bill.piece()
                             await self._sender.send((index, event))
-        except ApiError as error:
-            self._error = error
-        except UserError as error:
-            self._error = from_engine(error)
-            run.failed(self._error.status)
-            unused = list(bills)  # what breaks costs nothing
         except asyncio.CancelledError:
-            self._error = ApiError(503, "The server is shutting down.", code="shutting_down")
+            self._error = _shutting_down()
             run.aborted()
             raise
-        except Exception:
-            logger.exception("The engine failed")
-            self._error = ApiError(500, "An error inside petals-win; its log has the details.")
+        except Exception as error:
+            self._error = _told(error)
             run.failed(self._error.status)
             unused = list(bills)  # what breaks costs nothing
         finally:

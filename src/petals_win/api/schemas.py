@@ -153,10 +153,12 @@ class Sampling(Structured):
         given: dict[str, Any] = {}
         for sent, value in data.items():
             name = SPELLINGS.get(sent) or sent
-            if value is None or name in IGNORED or (name != sent and data.get(name) is not None):
+            if value is None or (name != sent and data.get(name) is not None):
                 continue
             if name in cls.model_fields:
                 given[name] = value
+            elif name in IGNORED:
+                continue
             elif name not in cls.refused:
                 name_once(name)
             elif cls.refused[name](value):

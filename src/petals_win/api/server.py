@@ -49,6 +49,7 @@ class ApiServer:
     """
 
     def __init__(self, settings: Settings):
+        self._settings = settings
         self._sockets = _listen(settings.host, settings.port)
         self._uvicorn: _Uvicorn | None = None
         self._stopped = False
@@ -70,7 +71,9 @@ class ApiServer:
             http=functools.partial(_Connection, settings=self._settings),  # type: ignore[arg-type]
             ssl_certfile=tls.cert if tls else None,
             ssl_keyfile=tls.key if tls else None,
-            ws="none",
+            ws="wsproto",
+            ws_max_size=self._settings.max_body_bytes,
+            ws_per_message_deflate=False,  # a small frame could become a huge message
             lifespan="on",
             log_config=None,
             access_log=False,
@@ -102,6 +105,7 @@ class _Connection(H11Protocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _upgraded = False  # to a WebSocket, whose deadlines are the app's and uvicorn's pings
 
     def __init__(self, *args: Any, settings: Settings, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -126,10 +130,14 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._upgraded or (self.cycle is not None and not self.cycle.response_complete):
             self._clear_deadline()  # the head is complete: from here on the deadlines are the app's
         elif self._deadline is None:
             self._set_deadline()
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._upgraded = True
+        super().handle_websocket_upgrade(event)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

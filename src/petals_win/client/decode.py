@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -28,6 +28,9 @@ from petals_win.client.ends import Ends
 from petals_win.client.rounds import Rounds
 from petals_win.host.threads import computing
 from petals_win.span.compute import ComputeThread
+
+_GIVEN_UP = "The answer was given up: this process no longer computes"
+_EMBEDDED_AT_ONCE = 512  # tokens whose hidden states are in memory together
 
 
 class DecodeLoop:
@@ -78,6 +81,40 @@ class DecodeLoop:
             await asyncio.wait([work])
             if not work.cancelled():
                 work.exception()  # known to the reader, or to nobody who would want it
+
+    async def mean_state(self, session: BlockSession, tokens: Sequence[int]) -> list[float]:
+        """The mean of the final hidden states of a text's tokens, at least one, scaled to the length 1; [hidden] numbers.
+
+        `session` is the caller's to close, has seen nothing, and was opened without token ids: states of all tokens are
+        needed. Raises what the session raises, and ConnectionAbortedError if it was closed meanwhile.
+        """
+        total: torch.Tensor | None = None
+        for start in range(0, len(tokens), _EMBEDDED_AT_ONCE):
+            ids = torch.tensor(tokens[start : start + _EMBEDDED_AT_ONCE], dtype=torch.int64)
+            positions = torch.arange(start, start + len(ids))
+            hidden = await self._computed(self._ends.embed, ids, positions)
+            outputs = await _step(session, hidden[None])
+            if outputs.shape != (1, *hidden.shape):
+                raise ValueError(f"The blocks returned {list(outputs.shape)} for {[1, *hidden.shape]}")
+            part = await self._computed(self._sum_of_final, outputs[0])
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("No tokens are no text")
+        return (total / total.norm().clamp_min(torch.finfo(total.dtype).tiny)).tolist()
+
+    async def _computed(self, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        """`function(*args)` by the compute thread. Raises RuntimeError if that has been stopped."""
+        try:
+            return await self._compute.submit(function, *args)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RuntimeError(_GIVEN_UP) from None
+
+    def _sum_of_final(self, outputs: torch.Tensor) -> torch.Tensor:
+        """On the compute thread: [hidden] of [tokens, hidden]; in float64, so that long texts lose nothing."""
+        return self._ends.final(outputs).double().sum(dim=0)
 
     async def _answer(self, session: BlockSession, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
         """All of one answer. It goes on without waiting for the reader, so that all steps of a batch set out before any text."""
@@ -154,9 +191,7 @@ class DecodeLoop:
 
     def _hand_back(self, loop: asyncio.AbstractEventLoop, turn: Future[list[_Row]]) -> None:
         """On the thread that ended the turn."""
-        stopped = (
-            RuntimeError("The answer was given up: this process no longer computes") if turn.cancelled() else None
-        )
+        stopped = RuntimeError(_GIVEN_UP) if turn.cancelled() else None
         rows = self._take() if stopped else turn.result()
         if rows and not loop.is_closed():
             loop.call_soon_threadsafe(_deliver, rows, stopped)

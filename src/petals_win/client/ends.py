@@ -52,6 +52,16 @@ class Ends:
         finally:
             self._between.given = None
 
+    @torch.inference_mode()
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head gets, [rows, hidden] (float32), from what the last block returned for one token each, [rows, hidden]."""
+        self._between.given = hidden.to(self._model.dtype)[:, None]
+        try:
+            unused = torch.zeros(len(hidden), 1, dtype=torch.int64)
+            return self._decoder(input_ids=unused, use_cache=False).last_hidden_state[:, -1].float()
+        finally:
+            self._between.given = None
+
     def _way_to_embed(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         embedding: Any = self._model.get_input_embeddings()
         count = embedding.weight.shape[0]

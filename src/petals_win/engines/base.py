@@ -153,10 +153,12 @@ class Token:
 
     chosen: the tokens whose text begins in this piece, if the request asks for log probabilities. Those without a text,
     such as the end of a turn, are left out.
+    ids: those of all tokens since the last Token, some of which may have no text. The same text counts as the same event.
     """
 
     text: str
     chosen: tuple[ChosenToken, ...] = ()
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,13 @@ class Finished:
     """The answer is complete: "stop" (end of turn or a stop string), "length" (max_tokens or end of context), or
     "tool_calls" (end of a turn in which the model calls tools).
 
-    stop_string: the one that ended it, if one did.
+    stop_string: the one that ended it, if one did. ids: those of the tokens after the last Token: what ended the answer, and
+    what is no whole character. With those of all Tokens before, they are the answer's tokens.
     """
 
     reason: Literal["stop", "length", "tool_calls"]
     stop_string: str | None = None
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,25 @@ class Engine(Protocol):
         (a token id that the model does not have, a conversation that its chat template refuses); SwarmUnavailable,
         Full, SwarmFailed and SwarmRefused at any time; EngineClosed if `close` was called before the answer was
         complete. An exception that is no UserError is a defect of the engine.
+        """
+        ...
+
+    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+        """The token ids of the request's prompt, as `generate` would read them; none for an empty text.
+
+        special: whether a plain text gets the tokens that the tokenizer puts around one. Answers without computing.
+        Raises ModelNotFound, and any other UserError about the prompt except that it is too long.
+        """
+        ...
+
+    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """The text of token ids, with that of special tokens. Raises ModelNotFound, UserError for ids that it does not have."""
+        ...
+
+    async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
+        """What the model makes of a text, as a vector of length 1: the mean of the final hidden states of its tokens.
+
+        May be cancelled as `generate`. Raises what `generate` raises, and UserError if this engine has no hidden states.
         """
         ...
 

@@ -184,6 +184,17 @@ class LocalEngine:
                 await tokens.aclose()
                 await session.close(known)
 
+    async def embed(self, tokens: list[int]) -> list[float]:
+        session = self._blocks.open(len(tokens))
+        try:
+            return await self._decode.mean_state(session, tokens)
+        except NodeFull as e:
+            raise PcFull(e.sentence) from e
+        except NodeRefused as e:
+            raise UserError(e.sentence) from e
+        finally:
+            await session.close()
+
     async def close(self) -> None:
         self._closed = True
         self._blocks.give_up()

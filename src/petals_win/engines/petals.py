@@ -171,12 +171,7 @@ class PetalsEngine:
     async def generate(
         self, prompt: list[int], request: GenerationRequest, limit: int, cached: Callable[[int], None] = nobody_counts
     ) -> AsyncGenerator[int, None]:
-        if self._lost is not None:
-            raise SwarmOutOfReach(self._lost)
-        if self._state.missing_blocks:
-            await self._look()
-            if self._state.missing_blocks:
-                raise SwarmUnavailable(self._state.missing_blocks)
+        await self._check_reachable()
         guide = await self._constraints.guide(request.constraint, prompt)
         choose = sampler(request, self._model, prompt, limit, guide)
         known = list(prompt)
@@ -197,6 +192,29 @@ class PetalsEngine:
                 await session.close(known)
             finally:
                 self._running.discard(session)
+
+    async def embed(self, tokens: list[int]) -> list[float]:
+        await self._check_reachable()
+        session = self._blocks.open(len(tokens))
+        self._running.add(session)
+        try:
+            return await self._decode.mean_state(session, tokens)
+        except Exception as e:
+            raise self._told(e) from e
+        finally:
+            try:
+                await session.close()
+            finally:
+                self._running.discard(session)
+
+    async def _check_reachable(self) -> None:
+        """Raises SwarmUnavailable if it is known that blocks are missing, or that the way into the swarm is lost."""
+        if self._lost is not None:
+            raise SwarmOutOfReach(self._lost)
+        if self._state.missing_blocks:
+            await self._look()
+            if self._state.missing_blocks:
+                raise SwarmUnavailable(self._state.missing_blocks)
 
     def _told(self, error: Exception) -> Exception:
         """What a session ended by, as the user is told of it; what no swarm causes stays as it is."""

@@ -61,26 +61,33 @@ class PromptEncoder:
         if request.messages is not None:
             tokens, continued, blanks, parser = self._conversation(request, request.messages)
         elif isinstance(request.prompt, str):
-            tokens = self._plain(request.prompt)
+            tokens = self.plain(request.prompt)
         else:
             tokens = list(request.prompt or ())
         if not tokens:
             raise UserError("The prompt is empty. Send at least one token of text.")
+        self.check(tokens)
+        return Prompt(tokens, self._end_of(tokens) if continued else [], blanks, parser)
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises UserError for token ids that the model does not have."""
         if unknown := [token for token in tokens if not 0 <= token < self._vocabulary]:
             raise UserError(
                 f"{self._name} has the tokens 0 to {self._vocabulary - 1}, but the prompt has {unknown[0]}."
             )
-        return Prompt(tokens, self._end_of(tokens) if continued else [], blanks, parser)
 
     def _end_of(self, tokens: list[int]) -> list[int]:
         """The last tokens, but none if they end within a character: text can go on behind a whole one only."""
         end = tokens[-_END:]
         return [] if self._tokenizer.decode(end, skip_special_tokens=True).endswith("\ufffd") else end
 
-    def _plain(self, text: str) -> list[int]:
-        """A text as it stands. Where it begins with the BOS token itself, the tokenizer must not add another one."""
+    def plain(self, text: str, *, special: bool = True) -> list[int]:
+        """A text as it stands, with the tokens that the tokenizer puts around one unless `special` is false.
+
+        Where it begins with the BOS token itself, the tokenizer must not add another one.
+        """
         as_it_stands = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if as_it_stands and as_it_stands[0] == self._tokenizer.bos_token_id:
+        if not special or (as_it_stands and as_it_stands[0] == self._tokenizer.bos_token_id):
             return as_it_stands
         return self._tokenizer(text)["input_ids"]
 

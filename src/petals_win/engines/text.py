@@ -6,7 +6,8 @@ Knows what a request has to fulfil and when an answer ends. Does not know how to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 from petals_win.engines.answer import AnswerEvents
 from petals_win.engines.base import (
@@ -18,6 +19,7 @@ from petals_win.engines.base import (
     ModelCard,
     ModelNotFound,
     SwarmStatus,
+    Token,
     Usage,
 )
 from petals_win.engines.chosen import TokenBytes
@@ -51,6 +53,7 @@ class TextEngine:
         request = with_forced_call(request) or request
         answer = AnswerEvents(self.tokens.language, prompt, request, self._token_bytes)
         generated, last = 0, None
+        untold: list[int] = []  # tokens that no event has told
         cached: list[int] = []
         try:
             # Left before the end is told, so that nothing of the answer is held any more when somebody hears of it.
@@ -59,10 +62,11 @@ class TextEngine:
             ) as tokens:
                 async for token in tokens:
                     generated, last = generated + 1, token
+                    untold.append(token)
                     for event in answer.feed(token):
                         if request.count_along:
                             yield Usage(len(prompt.tokens), generated, sum(cached))
-                        yield event
+                        yield _with_ids(event, untold)
                     if answer.stopped:
                         break
         except Exception as e:
@@ -73,18 +77,14 @@ class TextEngine:
         if self._closed and not ended:
             raise EngineClosed()
         for event in answer.flush():
-            yield event
+            yield _with_ids(event, untold)
         reason = "length" if not ended else "tool_calls" if answer.called else "stop"
-        yield Finished(reason, stop_string=answer.stop_string)
+        yield Finished(reason, answer.stop_string, tuple(untold))
         yield Usage(len(prompt.tokens), generated, sum(cached))
 
     def _read(self, request: GenerationRequest) -> tuple[Prompt, int]:
         """The prompt, and how many tokens the answer may have. Raises UserError for what cannot be answered."""
-        if self._closed:
-            raise EngineClosed()
-        card = self.tokens.card()
-        if request.model != card.id:
-            raise ModelNotFound(request.model, [card.id])
+        card = self._card(request.model)
         prompt = self._prompts.encode(request)
         check_token_ids(request.logit_bias, self.tokens.language.vocabulary)
         room = card.context_length - len(prompt.tokens)
@@ -92,6 +92,49 @@ class TextEngine:
             raise ContextTooLong(len(prompt.tokens), card.context_length)
         return prompt, min(request.max_tokens or room, room)
 
+    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+        self._card(request.model)
+        if isinstance(request.prompt, str):
+            return self._prompts.plain(request.prompt, special=special)
+        return self._prompts.encode(request).tokens
+
+    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        self._card(model)
+        self._prompts.check(tokens)
+        return self.tokens.language.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
+        card = self._card(model)
+        self._prompts.check(tokens)
+        if not tokens:
+            raise UserError("The text is empty. Send at least one token.")
+        if len(tokens) > card.context_length:
+            raise ContextTooLong(len(tokens), card.context_length)
+        try:
+            return await self.tokens.embed(list(tokens))
+        except Exception as e:
+            if self._closed:
+                raise EngineClosed() from e
+            raise
+
+    def _card(self, model: str) -> ModelCard:
+        """The card of the model that is asked for by its name, if this engine still answers and has it."""
+        if self._closed:
+            raise EngineClosed()
+        card = self.tokens.card()
+        if model != card.id:
+            raise ModelNotFound(model, [card.id])
+        return card
+
     async def close(self) -> None:
         self._closed = True
         await self.tokens.close()
+
+
+def _with_ids(event: Event, untold: list[int]) -> Event:
+    """The event with the ids that no event has told, if it is one that tells them."""
+    if not isinstance(event, Token):
+        return event
+    told = replace(event, ids=tuple(untold))
+    untold.clear()
+    return told

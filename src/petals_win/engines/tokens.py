@@ -77,6 +77,10 @@ class TokenEngine(Protocol):
         """
         ...
 
+    async def embed(self, tokens: list[int]) -> list[float]:
+        """As Engine.embed, for at least one token and no more than the context has; an engine that cannot raises UserError."""
+        ...
+
     async def close(self) -> None:
         """As Engine.close."""
         ...
