@@ -430,6 +430,17 @@ def test_a_client_that_goes_away_ends_the_answer(client, served):
     assert eventually(lambda: served.engine.cancelled == 1, 1)
 
 
+def test_tokens_are_counted(client, served):
+    fields: Any = {"model": "fake-model", "messages": said("one two three"), "system": "Be brief.", "tools": [TOOL]}
+    assert client.messages.count_tokens(**fields).input_tokens == 3
+    [(request, _)] = served.engine.tokenized
+    assert request.messages[0] == {"role": "system", "content": "Be brief."}
+    assert request.tools[0]["function"]["name"] == "weather"
+    assert served.engine.requests == []
+    with pytest.raises(anthropic.NotFoundError, match="no model 'other'"):
+        client.messages.count_tokens(**{**fields, "model": "other"})
+
+
 def test_what_is_sent_is_documented(served):
     responses = httpx.get(f"{served.url}/openapi.json").json()["paths"][PATH]["post"]["responses"]
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}

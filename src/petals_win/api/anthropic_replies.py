@@ -79,6 +79,10 @@ class AnthropicMessage(_Reply):
     usage: AnthropicUsage
 
 
+class AnthropicTokenCount(_Reply):
+    input_tokens: int
+
+
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 
 from petals_win.api import anthropic_replies, reply_schemas
 from petals_win.api.answering import answer_streamed, answer_whole
-from petals_win.api.anthropic_replies import AnthropicError, AnthropicMessage
-from petals_win.api.anthropic_schemas import AnthropicMessages
+from petals_win.api.anthropic_replies import AnthropicError, AnthropicMessage, AnthropicTokenCount
+from petals_win.api.anthropic_schemas import AnthropicMessages, AnthropicPrompt
 from petals_win.api.generations import Generations
 from petals_win.engines.base import Engine, find_model
 
@@ -47,5 +47,15 @@ def anthropic_routes(engine: Engine, generations: Generations) -> APIRouter:
             lambda answer: anthropic_replies.events(answer, card.id),
             ping=anthropic_replies.ping,
         )
+
+    @router.post(
+        "/v1/messages/count_tokens",
+        response_model=AnthropicTokenCount,
+        responses=reply_schemas.errors(400, 401, 403, 404, 408, 413, 500, 503, body=AnthropicError),
+    )
+    async def count_tokens(body: AnthropicPrompt) -> dict[str, int]:
+        """How many tokens the prompt has that a conversation makes."""
+        card = find_model(body.model, engine.models())
+        return {"input_tokens": len(engine.tokenize(body.request(card.id)))}
 
     return router
