@@ -316,9 +316,9 @@ def test_whole_answers_are_ascii(served):
 
 
 def test_unknown_routes_and_methods(served):
-    response = httpx.post(f"{served.url}/v1/embeddings", json={})
+    response = httpx.post(f"{served.url}/v1/images/generations", json={})
     assert response.status_code == 404
-    assert error_of(response)["message"].startswith("There is no POST /v1/embeddings here.")
+    assert error_of(response)["message"].startswith("There is no POST /v1/images/generations here.")
     response = httpx.get(f"{served.url}/v1/chat/completions")
     assert response.status_code == 405
     assert "use POST" in error_of(response)["message"]
@@ -355,9 +355,9 @@ def test_ready():
                     "start_block": 0,
                     "end_block": 15,
                     "name": "gaming-pc",
-                    "throughput": None,
-                    "cache_tokens_left": None,
-                    "relayed": None,
+                    "throughput": 123.5,
+                    "cache_tokens_left": 4096,
+                    "relayed": False,
                 }
             ],
             "num_blocks": 30,

@@ -60,12 +60,12 @@ class TrustedPages:
                 f"This API does not answer under the name {host!r}. Use http://127.0.0.1, "
                 f"or start it with --allow-host {name or 'NAME'} to allow it.",
             )
-            await _refuse(refusal, scope, receive, send)
+            await refusal.response()(scope, receive, send)
         elif origin is not None and not self._origin_is_allowed(origin, host, name):
             refusal = ApiError(
                 403, f"Pages of {origin} may not use this API. Start it with --cors-origin {origin} to allow them."
             )
-            await _refuse(refusal, scope, receive, send)
+            await refusal.response()(scope, receive, send)
         else:
             await self._app(scope, receive, _with_header(send, "X-Content-Type-Options", "nosniff"))
 
@@ -126,7 +126,7 @@ class RequireKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await _refuse(refusal, scope, receive, send)
+        await refusal.response()(scope, receive, send)
 
     def _admits(self, given: bytes) -> bool:
         # Every key is compared, so that the time taken does not tell which one was nearly right.
@@ -162,7 +162,7 @@ class LimitHead:
                     f"The request has {len(headers)} headers of {size} bytes with its address; {_MOST_HEADERS} and "
                     f"{_MOST_HEAD_BYTES} bytes are allowed.",
                 )
-                await _refuse(refusal, scope, receive, send)
+                await refusal.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -213,15 +213,6 @@ class LimitBody:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The request is larger than {self._max_bytes / 2**20:g} MiB. Shorten the prompt.")
-
-
-async def _refuse(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request by the error. A WebSocket that is closed before it was accepted gets a plain 403."""
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.close", "code": 1008, "reason": ""})
-        return
-    await refusal.response()(scope, receive, send)
 
 
 def _name_in(host: str) -> str:

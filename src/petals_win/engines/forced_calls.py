@@ -12,7 +12,7 @@ from petals_win.engines.base import Constraint, GenerationRequest
 from petals_win.engines.constraints import as_understood
 from petals_win.errors import UserError
 
-_ANYTHING = {"type": "object"}
+_OBJECT = {"type": "object"}
 _BEGIN, _BETWEEN, _END = '{"name": ', ', "arguments": ', "}"
 
 
@@ -39,8 +39,11 @@ def _grammar(functions: list[dict[str, object]]) -> str:
     for number, function in enumerate(functions):
         begin = _BEGIN + json.dumps(function["name"]) + _BETWEEN
         rules.append(f"call{number}: {json.dumps(begin)} arguments{number} {json.dumps(_END)}")
+        parameters = function.get("parameters") or {}
+        if isinstance(parameters, dict):
+            parameters = _OBJECT | parameters  # arguments are one, also where the schema leaves it open
         try:
-            parameters = as_understood(function.get("parameters") or _ANYTHING)
+            parameters = as_understood(parameters)
         except ValueError as e:
             raise UserError(f"tools: the parameters of {str(function['name'])[:100]!r} cannot be used: {e}.") from e
         rules.append(f"arguments{number}: %json {json.dumps(parameters)}")
