@@ -344,7 +344,10 @@ def test_a_text_over_http(served):
     greedy, drawn = served.engine.requests
     assert (greedy.temperature, drawn.temperature) == (0, 0.5)
     umlauts = generate(served, model=MODEL, inputs="say Köln & 100%", max_new_tokens=9)
-    assert umlauts.json()["outputs"] == "Köln & 100%" and umlauts.headers["content-type"] == "application/json; charset=utf-8"
+    assert (
+        umlauts.json()["outputs"] == "Köln & 100%"
+        and umlauts.headers["content-type"] == "application/json; charset=utf-8"
+    )
 
 
 def test_a_session_over_http(served):

@@ -178,13 +178,16 @@ def test_a_call_that_has_to_be(folder, choice):
 def test_a_call_that_is_cut_off(folder):
     async def ask(engine: TextEngine):
         long = {"properties": {"a": {"type": "string", "minLength": 300}}, "required": ["a"]}
-        return [await called(engine, chat(tools=(tool("f", long),), tool_choice="f", max_tokens=n)) for n in (3, 100)]
+        return [
+            await called(engine, chat(tools=(tool("f", long),), tool_choice="f", max_tokens=n, seed=n))
+            for n in (3, 100)
+        ]
 
     (short, _), (cut, arguments) = use(folder, ask)
     assert isinstance(short[0], Token) and '{"name"'.startswith(short[0].text), "no call yet"
     assert [type(event) for event in short[1:]] == [Finished, Usage] and short[1] == Finished("length")
     assert isinstance(cut[0], ToolCallBegun) and cut[-2] == Finished("length")
-    assert arguments.startswith('{"a"') and 60 < len(arguments) < 100
+    assert arguments.replace(" ", "").startswith('{"a":"') and 50 < len(arguments) < 100
 
 
 def test_a_choice_that_leaves_it_open_holds_to_nothing(folder):
