@@ -42,7 +42,7 @@ def test_log_probabilities_are_those_before_anything_is_done_to_logits(told):
     settings = {"do_sample": True, "temperature": 0.2, "top_k": 3, "repetition_penalty": 1.5, "max_new_tokens": 1}
     made = model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
     expected = made.logits[0][0].double().log_softmax(dim=-1)
-    sampler = Sampler(processors_of_generate(model, ids, **settings), torch.Generator().manual_seed(3), told)
+    sampler = Sampler(processors_of_generate(model, ids, **settings), torch.Generator().manual_seed(3), logprobs=told)
     token = sampler(ids, made.logits[0])
     weighed = sampler.weighed(token, made.logits[0])
     assert isinstance(weighed, WeighedToken) and weighed == token

@@ -415,7 +415,7 @@ def test_log_probabilities_of_guessed_tokens_are_those_of_each_alone(decoding, m
 
     async def ask() -> list[WeighedToken]:
         session = made.blocks.open(40)
-        choose = Sampler(LogitsProcessorList(), None, 2)
+        choose = Sampler(LogitsProcessorList(), logprobs=2)
         tokens = [t async for t in made.loop.generate(session, prompt, choose=choose, limit=20, ends=set())]
         await session.close()
         return [token for token in tokens if isinstance(token, WeighedToken)]

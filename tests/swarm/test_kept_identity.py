@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from petals_win.errors import UserError
-from petals_win.swarm import identity
+from petals_win.host import folders
 from petals_win.swarm.identity import Identity, hold_identity
 
 FIRST, SECOND = {"blocks": "0:2", "device": None}, {"blocks": "2:4", "device": None}
@@ -115,7 +115,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch):
     def full(source, destination):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source)
 
-    monkeypatch.setattr(identity.os, "replace", full)
+    monkeypatch.setattr(folders.os, "replace", full)
     with pytest.raises(UserError, match="No space left.*PETALS_WIN_HOME"):
         once()
     monkeypatch.undo()
