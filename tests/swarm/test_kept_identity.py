@@ -13,6 +13,7 @@ import pytest
 
 from petals_win.errors import UserError
 from petals_win.host import folders
+from petals_win.swarm import identity
 from petals_win.swarm.identity import Identity, hold_identity
 
 FIRST, SECOND = {"blocks": "0:2", "device": None}, {"blocks": "2:4", "device": None}
