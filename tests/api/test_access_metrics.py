@@ -77,7 +77,12 @@ def test_what_breaks_and_what_is_refused(tmp_path):
     with serving(created_keys=keys) as served:
         body = [served.chat(text) for text in ("break", "missing", "crash", "say x")]
         url = f"{served.url}/v1/chat/completions"
-        assert [httpx.post(url, json=each, headers=key).status_code for each in body] == [503, 503, 500, 429]
+        assert [httpx.post(url, json=each, headers=key, timeout=60).status_code for each in body] == [
+            503,
+            503,
+            500,
+            429,
+        ]
         assert httpx.get(f"{served.url}/metrics").status_code == 401
         text = httpx.get(f"{served.url}/metrics", headers=key).text
         model = f'model_name="{MODEL}"'

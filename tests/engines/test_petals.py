@@ -103,7 +103,7 @@ def test_lengths_and_stop_strings(use):
 def test_an_answer_that_is_held_to_a_schema(use):
     properties = {
         "capital": {"type": "string"},
-        "rivers": {"type": "array", "items": {"type": "string"}, "maxItems": 2},
+        "rivers": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 2},
     }
     schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
     function = {"name": "look_up", "parameters": schema}
