@@ -186,7 +186,7 @@ class _Reading:
 
     def __init__(self, answer: Answer):
         self._answer = answer
-        self._begun = time.monotonic_ns()
+        self._begun = time.perf_counter_ns()
         self._first: int | None = None
         self._reason = ""
         self._usage = Usage(0, 0)
@@ -196,7 +196,7 @@ class _Reading:
         call: _Call | None = None
         async for _, event in self._answer:
             if self._first is None:
-                self._first = time.monotonic_ns()
+                self._first = time.perf_counter_ns()
             if call is not None and not isinstance(event, ToolCallArguments):
                 yield call.piece()
                 call = None
@@ -217,7 +217,7 @@ class _Reading:
 
     def end(self) -> dict[str, Any]:
         """Why it ended, what it had of tokens, and how long it took (ns); a model here is always loaded."""
-        now = time.monotonic_ns()
+        now = time.perf_counter_ns()
         first = self._first or now
         return {
             "done_reason": self._reason,
