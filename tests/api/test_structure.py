@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 
 from api.fake_engine import MODEL
@@ -98,7 +99,6 @@ def test_what_is_wrong_is_named(served, fields, param, message):
 
 
 def test_the_official_client_asks_for_a_schema(served):
-    pydantic = pytest.importorskip("pydantic")
     city = pydantic.create_model("City", name=(str, ...), people=(int, ...))
     try:
         served.client().chat.completions.parse(

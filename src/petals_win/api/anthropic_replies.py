@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import ServerSentEvent
 
 from petals_win.api.answering import json_event
-from petals_win.api.bodies import arguments_as_object
 from petals_win.api.errors import ApiError, anthropic_body
 from petals_win.api.generations import Answer
+from petals_win.api.messages import arguments_as_object
 from petals_win.engines.base import Event, Finished, Thought, Token, ToolCallArguments, ToolCallBegun, Usage
 
 
@@ -89,58 +89,63 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 async def whole(answer: Answer, model: str) -> dict[str, Any]:
     """The reply when it is complete."""
     content: list[dict[str, Any]] = []
-    parts = _Parts()
-    finished, usage = Finished("stop"), Usage(0, 0)
-    async for _, event in answer:
-        match event:
-            case Finished():
-                finished = event
-            case Usage():
-                usage = event
-            case _:
-                for part in parts.of(event):
-                    match part:
-                        case {"type": "content_block_start", "content_block": block}:
-                            content.append(dict(block))
-                        case {"type": "content_block_delta", "delta": delta}:
-                            _extend(content[-1], delta)
+    reading = _Reading(answer)
+    async for part in reading.parts():
+        match part:
+            case {"type": "content_block_start", "content_block": block}:
+                content.append(dict(block))
+            case {"type": "content_block_delta", "delta": delta}:
+                _extend(content[-1], delta)
     for block in content:
         if block["type"] == "tool_use":
             text = block["input"] or ""
             arguments = arguments_as_object(text)
             block["input"] = {"INVALID_JSON": text} if arguments is None else arguments
-    return {**_head(model), "content": content, **_end(finished), "usage": _usage(usage)}
+    return {**_head(model), "content": content, **_end(reading.finished), "usage": _usage(reading.usage)}
 
 
 async def events(answer: Answer, model: str) -> AsyncIterator[ServerSentEvent]:
     """The reply piece by piece; the last event is message_stop, or an error if the answer breaks."""
-    parts = _Parts()
-    finished, usage = Finished("stop"), Usage(0, 0)
-    begun = {**_head(model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
+    reading = _Reading(answer)
+    begun = {**_head(model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(reading.usage)}
     # How many tokens the prompt has is told with the end: it is not known before the engine has said all.
     yield _event({"type": "message_start", "message": begun})
     try:
-        async for _, event in answer:
-            match event:
-                case Finished():
-                    finished = event
-                case Usage():
-                    usage = event
-                case _:
-                    for part in parts.of(event):
-                        yield _event(part)
+        async for part in reading.parts():
+            yield _event(part)
     except ApiError as error:
         yield _event(anthropic_body(error))
         return
-    for part in parts.end():
-        yield _event(part)
-    yield _event({"type": "message_delta", "delta": _end(finished), "usage": _usage(usage)})
+    yield _event({"type": "message_delta", "delta": _end(reading.finished), "usage": _usage(reading.usage)})
     yield _event({"type": "message_stop"})
 
 
 def ping() -> ServerSentEvent:
     """What keeps a connection open."""
     return _event({"type": "ping"})
+
+
+class _Reading:
+    """Reads an answer. How it ended, and its counts, are known when all of its parts have come."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.finished, self.usage = Finished("stop"), Usage(0, 0)
+
+    async def parts(self) -> AsyncIterator[dict[str, Any]]:
+        """What tells of its blocks, as it comes. Raises ApiError where the answer breaks."""
+        parts = _Parts()
+        async for _, event in self._answer:
+            match event:
+                case Finished():
+                    self.finished = event
+                case Usage():
+                    self.usage = event
+                case _:
+                    for part in parts.of(event):
+                        yield part
+        for part in parts.end():
+            yield part
 
 
 class _Parts:

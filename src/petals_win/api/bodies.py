@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -42,21 +41,3 @@ class Body(BaseModel):
                     400, f"{name} is not supported here. {cls.refused[name]}", code="unsupported", param=name
                 )
         return given
-
-
-def penalty_in_bounds(value: float | None) -> float | None:
-    """A repetition penalty, of which 0 means none. Raises ValueError for one that no logit can be multiplied by."""
-    if value == 0:
-        return 1.0
-    if value is not None and value < 0.01:
-        raise ValueError("less than 0.01 would make logits infinite; 1 is no penalty")
-    return value
-
-
-def arguments_as_object(text: str) -> dict[str, Any] | None:
-    """The arguments of a call as the model wrote them; None if they are no JSON object. No text at all is an empty one."""
-    try:
-        parsed = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, dict) else None

@@ -18,6 +18,15 @@ def whole_characters(text: str) -> str:
 Text = Annotated[str, AfterValidator(whole_characters)]
 
 
+def arguments_as_object(text: str) -> dict[str, Any] | None:
+    """The arguments of a call as the model wrote them; None if they are no JSON object. No text at all is an empty one."""
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
 class Function(BaseModel):
     """A function that the assistant called, with its arguments as JSON."""
 
@@ -29,11 +38,8 @@ class Function(BaseModel):
     def _as_object(cls, value: Any) -> Any:
         """Chat templates expect an object. What is none stays the text that it is."""
         if isinstance(value, str):
-            try:
-                parsed = json.loads(value or "{}")
-            except (ValueError, RecursionError):
-                return value
-            return parsed if isinstance(parsed, dict) else value
+            parsed = arguments_as_object(value)
+            return value if parsed is None else parsed
         return {} if value is None else value
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from petals_win.api.answering import JsonLine
-from petals_win.api.bodies import arguments_as_object
 from petals_win.api.errors import ApiError, ollama_body
 from petals_win.api.generations import Answer
+from petals_win.api.messages import arguments_as_object
 from petals_win.engines.base import (
     ChosenToken,
     Finished,

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from petals_win.api.bodies import Body, penalty_in_bounds
+from petals_win.api.bodies import Body
 from petals_win.api.errors import ApiError
-from petals_win.api.schemas import Message, Text
+from petals_win.api.schemas import Message, Text, penalty_in_bounds
 from petals_win.engines.base import Constraint, GenerationRequest
 
 _TEXT_ONLY = "The models here read text alone. Leave it out."

@@ -75,6 +75,15 @@ def _unless(*neutral: Any) -> Callable[[Any], bool]:
     return lambda value: bool(value) and value not in neutral
 
 
+def penalty_in_bounds(value: float | None) -> float | None:
+    """A repetition penalty, of which 0 means none. Raises ValueError for one that no logit can be multiplied by."""
+    if value == 0:
+        return 1.0  # of programs whose fields that nobody set are 0; nothing can be multiplied by it
+    if value is not None and value < 0.01:
+        raise ValueError("less than 0.01 would make logits infinite; 1 is no penalty")
+    return value
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside the text."""
 
@@ -175,14 +184,7 @@ class Sampling(Structured):
     def _no_bias(cls, value: Any) -> Any:
         return {} if value == [] else value
 
-    @field_validator("repetition_penalty")
-    @classmethod
-    def _penalty_in_bounds(cls, value: float | None) -> float | None:
-        if value == 0:
-            return 1.0  # of programs whose fields that nobody set are 0; nothing can be multiplied by it
-        if value is not None and value < 0.01:
-            raise ValueError("less than 0.01 would make logits infinite; 1 is no penalty")
-        return value
+    _penalty_in_bounds = field_validator("repetition_penalty")(penalty_in_bounds)
 
     def _requests(
         self, prompts: Sequence[dict[str, Any]], max_tokens: int | None, model: str

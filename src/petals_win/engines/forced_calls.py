@@ -16,13 +16,13 @@ _OBJECT = {"type": "object"}
 _BEGIN, _BETWEEN, _END = '{"name": ', ', "arguments": ', "}"
 
 
-def with_forced_call(request: GenerationRequest) -> GenerationRequest | None:
-    """The same request, held to a call of a tool, whose text no stop string ends; None if its tool_choice leaves the answer free.
+def with_forced_call(request: GenerationRequest) -> GenerationRequest:
+    """The request, held to a call of a tool, whose text no stop string ends; as it is if its tool_choice leaves the answer free.
 
     Raises UserError if there is no tool that could be called.
     """
     if request.tool_choice in ("auto", "none"):
-        return None
+        return request
     functions = [tool["function"] for tool in request.tools]
     if request.tool_choice != "required":
         functions = [function for function in functions if function["name"] == request.tool_choice]

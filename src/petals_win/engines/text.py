@@ -50,7 +50,7 @@ class TextEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         prompt, limit = self._read(request)
-        request = with_forced_call(request) or request
+        request = with_forced_call(request)
         answer = AnswerEvents(self.tokens.language, prompt, request, self._token_bytes)
         generated, last = 0, None
         untold: list[int] = []  # tokens that no event has told
