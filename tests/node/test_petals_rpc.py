@@ -21,7 +21,7 @@ from petals.utils.packaging import pack_args_kwargs
 
 from petals_win.errors import NodeFull, NodeRefused, node_error
 from petals_win.models.source import open_model
-from petals_win.node import inbox
+from petals_win.node import inbox, served
 from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, TransformerConnectionHandler
 from petals_win.node.service import BlockService
 from petals_win.span.chunks import Chunks
@@ -230,6 +230,24 @@ def test_what_a_session_has_left_is_found_by_its_owner_alone(rpc, service, span)
         return found, await find(pages, theirs)
 
     assert run(ask()) == ([3, 2, 0, 1], 0)
+
+
+def test_what_a_session_has_left_is_there_when_its_client_learns_of_the_end(rpc, service, monkeypatch):
+    leave = served._leave
+
+    def slowly(*args):
+        time.sleep(0.3)
+        return leave(*args)
+
+    monkeypatch.setattr(served, "_leave", slowly)
+
+    async def ask():
+        client = Client(step(states(1, 100, 64), max_length=300), request(pages=[bytes(16)]))
+        assert len([answer async for answer in answers(rpc, client)]) == 1
+        return service._prefixes.nbytes, service.budget.bytes_left
+
+    kept, left = run(ask())
+    assert kept > 0 and left == service.budget.total_bytes
 
 
 @pytest.mark.parametrize(

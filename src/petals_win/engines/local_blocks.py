@@ -116,13 +116,4 @@ class LocalSession:
     async def close(self, tokens: Sequence[int] = ()) -> None:
         """Returns when the memory is given back, behind what is in work on the compute thread."""
         self._blocks._open.discard(self)
-        self._served.close(page_hashes(tokens[: self.position], "") if self._of_tokens_alone else ())
-        try:
-            behind = self._blocks._compute.submit(_nothing)
-        except RuntimeError:  # the compute thread has been stopped, and all memory with it
-            return
-        await asyncio.wait([asyncio.wrap_future(behind)])
-
-
-def _nothing() -> None:
-    """Its turn comes after everything that was asked for before."""
+        await self._served.close(page_hashes(tokens[: self.position], "") if self._of_tokens_alone else ())

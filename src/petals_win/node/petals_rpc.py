@@ -182,7 +182,6 @@ class TransformerConnectionHandler(ServicerBase):
         pushes = Pushes(self._stub_of, self._served.name, self._deadlines.request)
         _note(logging.INFO, "rpc_inference.open", blocks, context)
         about: dict[str, Any] = {TAKES_BACK: session.takes_back}  # with the first answer
-        left: list[bytes] = []
         try:
             async with Inbox(first, requests) as inbox:
                 with self._reachable(opening.metadata, inbox):
@@ -193,7 +192,9 @@ class TransformerConnectionHandler(ServicerBase):
                             _note(logging.WARNING, "rpc_inference.step", blocks, context, "timed out")
                             break
                         if request is None or not request.tensors:
-                            left = [] if request is None else _pages(session, wire.read_metadata(request))
+                            if request is not None:
+                                # Before the client learns of the end, and perhaps goes on from there in its next session.
+                                await session.close(_pages(session, wire.read_metadata(request)))
                             break
                         metadata = wire.read_metadata(request)
                         if not inbox.is_new(metadata.get("step_id")):
@@ -210,7 +211,7 @@ class TransformerConnectionHandler(ServicerBase):
                         told, about = MSGPackSerializer.dumps(about) if about else b"", {}
                         yield ExpertResponse(tensors=[output], metadata=told)
         finally:
-            session.close(left)
+            session.close()
             pushes.close()
             _note(logging.INFO, "rpc_inference.close", blocks, context)
 

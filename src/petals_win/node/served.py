@@ -177,21 +177,26 @@ class ServedSession:
     def _bytes_for(self, tokens: int) -> int:
         return self._span.session_bytes(self.batch_size, tokens, *self._blocks)
 
-    def close(self, pages: Sequence[bytes] = ()) -> None:
+    def close(self, pages: Sequence[bytes] = ()) -> asyncio.Future[None]:
         """Free the memory, and then the place in the budget, as soon as the compute thread is through with its last step.
 
-        `pages`: the hashes of what the session has seen, so that a later one finds it. Closing twice is allowed.
+        `pages`: the hashes of what the session has seen, so that a later one finds it. What is returned is done when the place is
+        free and the pages can be found. Closing twice is allowed.
         """
         share, session, loop = self._share, self._session, asyncio.get_running_loop()
+        closed: asyncio.Future[None] = loop.create_future()
         pages = self._worth_keeping(pages)
         self._share = self._session = None
         if share is None:
-            return
+            closed.set_result(None)
+            return closed
 
         def released(state: State | None) -> None:
             if state is not None and self._prefixes is not None:
                 self._prefixes.keep(self._owner, pages, state)
             share.release()
+            if not closed.done():  # whoever waits may have been cancelled
+                closed.set_result(None)
 
         def left(future: Future[State | None]) -> None:
             state = None if future.cancelled() or future.exception() else future.result()
@@ -203,6 +208,8 @@ class ServedSession:
             self._compute.submit(_leave, session, len(pages) * PAGE_TOKENS).add_done_callback(left)
         except RuntimeError:  # the node is shutting down
             share.release()
+            closed.set_result(None)
+        return closed
 
     def _worth_keeping(self, pages: Sequence[bytes]) -> Sequence[bytes]:
         """Those that the session has whole."""
