@@ -141,8 +141,12 @@ def long_calls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Calls that nobody answers while all the other tests run: when they began; handler, its call, caller and id of each."""
     waiting = []
     with starting(tmp_path_factory.mktemp("s")) as start:
-        for name in BOTH:
-            tested, peer = start(resolve(name, request)), start(resolve(BOTH[-1], request))
+        try:
+            programs = [resolve(name, request) for name in BOTH]
+        except pytest.skip.Exception:  # where the reference cannot run, ours are tested all the same
+            programs = [resolve(name, request) for name in OURS]
+        for program in programs:
+            tested, peer = start(program), start(programs[-1])
             tested.connect_to(peer)
             for calling, called in ((tested, peer), (peer, tested)):
                 handler, caller = serve(called), calling.persistent()
