@@ -213,6 +213,23 @@ def test_positions_that_cannot_be_given(checkpoint, monkeypatch, family):
     assert torch.equal(ends.embed(ids, positions), right.embed(ids, positions))
 
 
+@pytest.mark.parametrize(
+    ("family", "embeds", "heads"),
+    [("llama", True, True), ("gemma2", True, False), ("gpt2", False, True), ("bloom", False, True)],
+)
+def test_ends_are_computed_by_their_modules_alone_where_these_are_all(checkpoint, family, embeds, heads):
+    """Not where the decoder norms embeddings or adds to them, nor where logits are capped."""
+    model = hollow_model(open_model(str(checkpoint(family))), nn.Identity())
+    ends, calls = Ends(model), list[int]()
+    model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    ends.embed(torch.tensor([5, 6]), torch.tensor([3, 9]))
+    assert bool(calls) != embeds
+    calls.clear()
+    logits = ends.logits(hidden := 3 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0)))
+    assert bool(calls) != heads
+    torch.testing.assert_close(logits, ends._by_the_model(hidden), atol=1e-5, rtol=1e-5)
+
+
 def test_one_answer_is_the_same_alone_and_beside_others(decoding):
     made = decoding("llama")
     prompts = some_prompts()

@@ -24,8 +24,8 @@ _TOLERANCE = 1e-5  # of the largest value; more where a number has fewer digits 
 class Ends:
     """The embedding and the head of a hollow model, whose remote layer is taken over by this object.
 
-    Transformers' own forward() runs for both, so scales, learned positions, norms and soft-capping are the model's. All
-    methods are called in one thread at a time.
+    Transformers' own forward() runs for both, so scales, learned positions, norms and soft-capping are the model's; or only those
+    of its modules that do something, if they alone compute the same. All methods are called in one thread at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -35,6 +35,7 @@ class Ends:
         remote_layer(model).remote = self._between
         self.batched = True  # whether all rows share a pass through the embedding
         self._embed = self._way_to_embed()
+        self._logits = self._way_to_logits()
 
     @torch.inference_mode()
     def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -44,13 +45,7 @@ class Ends:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] (float32) from what the last block returned for one token each, [rows, hidden]."""
-        self._between.given = hidden.to(self._model.dtype)[:, None]
-        try:
-            # The tokens are embedded in vain, which is cheap, and every model takes them.
-            unused = torch.zeros(len(hidden), 1, dtype=torch.int64)
-            return self._model(input_ids=unused, use_cache=False).logits[:, -1].float()
-        finally:
-            self._between.given = None
+        return self._logits(hidden.to(self._model.dtype))
 
     @torch.inference_mode()
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -71,16 +66,60 @@ class Ends:
             self._model(input_ids=ids[None], use_cache=False)
             right = self._between.taken()[0]
             limit = right.abs().max() * max(_TOLERANCE, 2 * torch.finfo(right.dtype).eps)
-            for way in (self._at_given_positions, self._at_any_position):
+            for way in (self._by_the_embedding, self._at_given_positions, self._at_any_position):
                 try:
                     found = way(ids, positions)
-                except TypeError:  # the decoder takes no positions
+                except TypeError:  # the decoder takes no positions, or the embedding more than ids
                     continue
                 if found.shape == right.shape and (found - right).abs().max() <= limit:
                     return way
         logger.info("The embedding of %s does not take positions: answers are embedded one by one", type(self._model))
         self.batched = False
         return self._in_sequences
+
+    def _way_to_logits(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        head: Any = self._model.get_output_embeddings()
+        behind: list[nn.Module] = []  # the blocks, in the order of their calls
+        hooks = [remote_layer(self._model).register_forward_hook(lambda *_: behind.clear())]
+        hooks += [
+            child.register_forward_hook(lambda child, *_: behind.append(child)) for child in self._decoder.children()
+        ]
+        embedding: Any = self._model.get_input_embeddings()
+        hidden = torch.randn(_TRIED_TOKENS, embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(self._model.dtype)
+        with torch.inference_mode():
+            try:
+                right = self._by_the_model(hidden)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+            def by_modules(hidden: torch.Tensor) -> torch.Tensor:
+                for module in behind:
+                    hidden = module(hidden)
+                return head(hidden).float()
+
+            limit = right.abs().max() * max(_TOLERANCE, 2 * torch.finfo(self._model.dtype).eps)
+            try:
+                found = by_modules(hidden)
+            except Exception as e:  # whatever modules raise that are called in another way than by their model
+                logger.debug("The modules behind the blocks cannot be called alone: %s", e)
+                return self._by_the_model
+        same = found.shape == right.shape and bool((found - right).abs().max() <= limit)
+        return by_modules if same else self._by_the_model
+
+    def _by_the_model(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._between.given = hidden[:, None]
+        try:
+            # The tokens are embedded in vain, which is cheap, and every model takes them.
+            unused = torch.zeros(len(hidden), 1, dtype=torch.int64)
+            return self._model(input_ids=unused, use_cache=False).logits[:, -1].float()
+        finally:
+            self._between.given = None
+
+    def _by_the_embedding(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedding: Any = self._model.get_input_embeddings()
+        return embedding(ids)
 
     def _at_given_positions(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._decoder(input_ids=ids[:, None], position_ids=positions[:, None], use_cache=False)

@@ -50,6 +50,10 @@ class CutDecoder:
         """Of the decoder as a whole."""
         return self._config
 
+    def part(self, name: str) -> nn.Module | None:
+        """What the decoder has beside its blocks under that name, if it is still there: it has no parameters."""
+        return self._frame._modules.get(name)
+
     def to(self, device: torch.device) -> None:
         """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
         for module in [self._frame, *self._layers]:

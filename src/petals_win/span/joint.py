@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder
+from petals_win.span.lean import LeanBlocks
 from petals_win.span.probe import agrees
 
 logger = logging.getLogger(__name__)
@@ -39,22 +40,37 @@ class JointPass:
     def __init__(self, decoder: CutDecoder, device: torch.device, dtype: torch.dtype) -> None:
         self._decoder = decoder
         self._device, self._dtype = device, dtype
+        self._lean: LeanBlocks | None = None
         self.works = False
         # Beyond so many positions a session's rotary table is one of its own, which cannot serve the others of a pass.
         self.longest = _positions_of_one_table(decoder.config)
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
+        self._lean = LeanBlocks.of(self._decoder)
+        if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):
+            self.works = True
+            return
+        self._lean = None
+        self.works = self._agrees(shapes, exact, "Sessions are computed one by one")
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether a session that is alone has an advantage of it, too."""
+        return self._lean is not None
+
+    def _agrees(self, shapes: Sequence[KvShape], exact: bool, otherwise: str) -> bool:
         try:
             with torch.inference_mode():
-                self.works = agrees(self._decoder, shapes, self.run, self._device, exact, self.longest)
+                works = agrees(self._decoder, shapes, self.run, self._device, exact, self.longest)
         except Exception as e:  # whatever a model raises whose attention does not go through the interface
             # As text: a record that keeps the error keeps its frames, too, and with them the checkpoint's open files.
             logger.debug("A joint pass fails:\n%s", traceback.format_exc())
-            logger.info("Sessions are computed one by one: %s", str(e) or type(e).__name__)
-            return
-        if not self.works:
-            logger.info("Sessions are computed one by one: this model computes something else for several together")
+            logger.info("%s: %s", otherwise, str(e) or type(e).__name__)
+            return False
+        if not works:
+            logger.info("%s: this model computes something else for several together", otherwise)
+        return works
 
     def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
         """Hidden states [batch, tokens, hidden] of each session, after its cache's position, through the blocks [start, end).
@@ -68,10 +84,12 @@ class JointPass:
         joint = JointCache(
             [cache for cache, _ in ordered], [hidden.shape[:2] for _, hidden in ordered], start, self._device
         )
-        with _attention_by(joint, self._decoder.configs(start, end)):
-            output = self._decoder.run(
-                hidden.to(self._device, self._dtype), start, end, joint, position_ids=joint.position_ids
-            )
+        hidden = hidden.to(self._device, self._dtype)
+        if self._lean is not None:
+            output = self._lean.run(hidden[0], start, end, joint.position_ids, joint.attend)[None]
+        else:
+            with _attention_by(joint, self._decoder.configs(start, end)):
+                output = self._decoder.run(hidden, start, end, joint, position_ids=joint.position_ids)
         rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
         outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
         return [outputs[index] for index in range(len(parts))]
@@ -122,20 +140,45 @@ class JointCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        slots: list[Any] = [cache.layers[layer_idx - self._first] for cache in self._caches]
-        self._window = slots[0].window
-        keys, values = (states[:, :, : self.singles].unbind(2) for states in (key_states, value_states))
-        self.held = [slot.append(key, value) for slot, key, value in zip(slots, keys, values, strict=False)]
-        if self._rows:
-            keys, values = self.of_the_others(key_states), self.of_the_others(value_states)
-            others = zip(slots[self.singles :], keys, values, strict=True)
-            self.held += [slot.update(key, value) for slot, key, value in others]
+        self.take(layer_idx, _rows_first(key_states), _rows_first(value_states))
         return key_states, value_states
 
+    def take(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep keys and values [rows, heads, size] of the block `index`, each session its own."""
+        slots: list[Any] = [cache.layers[index - self._first] for cache in self._caches]
+        self._window = slots[0].window
+        self.held = [slot.append(*one) for slot, *one in zip(slots, key[: self.singles], value, strict=False)]
+        if self._rows:
+            others = zip(slots[self.singles :], self.of_the_others(key), self.of_the_others(value), strict=True)
+            self.held += [slot.update(keys, values) for slot, keys, values in others]
+
     def of_the_others(self, states: torch.Tensor) -> list[torch.Tensor]:
-        """Of [1, heads, length, size] the part [batch, heads, tokens, size] of each session with more than one row."""
-        parts = states[0, :, self.singles :].split(self._rows, dim=1)
-        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self._shapes, strict=True)]
+        """Of [rows, heads, size] the part [batch, heads, tokens, size] of each session with more than one row."""
+        parts = states[self.singles :].split(self._rows)
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def attend(
+        self, module: nn.Module, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """For blocks of the plain kind (lean.py): [rows, heads, size] of new rows to [rows, heads x size]."""
+        self.take(index, key, value)
+        scale: Any = module.scaling
+        outputs = [output.flatten(1) for output in self.plainly_of_singles(query, scale)]
+        for number, part in enumerate(self.of_the_others(query) if self._rows else ()):
+            keys, values = self.held[self.singles + number]
+            output, _ = sdpa_attention_forward(module, part, keys, values, self.mask(number, None), scaling=scale)
+            outputs.append(output.flatten(2).flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def plainly_of_singles(self, query: torch.Tensor, scale: float | None) -> list[torch.Tensor]:
+        """Scaled dot product attention of the single tokens among [rows, heads, size]: [1, heads, size] for each."""
+        if not self.singles:
+            return []
+        heads = self.held[0][0].shape[1]
+        # The queries of the heads that share a key stand in for tokens: keys need not be repeated for them.
+        parts = query[: self.singles].unflatten(1, (heads, -1)).split(1)
+        held = zip(parts, self.held, strict=False)
+        return [scaled_dot_product_attention(part, *kept, scale=scale).flatten(1, 2) for part, kept in held]
 
     def mask(self, index: int, additive: torch.dtype | None) -> torch.Tensor | None:
         """What new tokens of the session see of what the present block holds for it, [1, 1, tokens, held]; None: all of it.
@@ -192,28 +235,24 @@ def _attend(
     joint: JointCache = _of_this_thread.joint
     usual = _usual_attention(module, _of_this_thread.usual)
     plain = usual is sdpa_attention_forward and settings.get("position_bias") is None
-    parts = query[:, :, : joint.singles]
     if plain:
-        # The queries of the heads that share a key stand in for tokens: keys need not be repeated for them.
-        heads = key.shape[1]
-        parts = parts.unflatten(1, (heads, query.shape[1] // heads)).unbind(3)
-        scale = settings.get("scaling")
-        outputs = [
-            scaled_dot_product_attention(part, keys, values, scale=scale)
-            for part, (keys, values) in zip(parts, joint.held, strict=False)
-        ]
-        outputs = [torch.cat(outputs).flatten(1, 2)] if outputs else []
+        outputs = joint.plainly_of_singles(_rows_first(query), settings.get("scaling"))
     else:
-        held = zip(parts.split(1, dim=2), joint.held, strict=False)
+        held = zip(query[:, :, : joint.singles].split(1, dim=2), joint.held, strict=False)
         outputs = [
             usual(module, part, keys, values, None, **settings)[0].flatten(0, 1) for part, (keys, values) in held
         ]
-    others = zip(joint.of_the_others(query), joint.held[joint.singles :], strict=True)
+    others = zip(joint.of_the_others(_rows_first(query)), joint.held[joint.singles :], strict=True)
     additive = query.dtype if _of_this_thread.usual == "eager" else None
     for index, (part, (keys, values)) in enumerate(others):
         output, _ = usual(module, part, keys, values, joint.mask(index, additive), **settings)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _rows_first(states: torch.Tensor) -> torch.Tensor:
+    """[1, heads, rows, size] to [rows, heads, size]."""
+    return states[0].transpose(0, 1)
 
 
 def _usual_attention(module: nn.Module, implementation: str) -> Any:

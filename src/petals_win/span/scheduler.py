@@ -22,12 +22,10 @@ from petals_win.span.company import Company
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
 from petals_win.span.session import Session, Step
-from petals_win.span.span import CHUNK_TOKENS, Span
+from petals_win.span.span import CHUNK_TOKENS, FEW_TOKENS, Span
 
 logger = logging.getLogger(__name__)
 
-# A step of no more tokens, of all rows together, is computed at once; longer ones share a chunk in each turn.
-_FEW_TOKENS = 16
 _PAUSE_S = 1.0  # after which decodes are not expected to come again
 
 
@@ -47,7 +45,8 @@ class _Waiting:
         self.session, self.hidden, self.prompts, self.hypo_ids = session, hidden, prompts, hypo_ids
         self.start, self.priority = start, priority
         self.rows, self._length = hidden.shape[:2] if hidden.ndim == 3 else (1, 1)
-        self.is_prefill = self.rows * self._length > _FEW_TOKENS
+        # Few tokens are computed at once; longer steps share a chunk in each turn.
+        self.is_prefill = self.rows * self._length > FEW_TOKENS
         self.step: Step | None = None  # once it has had a turn
         self.last_turn = 0
 

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 # A long prompt goes through the blocks in pieces of at most so many tokens (of all rows together), which bounds the memory for
 # activations and attention.
 CHUNK_TOKENS = 1024
+# A step of no more tokens, of all rows together, takes as long as its operations and the reading of weights, not the computing.
+FEW_TOKENS = 16
 
 
 class Span:
@@ -290,8 +292,9 @@ class Span:
         caches: list[Any] = [step.session.open_cache for step, _ in pieces]
         self._switch_to(session.adapter)
         with torch.inference_mode():
-            if len(pieces) == 1:
-                step, tokens = pieces[0]
+            step, tokens = pieces[0]
+            few = self._joint.is_lean and step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
+            if len(pieces) == 1 and not (few and self.companions(step)):
                 hidden, prompts = step.piece(tokens)
                 hidden = hidden.to(self.device, self.dtype)
                 outputs = [self._decoder.run(hidden, session.start, session.end, caches[0], prompts).cpu()]
