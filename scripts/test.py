@@ -17,8 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-# Programs that tests run, and their Debian packages: a browser for the web page, address translation for networks.
-PROGRAMS = {"chromium": "chromium", "chromedriver": "chromium-driver", "nft": "nftables"}
+# Programs that tests run, and their Debian packages: a browser for the web page, address translation for networks, and what
+# OpenAI's client for JavaScript needs.
+PROGRAMS = {
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+    "nft": "nftables",
+    "node": "nodejs",
+    "npm": "npm",
+}
 
 # Folders of tests that start daemons, nodes and browsers; they take about as long as all others.
 WHOLE_PROGRAMS = {"e2e", "p2pd", "web"}
