@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-import litellm  # pyright: ignore[reportMissingImports]
+import litellm
 
 url, model = sys.argv[1:]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
