@@ -27,8 +27,9 @@ print("chat")
 parts = list(client.chat.completions.create_partial(response_model=Place, **said('call Place {"city":"Köln"}')))
 assert parts[-1].city == "Köln"
 print("stream")
-assert client.chat.completions.create(response_model=Place, **said('call Place {"city":"Köln"}')) == Place(city="Köln")
+# Compared by its field: instructor keeps the raw answer in what it returns.
+assert client.chat.completions.create(response_model=Place, **said('call Place {"city":"Köln"}')).city == "Köln"
 print("tool")
 client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
-assert client.chat.completions.create(response_model=Place, **said('say {"city":"Köln"}')) == Place(city="Köln")
+assert client.chat.completions.create(response_model=Place, **said('say {"city":"Köln"}')).city == "Köln"
 print("object")
