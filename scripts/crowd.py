@@ -9,58 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from petals_win.bench.busy import busy_program
+from petals_win.bench.up import DIRECT, up
 
 PYTHON = Path(".venv") / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 CLIENTS = (1, 2, 8)
 PROMPT = "The history of computing began with"
-START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 600, 60
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@contextlib.contextmanager
-def swarm_of(python: Path) -> Iterator[str]:
-    """`petals-win up` of the checkout that this Python belongs to; yields the address of its API once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        command = [python, "-m", "petals_win.cli.main", "up", "--port", str(port)]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, stdin=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            url = f"http://127.0.0.1:{port}"
-            while not is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    sys.exit(f"petals-win up of {python} does not answer. It says:\n{output.read()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(STOP_SECONDS)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with DIRECT.open(f"{url}/ready", timeout=5):
-            return True
-    except OSError:
-        return False
+ANSWER_SECONDS = 600
 
 
 def ask(url: str, tokens: int) -> int:
@@ -113,7 +76,7 @@ def main() -> int:
         if not pythons["against"].exists():
             parser.error(f"{asked.against} is not installed: run scripts/install there")
     with contextlib.ExitStack() as running:
-        urls = {side: running.enter_context(swarm_of(python)) for side, python in pythons.items()}
+        urls = {side: running.enter_context(up(python)).url for side, python in pythons.items()}
         found = measure(urls, asked.rounds, asked.tokens)
     medians = {side: {name: statistics.median(speeds) for name, speeds in by.items()} for side, by in found.items()}
     if asked.json:

@@ -25,6 +25,10 @@ from petals_win.models.source import DEFAULT_MODEL
 QUESTION = "Make up an example of JSON that fits this JSON schema. Answer with nothing else.\n"
 
 
+# Of a schema: refused by name, or its answer is cut off by its length, or ended by itself.
+ENDS = ("valid", "invalid", "cut off", "refused")
+
+
 async def answer(engine: Engine, asked: GenerationRequest) -> tuple[str, str, int, float]:
     """Text, reason of the end, tokens, and seconds of all of it."""
     began, text, reason, tokens = time.perf_counter(), "", "", 0
@@ -49,13 +53,16 @@ def verdict(schema: dict[str, Any], text: str, reason: str) -> str:
     return "valid"
 
 
-async def measure(count: int, seed: int, most: int) -> dict[str, Any]:
+async def measure(count: int, seed: int, most: int, seconds: float) -> dict[str, Any]:
     engine = await asyncio.to_thread(find_engine("local"), EngineSettings(DEFAULT_MODEL))
     await engine.start(lambda why: sys.exit(str(why)))
     ends, tokens, held_s, free_s = Counter[str](), 0, 0.0, 0.0
+    began = time.perf_counter()
     model = engine.models()[0].id
     try:
         for number, schema in enumerate(random_schemas(count, seed)):
+            if time.perf_counter() - began > seconds and number > 1:
+                break
             messages = ({"role": "user", "content": QUESTION + json.dumps(schema, ensure_ascii=False)},)
             asked: dict[str, Any] = {"model": model, "messages": messages, "temperature": 1.0, "seed": number}
             constraint = Constraint("json_schema", json.dumps(schema))
@@ -79,7 +86,9 @@ async def measure(count: int, seed: int, most: int) -> dict[str, Any]:
     finally:
         await engine.close()
     speeds = {"tokens_per_s": tokens / held_s, "free_tokens_per_s": tokens / free_s, "ratio": free_s / held_s}
-    return {"schemas": count, **ends, "tokens": tokens, **{name: round(value, 3) for name, value in speeds.items()}}
+    asked = ends.total()
+    shares = {f"{end.replace(' ', '_')}_share": round(ends[end] / asked, 3) for end in ENDS}
+    return {"schemas": asked, **shares, "tokens": tokens, **{name: round(value, 3) for name, value in speeds.items()}}
 
 
 def main() -> int:
@@ -87,8 +96,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="schemas, at least 2 (default: 200)")
     parser.add_argument("--seed", type=int, default=14, help="of the schemas (default: 14)")
     parser.add_argument("--tokens", type=int, default=400, help="of an answer at most (default: 400)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no schema after so long")
     asked = parser.parse_args()
-    print(json.dumps(asyncio.run(measure(max(2, asked.count), asked.seed, asked.tokens))))
+    print(json.dumps(asyncio.run(measure(max(2, asked.count), asked.seed, asked.tokens, asked.seconds))))
     return 0
 
 

@@ -28,9 +28,9 @@ class Description:
         documented = operation["responses"].get(str(response.status_code))
         assert documented, f"{path or response.request.url.path} documents no {response.status_code}"
         kind = response.headers["content-type"].partition(";")[0]
-        schema = documented["content"][kind]["schema"]
+        content = documented["content"][kind]
         if kind == "application/json":
-            self.matches(response.json(), schema, "body")
+            self.matches(response.json(), content["schema"], "body")
             return
         *events, last = [
             line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data:")
@@ -39,8 +39,10 @@ class Description:
         if last != "[DONE]":
             self.matches(json.loads(last), {"$ref": "#/components/schemas/ErrorReply"}, "error")
         assert chunks
+        done, told = content["itemSchema"]["properties"]["data"]["anyOf"]
+        assert done == {"const": "[DONE]"}
         for chunk in chunks:
-            self.matches(chunk, schema["contentSchema"], "chunk")
+            self.matches(chunk, told["contentSchema"], "chunk")
 
     def matches(self, value: Any, schema: dict[str, Any], where: str) -> None:
         if "$ref" in schema:

@@ -46,6 +46,7 @@ WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
 LEFT_OUT = [  # for their time
     "api/test_litellm_client.py",  # it and llm bring 270 MB along, and say nothing about Windows
     "api/test_llm_client.py",
+    "api/test_fuzz.py",
     "bench/test_short_bench.py::test_everything_is_measured_in_one_run",  # starts three more Pythons with torch
     "e2e/test_first_pc.py",
     "e2e/test_networks_of_nodes.py",

@@ -13,16 +13,15 @@ from petals_win.api.anthropic_schemas import AnthropicMessages, AnthropicPrompt
 from petals_win.api.generations import Generations
 from petals_win.engines.base import Engine, find_model
 
-_EVENTS = {
-    "type": "string",
-    "description": "Events named message_start, content_block_start, content_block_delta, content_block_stop, "
-    "message_delta, message_stop and ping, or error if the answer breaks; the data of each is JSON.",
-}
+_EVENTS = (
+    "Events are named message_start, content_block_start, content_block_delta, content_block_stop, "
+    "message_delta, message_stop and ping, or error if the answer breaks; the data of each is JSON."
+)
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": AnthropicMessage,
         "description": "The answer, whole or as a stream.",
-        "content": {"text/event-stream": {"schema": _EVENTS}},
+        "content": reply_schemas.event(_EVENTS),
     }
 } | reply_schemas.errors(400, 401, 403, 404, 408, 413, 429, 500, 503, body=AnthropicError)
 

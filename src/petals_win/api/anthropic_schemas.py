@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from petals_win.api.bodies import Body
+from petals_win.api.documented import null_is_left_out, text_or_list
 from petals_win.api.errors import ApiError
 from petals_win.api.schemas import Text
 from petals_win.engines.base import Constraint, GenerationRequest
@@ -53,6 +54,8 @@ class AnthropicTextBlock(BaseModel):
 class AnthropicBlock(BaseModel):
     """A piece of a turn: text, what a model thought, a call of a tool, or its result."""
 
+    model_config = ConfigDict(json_schema_extra=null_is_left_out)
+
     type: Annotated[Text, Field(description="text, thinking, redacted_thinking, tool_use or tool_result")]
     text: Text = ""
     thinking: Text = ""
@@ -60,7 +63,10 @@ class AnthropicBlock(BaseModel):
     name: Text = ""
     input: dict[str, Any] = {}
     tool_use_id: Text = ""
-    content: Annotated[list[AnthropicTextBlock], Field(description="a text or a list of blocks of type text")] = []
+    content: Annotated[
+        list[AnthropicTextBlock],
+        Field(description="a text or a list of blocks of type text", json_schema_extra=text_or_list),
+    ] = []
     is_error: bool = False
 
     _result_as_blocks = field_validator("content", mode="before")(_as_blocks)
@@ -85,7 +91,9 @@ class AnthropicTurn(BaseModel):
     """What one side said."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[AnthropicBlock], Field(description="a text or a list of blocks")]
+    content: Annotated[
+        list[AnthropicBlock], Field(description="a text or a list of blocks", json_schema_extra=text_or_list)
+    ]
 
     _content_as_blocks = field_validator("content", mode="before")(_as_blocks)
 
@@ -155,7 +163,10 @@ class AnthropicPrompt(Body):
 
     model: Annotated[Text, Field(description="its name, in any case, with or without its owner")]
     messages: Annotated[list[AnthropicTurn], Field(min_length=1)]
-    system: Annotated[list[AnthropicTextBlock], Field(description="a text or a list of blocks of type text")] = []
+    system: Annotated[
+        list[AnthropicTextBlock],
+        Field(description="a text or a list of blocks of type text", json_schema_extra=text_or_list),
+    ] = []
     tools: list[AnthropicTool] = []
     tool_choice: AnthropicToolChoice = AnthropicToolChoice(type="auto")
     thinking: AnthropicThinkingConfig | None = None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from petals_win.api.documented import null_is_left_out
 from petals_win.api.errors import ApiError
 from petals_win.api.schemas import name_once
 
@@ -18,7 +19,7 @@ class Body(BaseModel):
     named in the log. `refused` are fields that would change what an answer means: each with what to do without them.
     """
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, json_schema_extra=null_is_left_out)
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}

@@ -15,11 +15,14 @@ from petals_win.api import reply_schemas as sent
 from petals_win.api.answering import unless_disconnected
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Generations
+from petals_win.api.ollama_replies import OllamaError
 from petals_win.api.schemas import Text
 from petals_win.engines.base import Engine, GenerationRequest, find_model
 
 MAX_INPUTS = 64
-_ERRORS = sent.errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
+_STATUSES = (400, 401, 403, 404, 408, 413, 429, 500, 503)
+_ERRORS = sent.errors(*_STATUSES)
+_OLLAMA_ERRORS = sent.errors(*_STATUSES, body=OllamaError)
 
 TokenIds = list[StrictInt]
 
@@ -147,7 +150,7 @@ def embedding_routes(engine: Engine, generations: Generations) -> APIRouter:
         data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(shown)]
         return EmbeddingList(data=data, model=model, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens))
 
-    @router.post("/api/embed", response_model=OllamaEmbedded, responses=_ERRORS)
+    @router.post("/api/embed", response_model=OllamaEmbedded, responses=_OLLAMA_ERRORS)
     async def ollama_embed(http: Request, body: OllamaEmbed) -> OllamaEmbedded:
         """As /v1/embeddings, for Ollama's clients."""
         began = time.perf_counter_ns()
@@ -162,7 +165,7 @@ def embedding_routes(engine: Engine, generations: Generations) -> APIRouter:
             prompt_eval_count=tokens,
         )
 
-    @router.post("/api/embeddings", response_model=OllamaEmbedding, responses=_ERRORS)
+    @router.post("/api/embeddings", response_model=OllamaEmbedding, responses=_OLLAMA_ERRORS)
     async def ollama_embeddings(http: Request, body: OllamaEmbeddings) -> OllamaEmbedding:
         """As /api/embed for one text, for Ollama's older clients."""
         vectors, _ = await embed(http, _of_ollama(engine, body.model), [body.prompt], truncate=True)

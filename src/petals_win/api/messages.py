@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from petals_win.api.documented import null_is_left_out
 
 
 def whole_characters(text: str) -> str:
@@ -50,14 +52,27 @@ class ToolCall(BaseModel):
     function: Function
 
 
+def _text_or_parts(schema: dict[str, Any]) -> None:
+    part = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
+    schema["anyOf"] = [{"type": schema.pop("type")}, {"type": "array", "items": part}]
+
+
+def _turn(schema: dict[str, Any]) -> None:
+    schema["required"].remove("content")  # of which roles say it, the field's description tells
+    null_is_left_out(schema)
+
+
 class Message(BaseModel):
     """One turn of a conversation. Other fields, as answers of OpenAI's have them, are ignored."""
+
+    model_config = ConfigDict(json_schema_extra=_turn)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         Text,
         Field(
-            description="text, or a list of parts of type text; may be null or left out of what assistants and tools say"
+            description="text, or a list of parts of type text; may be null or left out of what assistants and tools say",
+            json_schema_extra=_text_or_parts,
         ),
     ]
     name: Text | None = None

@@ -112,14 +112,12 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _answers(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of an answer that comes in lines or, if "stream" is false, whole."""
-    line = {
-        "type": "string",
-        "description": "Lines of JSON; the last one has done true, or is an error if the answer breaks.",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{reply.__name__}"},
-    }
-    content = {"application/x-ndjson": {"schema": line}}
-    answered = {"model": reply, "description": "The answer, in lines or whole.", "content": content}
+    # Of a stream, OpenAPI 3.2 has the schema of each item.
+    content = {"application/x-ndjson": {"itemSchema": {"$ref": f"#/components/schemas/{reply.__name__}"}}}
+    described = (
+        "The answer, whole or in lines of JSON; the last one has done true, or is an error if the answer breaks."
+    )
+    answered = {"model": reply, "description": described, "content": content}
     return {200: answered} | _errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
 
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from petals_win.api.bodies import Body
+from petals_win.api.documented import null_is_left_out, text_or_list
 from petals_win.api.errors import ApiError
 from petals_win.api.schemas import Message, Text, penalty_in_bounds
 from petals_win.engines.base import Constraint, GenerationRequest
@@ -37,7 +38,10 @@ class OllamaOptions(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63, description="-1: another one each time")] = None
-    stop: Annotated[list[Text], Field(max_length=16, description="a string or a list of strings")] = []
+    stop: Annotated[
+        list[Text],
+        Field(max_length=16, description="a string or a list of strings", json_schema_extra=text_or_list),
+    ] = []
 
     _penalty_in_bounds = field_validator("repeat_penalty")(penalty_in_bounds)
 
@@ -129,6 +133,8 @@ class OllamaMessage(Message):
 
 
 class OllamaFunction(BaseModel):
+    model_config = ConfigDict(json_schema_extra=null_is_left_out)
+
     name: Annotated[Text, Field(min_length=1)]
     description: Text = ""
     parameters: dict[str, Any] = {}

@@ -76,6 +76,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return sent.errors(401, 403, 408, 413) | ours
 
 
+def _query(name: str, kind: str) -> dict[str, Any]:
+    """A parameter that we read by ourselves, since what is wrong with it is told in the form of these routes."""
+    return {"name": name, "in": "query", "required": True, "schema": {"type": kind}}
+
+
 def petals_routes(engine: Engine, generations: Generations, http_dependencies: Sequence[Depends]) -> APIRouter:
     """What needs a key, where keys are set. The dependencies are of HTTP's routes alone: they know no WebSockets."""
     router, over_http = APIRouter(), APIRouter(dependencies=http_dependencies)
@@ -110,13 +115,18 @@ def petals_routes(engine: Engine, generations: Generations, http_dependencies: S
 
         return await _told(unless_disconnected(http, answer()))
 
-    @over_http.get("/api/v1/open_inference_session", response_model=Opened, responses=_errors(400, 404, 429, 500, 503))
-    async def open_session(http: Request, model: str = "", max_length: str = "") -> Response:
+    @over_http.get(
+        "/api/v1/open_inference_session",
+        response_model=Opened,
+        responses=_errors(400, 404, 429, 500, 503),
+        openapi_extra={"parameters": [_query("model", "string"), _query("max_length", "integer")]},
+    )
+    async def open_session(http: Request) -> Response:
         """Begin a chat of at most so many tokens."""
 
         async def opened() -> Opened:
             _check_page(http)
-            asked = OpenSession.model_validate({"model": model, "max_length": max_length})
+            asked = OpenSession.model_validate(await _fields(http))
             return Opened(session_id=sessions.open(asked.model, asked.max_length).id)
 
         return await _told(opened())

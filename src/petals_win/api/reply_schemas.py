@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from petals_win.api.documented import whole_bounds
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -254,36 +256,40 @@ def errors(*statuses: int, body: type[BaseModel] = ErrorReply) -> dict[int | str
 
 def whole_or_streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of an answer that comes whole or, if "stream" is true, in chunks."""
-    streamed = {
-        "type": "string",
-        "description": "Events whose data is a chunk each; the last one is [DONE], or an error if the answer breaks.",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{chunk.__name__}"},
-    }
-    content = {"text/event-stream": {"schema": streamed}}
-    return {200: {"model": whole, "description": "The answer, whole or as a stream.", "content": content}}
+    streamed = event("A chunk, or an error if the answer breaks.", chunk, ErrorReply, last="[DONE]")
+    return {200: {"model": whole, "description": "The answer, whole or as a stream.", "content": streamed}}
 
 
 def events_of(data: type[BaseModel], description: str) -> dict[int | str, dict[str, Any]]:
     """What a route's `responses` says of server-sent events whose data is of this shape, which another route answers whole."""
-    streamed = {
-        "type": "string",
-        "description": "Events whose data is JSON each.",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{data.__name__}"},
-    }
-    return {200: {"description": description, "content": {"text/event-stream": {"schema": streamed}}}}
+    return {200: {"description": description, "content": event("JSON", data)}}
+
+
+def event(description: str, *data: type[BaseModel], last: str | None = None) -> dict[str, Any]:
+    """What `content` says of server-sent events: each as an object of its fields, as OpenAPI 3.2 tells of streams.
+
+    The data is JSON of one of the models, or of any kind without them; `last` is what stands in its place at the end.
+    """
+    told: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
+    if data:
+        told["contentSchema"] = {"anyOf": [{"$ref": f"#/components/schemas/{each.__name__}"} for each in data]}
+    if last is not None:
+        told = {"anyOf": [{"const": last}, told]}
+    told["description"] = description
+    fields = {"data": told, "event": {"type": "string"}}
+    return {"text/event-stream": {"itemSchema": {"type": "object", "properties": fields, "required": ["data"]}}}
 
 
 def complete(openapi: dict[str, Any]) -> dict[str, Any]:
-    """Bring FastAPI's description to what is sent: no 422, which is a 400 here, 415, and the schemas of the chunks."""
-    of_errors = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
+    """Bring FastAPI's description to what is sent: no 422, which is a 400 here, 415, 431, and the schemas of the chunks."""
     for path in openapi["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)
-            operation["responses"].setdefault("431", {"description": _STATUSES[431], "content": of_errors})
+            responses = operation["responses"]
+            responses.pop("422", None)
+            # In the form that this path's errors have: of guards, which is that of a 403, and of its own.
+            responses.setdefault("431", {"description": _STATUSES[431], "content": responses["403"]["content"]})
             if "requestBody" in operation:
-                operation["responses"].setdefault("415", {"description": _STATUSES[415], "content": of_errors})
+                responses.setdefault("415", {"description": _STATUSES[415], "content": responses["400"]["content"]})
     schemas = openapi["components"]["schemas"]
     for of_fastapi in ("HTTPValidationError", "ValidationError"):
         schemas.pop(of_fastapi, None)
@@ -291,4 +297,5 @@ def complete(openapi: dict[str, Any]) -> dict[str, Any]:
         schema = chunk.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
         schemas.update(schema.pop("$defs", {}))
         schemas[chunk.__name__] = schema
+    whole_bounds(openapi)
     return openapi

@@ -14,15 +14,12 @@ from petals_win.api.responses_replies import ResponseReply, events, whole
 from petals_win.api.responses_schemas import ResponsesRequest
 from petals_win.engines.base import Engine, find_model
 
-_STREAMED = {
-    "type": "string",
-    "description": "Events from response.created to response.completed, response.incomplete or response.failed.",
-}
+_STREAMED = "JSON; events are from response.created to response.completed, response.incomplete or response.failed."
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ResponseReply,
         "description": "The answer, whole or as a stream.",
-        "content": {"text/event-stream": {"schema": _STREAMED}},
+        "content": sent.event(_STREAMED),
     }
 }
 

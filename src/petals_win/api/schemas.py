@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from petals_win.api.documented import null_is_left_out, text_or_list
 from petals_win.api.errors import ApiError
 from petals_win.api.messages import Message, Text, name_results, whole_characters
 from petals_win.api.structure import Structured
@@ -94,7 +95,7 @@ class StreamOptions(BaseModel):
 class Sampling(Structured):
     """What chat and plain completion have in common. A field that is null counts as left out."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, json_schema_extra=null_is_left_out)
 
     # Fields that would change what the answer means, each with what tells whether its value asks for that.
     refused: ClassVar[dict[str, Callable[[Any], bool]]] = {
@@ -143,7 +144,11 @@ class Sampling(Structured):
     ] = {}
     stop: Annotated[
         list[Text],
-        Field(max_length=16, description="where the answer ends; a text or a list of texts, which are not part of it"),
+        Field(
+            max_length=16,
+            description="where the answer ends; a text or a list of texts, which are not part of it",
+            json_schema_extra=text_or_list,
+        ),
     ] = []
     stop_token_ids: Annotated[
         list[Annotated[int, Field(ge=0, lt=2**31)]],

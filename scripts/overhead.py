@@ -1,0 +1,55 @@
+"""What HTTP costs: tokens per second and the time to the first token of the default model, streamed by its API and driven from Python.
+
+Run by scripts/overhead, in .venv. Both take turns on the engine "local" of one process, and ratios are made within rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+from typing import Any
+
+from petals_win.bench.http import measure
+from petals_win.engines.registry import EngineSettings, find_engine
+from petals_win.models.source import DEFAULT_MODEL
+
+PROMPT = "The history of computing began with"
+
+
+async def figures(rounds: int, tokens: int) -> dict[str, Any]:
+    engine = await asyncio.to_thread(find_engine("local"), EngineSettings(DEFAULT_MODEL))
+    await engine.start(lambda why: sys.exit(str(why)))
+    found = await measure(engine, PROMPT, tokens=tokens, rounds=rounds)
+    firsts = zip(found.values["http_first_s"], found.values["python_first_s"], strict=True)
+    return {
+        "rounds": rounds,
+        "tokens": tokens,
+        "http_tokens_per_s": found.median("http_tokens_per_s"),
+        "python_tokens_per_s": found.median("python_tokens_per_s"),
+        "ratio": found.ratio("http_tokens_per_s", "python_tokens_per_s"),
+        "first_token_more_ms": 1000 * statistics.median(by_http - by_python for by_http, by_python in firsts),
+        "all": found.values,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="medians of so many are printed (default: 15)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: 64)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    asked = parser.parse_args()
+    found = asyncio.run(figures(asked.rounds, asked.tokens))
+    if asked.json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        if name != "all":
+            print(f"{name.replace('_', ' '):28}{value:10.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

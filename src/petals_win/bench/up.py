@@ -1,0 +1,68 @@
+"""`petals-win up` of any checkout as a program of its own, for scripts that measure it. Knows its command line; not what is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_START_SECONDS, _STOP_SECONDS = 300, 60
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Up:
+    """One that answers: the address of its API, and its process, whose children are the nodes and daemons."""
+
+    url: str
+    process: psutil.Process
+
+    def memory_bytes(self) -> int:
+        """What all of its processes have in memory; what they share counts for each."""
+        taken = 0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                taken += process.memory_info().rss
+        return taken
+
+
+@contextlib.contextmanager
+def up(python: Path, options: Sequence[str] = ()) -> Iterator[Up]:
+    """`petals-win up` of the checkout that this Python belongs to, once it answers; ends this program if it does not."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        command = [python, "-m", "petals_win.cli.main", "up", "--port", str(port), *options]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, stdin=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            url = f"http://127.0.0.1:{port}"
+            while not _is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    sys.exit(f"petals-win up of {python} does not answer. It says:\n{output.read()[-3000:]}")
+                time.sleep(0.5)
+            yield Up(url, psutil.Process(process.pid))
+        finally:
+            process.terminate()
+            process.wait(_STOP_SECONDS)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with DIRECT.open(f"{url}/ready", timeout=5):
+            return True
+    except OSError:
+        return False
