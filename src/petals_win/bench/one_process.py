@@ -19,6 +19,7 @@ from typing import Any
 
 from petals_win.errors import UserError
 from petals_win.host.children import read_line, spawn
+from petals_win.host.imports import importing
 
 _ANSWER = '{"bench"'  # what the child's lines to its parent begin with; all others are for people
 _LOAD_SECONDS, _ANSWER_SECONDS = 900.0, 3600.0
@@ -103,9 +104,10 @@ async def fastest_process(
 
 def _serve(model: str) -> None:
     """The child: answer lines of standard input until it ends, which it does with the parent."""
-    import torch
+    with importing():
+        import torch
 
-    from petals_win.models.source import open_model
+        from petals_win.models.source import open_model
 
     whole: Any = open_model(model).whole_model()
     _say(ready=True)

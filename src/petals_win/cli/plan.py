@@ -11,6 +11,7 @@ import typer
 
 from petals_win.cli.api import read_token
 from petals_win.errors import UserError
+from petals_win.host.imports import importing
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
     from petals_win.span.needs import Needs
@@ -48,7 +49,8 @@ def plan(
 
     Example: petals-win plan --model meta-llama/Llama-2-70b-hf --gpu 12GiB --gpu 12GiB --gpu 24GiB
     """
-    from petals_win.span.quantized_linear import parse_quant
+    with importing():
+        from petals_win.span.quantized_linear import parse_quant
     from petals_win.swarm.planner import Pc, parse_size
 
     if quant is not None:

@@ -63,20 +63,23 @@ def serve(
     """
     from petals_win.host.awake import stay_awake
     from petals_win.host.ending import end_soon
+    from petals_win.host.imports import importing
     from petals_win.host.logs import log_to_file
     from petals_win.host.memory import own_bytes
     from petals_win.host.threads import apply_thread_settings
 
     apply_thread_settings(threads)
     if peers == ["-"]:
-        import petals_win.node.node  # noqa: F401  (takes seconds: meanwhile the other node may get an address)
+        with importing():
+            import petals_win.node.node  # noqa: F401  (takes seconds: meanwhile the other node may get an address)
 
         peers = [_peer_from_input()]
     exit_with_parent()
     if as_json:
         logs.log_for_a_parent()
     log_to_file("serve")
-    from petals_win.node.node import Node, NodeSettings
+    with importing():
+        from petals_win.node.node import Node, NodeSettings
 
     settings = NodeSettings(
         model=model,

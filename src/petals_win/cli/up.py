@@ -59,6 +59,7 @@ def up(
     """
     from petals_win.api.server import ApiServer
     from petals_win.host.console import Progress
+    from petals_win.host.imports import importing
     from petals_win.host.logs import log_to_file
     from petals_win.host.threads import apply_thread_settings
 
@@ -75,7 +76,8 @@ def up(
     # The server listens before anything slow begins: a port in use shows at once.
     with closing(ApiServer(settings)) as server, Progress() as progress, ExitStack() as held:
         progress.step(f"Opening {model}")
-        from petals_win.models.source import open_model
+        with importing():
+            from petals_win.models.source import open_model
 
         source = open_model(model)
         # Downloads a model of one file, for which the nodes would not have the time.

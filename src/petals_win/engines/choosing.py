@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from petals_win.engines.registry import AUTO, EngineSettings
 from petals_win.errors import UserError
+from petals_win.host.imports import importing
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ def choose_engine(asked: str, settings: EngineSettings) -> Choice:
         return Choice(asked, "as asked for")
     if settings.peers:
         return Choice("petals", "since --peers names a swarm")
-    from petals_win.engines.local import whole_model_here
+    with importing():
+        from petals_win.engines.local import whole_model_here
 
     here = whole_model_here(settings)
     if here.fits:

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint
 
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
+from petals_win.host.imports import importing
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def find_engine(name: str) -> OpenEngine:
     """
     found = _entry_points()
     try:
-        return found[name].load()
+        with importing():
+            return found[name].load()
     except Exception as e:
         if name in _OURS:
             raise  # a defect, and no matter of the user's
