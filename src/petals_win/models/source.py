@@ -22,6 +22,7 @@ from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
 from petals_win.models.default_model import default_model_file
 from petals_win.models.gguf_file import GgufCheckpoint
+from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
 from petals_win.models.loading import load_whole_model
 from petals_win.models.quantized_checkpoint import check_not_quantized
@@ -186,7 +187,7 @@ def _from_folder(folder: Path) -> ModelSource:
 
 def _from_gguf(path: Path) -> ModelSource:
     checkpoint = GgufCheckpoint(path)
-    name = _QUANTIZATION.sub("", path.stem)
+    name = _QUANTIZATION.sub("", name_of_model(path))
     return ModelSource(name, _read_config(checkpoint.folder), checkpoint, str(checkpoint.folder))
 
 
