@@ -6,7 +6,7 @@ Knows the safetensors format and the index of a sharded checkpoint. Does not kno
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,14 +72,15 @@ class SafetensorsCheckpoint:
             return {key: _Stored(self, SINGLE, key) for key in self._file(SINGLE).keys()}
         return {key: _Stored(self, file, key) for key, file in self._file_of.items()}
 
-    def fetch(self, keys: Iterable[str]) -> None:
+    def fetch(self, keys: Iterable[str], packed: Collection[str] = ()) -> None:
+        """Those of `keys` that are in `packed` may be of eight bits and fewer, since whoever asks knows their scales."""
         keys_of: dict[str, list[str]] = {}
         for key in keys:
             keys_of.setdefault(SINGLE if self._file_of is None else self._file_of[key], []).append(key)
         for name in sorted(keys_of):
             for key in keys_of[name]:
                 stored = self._reading(name, key, lambda file, key: file.get_slice(key).get_dtype())
-                if stored.startswith(_TOO_SMALL):
+                if key not in packed and stored.startswith(_TOO_SMALL):
                     raise refuse_dtype(self._origin, key, stored)
 
     def dtype(self) -> torch.dtype:

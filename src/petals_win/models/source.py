@@ -21,11 +21,12 @@ from petals_win.models.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoin
 from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
 from petals_win.models.default_model import default_model_file
+from petals_win.models.dequantized import DequantizedCheckpoint
 from petals_win.models.gguf_file import GgufCheckpoint
 from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
 from petals_win.models.loading import load_whole_model
-from petals_win.models.quantized_checkpoint import check_not_quantized
+from petals_win.models.quantized_checkpoint import take_format
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
@@ -55,10 +56,12 @@ class ModelSource:
         Raises UserError for an architecture that cannot be served, and for weights in a quantized format that is not read.
         """
         check_supported(config)
-        check_not_quantized(name, config)
+        packed = take_format(name, config)
+        if packed is not None and isinstance(checkpoint, SafetensorsCheckpoint):
+            checkpoint = DequantizedCheckpoint(name, checkpoint, packed)
         self.name = name
         self.config = config
-        self.checkpoint = checkpoint
+        self.checkpoint: Checkpoint = checkpoint
         self._place = place
         self._config_file = config_file
         self._hub_arguments = hub_arguments
