@@ -62,6 +62,8 @@ class SafetensorsCheckpoint:
         if index is not None:
             try:
                 self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not self._file_of or not all(isinstance(name, str) and name for name in self._file_of.values()):
+                    raise ValueError("no names of files")
             except (ValueError, KeyError, TypeError) as e:
                 raise UserError(
                     f"{index} is damaged: it is no index of safetensors files. Download the model again."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as VERSION
 
@@ -30,6 +31,8 @@ from petals_win.models.quantized_checkpoint import take_format
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
+
+_LARGEST = 2**40  # of any number in a configuration: beyond it, sizes of tensors overflow
 
 _NO_FAST_TOKENIZER = (
     "{name} has its tokenizer as tokenizer.model only, in a format that petals-win does not read. Take a version of the model "
@@ -208,9 +211,19 @@ def _from_hub(repository: HubModel) -> ModelSource:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as e:
+        raise UserError(
+            f"{folder / 'config.json'} describes its model in a way that transformers does not accept: "
+            f"{str(e).strip().splitlines()[-1].strip()}. Download the model again, or choose another."
+        ) from e
     except (ValueError, OSError, TypeError, KeyError) as e:
         raise UserError(f"{_reason(folder)} Choose a model that the installed transformers {VERSION} knows.") from e
+    for part in (config, text_config(config)):
+        for name, value in vars(part).items():
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise UserError(f"{folder / 'config.json'} is damaged: {name} is {value}. Download the model again.")
+    return config
 
 
 def _reason(folder: Path) -> str:
