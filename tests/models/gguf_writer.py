@@ -77,9 +77,11 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     without: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
 ) -> Path:
     """Write `model` with its hyperparameters. `keys` are added or replace what a converter writes (those that begin with a dot
-    are below the architecture's name), `tensors` are added, and the keys in `without` are left out."""
+    are below the architecture's name), `tensors` are added, the keys in `without` are left out, and of the
+    tensors only those named in `only` are written, if it is given."""
     kind = model.config.model_type
     architecture = ARCHITECTURES[kind]
     stored = {**hyperparameters(model.config), **vocabulary(model.config.vocab_size)}
@@ -89,7 +91,8 @@ def write_gguf(
         if key not in without and key.removeprefix(architecture) not in without:
             _add(writer, key, value)
     for name, tensor in {**_tensors(model, architecture), **(tensors or {})}.items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
+        if only is None or name in only:
+            writer.add_tensor(name, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

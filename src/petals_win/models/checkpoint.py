@@ -6,7 +6,7 @@ Knows the safetensors format and the index of a sharded checkpoint. Does not kno
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,8 @@ class SafetensorsCheckpoint:
         if index is not None:
             try:
                 self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not self._file_of or not all(isinstance(name, str) and name for name in self._file_of.values()):
+                    raise ValueError("no names of files")
             except (ValueError, KeyError, TypeError) as e:
                 raise UserError(
                     f"{index} is damaged: it is no index of safetensors files. Download the model again."
@@ -72,14 +74,15 @@ class SafetensorsCheckpoint:
             return {key: _Stored(self, SINGLE, key) for key in self._file(SINGLE).keys()}
         return {key: _Stored(self, file, key) for key, file in self._file_of.items()}
 
-    def fetch(self, keys: Iterable[str]) -> None:
+    def fetch(self, keys: Iterable[str], packed: Collection[str] = ()) -> None:
+        """Those of `keys` that are in `packed` may be of eight bits and fewer, since whoever asks knows their scales."""
         keys_of: dict[str, list[str]] = {}
         for key in keys:
             keys_of.setdefault(SINGLE if self._file_of is None else self._file_of[key], []).append(key)
         for name in sorted(keys_of):
             for key in keys_of[name]:
                 stored = self._reading(name, key, lambda file, key: file.get_slice(key).get_dtype())
-                if stored.startswith(_TOO_SMALL):
+                if key not in packed and stored.startswith(_TOO_SMALL):
                     raise refuse_dtype(self._origin, key, stored)
 
     def dtype(self) -> torch.dtype:

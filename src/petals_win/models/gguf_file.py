@@ -1,4 +1,4 @@
-"""A model in one .gguf file: its configuration and tokenizer, and its tensors, dequantized one at a time.
+"""A model in a .gguf file, or in the parts of one: its configuration and tokenizer, and its tensors, dequantized one at a time.
 
 Knows the gguf package and the folder in which what it costs seconds to find out is kept for the next time. Does not know spans.
 """
@@ -29,15 +29,17 @@ from petals_win.host.locks import hold_lock
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
 from petals_win.models.gguf_metadata import ROPE_DIVISORS, read_config
+from petals_win.models.gguf_parts import parts_of
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.transformers_internals import GgufNames, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
-_FORMAT = 2  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_FORMAT = 3  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
 _READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
+_AGAIN = "Download all parts again, into a folder of their own."
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,20 @@ class _Entry:
     shape: list[int]  # as torch counts, outermost first
     offset: int
     num_bytes: int
+    part: int  # counted from 0
 
 
 class GgufCheckpoint:
     """The tensors of a file, under the names that transformers gives them."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError if the file is damaged or of an architecture that transformers cannot read."""
+        """`path` is the file, or the first of its parts.
+
+        Raises UserError if it is damaged, lacks parts or is of an architecture that transformers cannot read.
+        """
         self._path = path
-        self.folder = _description(path)
+        self._parts = parts_of(path)
+        self.folder = _description(self._parts)
         table = json.loads((self.folder / _TABLE).read_text(encoding="utf-8"))
         self._architecture: str = table["architecture"]
         self._entries = {name: _Entry(**entry) for name, entry in table["tensors"].items()}
@@ -83,11 +90,14 @@ class GgufCheckpoint:
         return torch.float32
 
     def content(self) -> Iterable[bytes]:
-        return gguf_file(self._path, min((entry.offset for entry in self._entries.values()), default=0))
+        for number, path in enumerate(self._parts):
+            offsets = [entry.offset for entry in self._entries.values() if entry.part == number]
+            yield from gguf_file(path, min(offsets, default=path.stat().st_size))
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the file in float32."""
-        return _read_tensor(self._path, self._entries[name])
+        entry = self._entries[name]
+        return _read_tensor(self._parts[entry.part], entry)
 
 
 class _Dequantized:
@@ -101,59 +111,52 @@ class _Dequantized:
         return self._names.convert(arrays, self._target)[index]
 
 
-def _description(path: Path) -> Path:
+def _description(parts: list[Path]) -> Path:
     """A folder with config.json, the tokenizer's files and a table of the tensors, made at the first use of the file.
 
     The gguf package parses the file's metadata, with the whole vocabulary, in Python: seconds of time and 150 MB of memory
     that no later start has to spend.
     """
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|{_FORMAT}"
+    path, stats = parts[0], [part.stat() for part in parts]
+    size = sum(stat.st_size for stat in stats)
+    versions = "|".join(f"{stat.st_size}|{stat.st_mtime_ns}" for stat in stats)
+    key = f"{path.resolve()}|{versions}|{transformers.__version__}|{_FORMAT}"
     parent = cache_folder() / "gguf"
     parent.mkdir(exist_ok=True)
     folder = parent / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with hold_lock(parent / f"{folder.name}.lock", f"the reading of {path.name}", timeout=_LOCK_SECONDS):
         if not folder.exists():
             began = time.perf_counter()
-            logger.info("Reading the description of %s (%.0f MB); this is done once", path.name, stat.st_size / 1e6)
+            logger.info("Reading the description of %s (%.0f MB); this is done once", path.name, size / 1e6)
             unfinished = parent / f"{folder.name}.part"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            _describe(path, unfinished)
+            _describe(parts, unfinished)
             unfinished.rename(folder)
             logger.info("Read the description of %s in %.1f s", path.name, time.perf_counter() - began)
     return folder
 
 
-def _describe(path: Path, folder: Path) -> None:
-    try:
-        reader = GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
-        entries = {
-            tensor.name: _Entry(
-                int(tensor.tensor_type),
-                [int(n) for n in reversed(tensor.shape)],
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-            )
-            for tensor in reader.tensors
-        }
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as e:
+def _describe(parts: list[Path], folder: Path) -> None:
+    path = parts[0]
+    metadata, entries = _contents(path, 0)
+    architecture = metadata["general.architecture"]
+    for number, part in enumerate(parts[1:], start=1):
+        further, tensors = _contents(part, number, architecture)
+        _check_part(part, further, number, len(parts))
+        if twice := sorted(entries.keys() & tensors.keys()):
+            raise UserError(f"{part.name} has the tensor {twice[0]} once more: it is no part of {path.name}. {_AGAIN}")
+        entries |= tensors
+    _check_part(path, metadata, 0, len(parts))
+    if (wanted := metadata.get("split.tensors.count", len(entries))) != len(entries):
         raise UserError(
-            f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
-            "Download it again."
-        ) from e
-    metadata = {
-        key: field.contents() for key, field in reader.fields.items() if key.startswith((f"{architecture}.", *_READ))
-    }
-    if (count := metadata.get("split.count", 1)) not in (0, 1):
-        raise UserError(
-            f"{path.name} is one of {count} parts of a model. Join them into one file with llama.cpp's gguf-split --merge, "
-            "or use the model's safetensors files."
+            f"{path.name} and its further parts have {len(entries)} tensors where it says {wanted}: they belong to different models. "
+            f"{_AGAIN}"
         )
     divisors = None
     if ROPE_DIVISORS in entries:
-        divisors = _read_tensor(path, entries[ROPE_DIVISORS]).astype(np.float64)
+        entry = entries[ROPE_DIVISORS]
+        divisors = _read_tensor(parts[entry.part], entry).astype(np.float64)
     try:
         config = read_config(metadata, {name: entry.shape for name, entry in entries.items()}, divisors)
     except UserError as e:
@@ -173,6 +176,44 @@ def _describe(path: Path, folder: Path) -> None:
     tokenizer.tokenizer.save_pretrained(folder)
     table = {"architecture": architecture, "tensors": {name: asdict(entry) for name, entry in entries.items()}}
     (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _contents(path: Path, number: int, architecture: str | None = None) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """The keys of a file, those of the tokenizer included, and its tensors. Only a first part names the architecture."""
+    try:
+        reader = GGUFReader(path)
+        architecture = architecture or str(reader.fields["general.architecture"].contents())
+        entries = {
+            tensor.name: _Entry(
+                int(tensor.tensor_type),
+                [int(n) for n in reversed(tensor.shape)],
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+                number,
+            )
+            for tensor in reader.tensors
+        }
+        read = (f"{architecture}.", *_READ)
+        return {key: field.contents() for key, field in reader.fields.items() if key.startswith(read)}, entries
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as e:
+        raise UserError(
+            f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
+            "Download it again."
+        ) from e
+
+
+def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
+    said = metadata.get("split.count", 1) or 1
+    if said != count and count == 1:
+        raise UserError(
+            f"{path.name} is one of {said} parts of a model, but its name does not tell the others. Give them the names that they "
+            f"had, which end with -00001-of-{said:05}.gguf and so on, and name the first."
+        )
+    if said != count or metadata.get("split.no", number) != number:
+        raise UserError(
+            f"{path.name} says that it is part {metadata.get('split.no', 0) + 1} of {said}, but its name says {number + 1} of "
+            f"{count}: it was renamed, or belongs to another model. {_AGAIN}"
+        )
 
 
 def _refuse_unused(path: Path, config: PreTrainedConfig, architecture: str, entries: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody has quantized in a format that is not read here, told before any weight is read.
+"""Checkpoints that somebody has quantized: in which format, and whether it is one that is read, told before any weight is.
 
 Read as if they were plain, some of them would load, and answer noise. Knows how such a format shows, in a configuration and in
 the names of tensors. Does not know how any of them is decoded.
@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.models.architecture import text_config
+from petals_win.models.packed.described import format_of
+from petals_win.models.packed.format import Format
 
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 _UNNAMED = "a method that its config.json does not name"
@@ -26,14 +28,26 @@ _COMPANIONS = frozenset(
 )
 
 
-def check_not_quantized(name: str, config: PreTrainedConfig) -> None:
-    """Raise a UserError if the configuration of the model `name` says that its weights are quantized."""
+def take_format(name: str, config: PreTrainedConfig) -> Format | None:
+    """In which format the weights of the model `name` are; None if they are plain. Afterwards `config` says that they are plain.
+
+    Raises UserError if it is none that is read here.
+    """
+    formats: list[Format] = []
     for part in (config, text_config(config)):
         for field in _FIELDS:
             described = getattr(part, field, None)
-            method = _method(described if isinstance(described, Mapping) else _as_mapping(described))
-            if method is not None:
-                raise UserError(_refusal(name, f"quantized by {method}"))
+            described = described if isinstance(described, Mapping) else _as_mapping(described)
+            method = _method(described)
+            if method is None:
+                continue
+            found = format_of(method.partition(" ")[0], described)
+            if found is None or formats:
+                form = f" ({described['format']})" if isinstance(described.get("format"), str) else ""
+                raise UserError(_refusal(name, f"quantized by {method}{form}"))
+            formats.append(found)
+            delattr(part, field)
+    return formats[0] if formats else None
 
 
 def check_nothing_left_over(name: str, leftover: Iterable[str], known: Collection[str]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as VERSION
 
@@ -21,13 +22,17 @@ from petals_win.models.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoin
 from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
 from petals_win.models.default_model import default_model_file
+from petals_win.models.dequantized import DequantizedCheckpoint
 from petals_win.models.gguf_file import GgufCheckpoint
+from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
 from petals_win.models.loading import load_whole_model
-from petals_win.models.quantized_checkpoint import check_not_quantized
+from petals_win.models.quantized_checkpoint import take_format
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
+
+_LARGEST = 2**40  # of any number in a configuration: beyond it, sizes of tensors overflow
 
 _NO_FAST_TOKENIZER = (
     "{name} has its tokenizer as tokenizer.model only, in a format that petals-win does not read. Take a version of the model "
@@ -54,10 +59,12 @@ class ModelSource:
         Raises UserError for an architecture that cannot be served, and for weights in a quantized format that is not read.
         """
         check_supported(config)
-        check_not_quantized(name, config)
+        packed = take_format(name, config)
+        if packed is not None and isinstance(checkpoint, SafetensorsCheckpoint):
+            checkpoint = DequantizedCheckpoint(name, checkpoint, packed)
         self.name = name
         self.config = config
-        self.checkpoint = checkpoint
+        self.checkpoint: Checkpoint = checkpoint
         self._place = place
         self._config_file = config_file
         self._hub_arguments = hub_arguments
@@ -186,7 +193,7 @@ def _from_folder(folder: Path) -> ModelSource:
 
 def _from_gguf(path: Path) -> ModelSource:
     checkpoint = GgufCheckpoint(path)
-    name = _QUANTIZATION.sub("", path.stem)
+    name = _QUANTIZATION.sub("", name_of_model(path))
     return ModelSource(name, _read_config(checkpoint.folder), checkpoint, str(checkpoint.folder))
 
 
@@ -204,9 +211,19 @@ def _from_hub(repository: HubModel) -> ModelSource:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as e:
+        raise UserError(
+            f"{folder / 'config.json'} describes its model in a way that transformers does not accept: "
+            f"{str(e).strip().splitlines()[-1].strip()}. Download the model again, or choose another."
+        ) from e
     except (ValueError, OSError, TypeError, KeyError) as e:
         raise UserError(f"{_reason(folder)} Choose a model that the installed transformers {VERSION} knows.") from e
+    for part in (config, text_config(config)):
+        for name, value in vars(part).items():
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise UserError(f"{folder / 'config.json'} is damaged: {name} is {value}. Download the model again.")
+    return config
 
 
 def _reason(folder: Path) -> str:

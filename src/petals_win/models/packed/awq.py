@@ -1,0 +1,33 @@
+"""AWQ, the version named gemm: four bits packed along the outputs, eight of them in an order of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from petals_win.models.packed.format import Format, fits, unpacked
+
+_WEIGHT, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the eight numbers are, counted from its lowest bits
+
+
+def awq() -> Format:
+    parts = (_WEIGHT, _ZEROS, _SCALES)
+    return Format(marks=(_WEIGHT,), parts=parts, required=parts, plain=_plain)
+
+
+def _plain(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    numbers, zeros, scales = _in_order(parts[_WEIGHT]), _in_order(parts[_ZEROS]), parts[_SCALES].float()
+    columns, rows = numbers.shape
+    fits(
+        zeros.shape == scales.shape and scales.shape[1] == rows and columns % len(scales) == 0,
+        f"it has {columns} inputs, {rows} outputs, zero points of the shape {list(zeros.shape)} and scales of {list(scales.shape)}",
+    )
+    size = columns // len(scales)
+    return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T
+
+
+def _in_order(words: torch.Tensor) -> torch.Tensor:
+    fits(words.ndim == 2, f"its numbers are packed in the shape {list(words.shape)}")
+    return unpacked(words, 4).reshape(len(words), -1, 8)[:, :, list(_ORDER)].flatten(1)

@@ -1,0 +1,42 @@
+"""What a format of quantized weights is to whoever reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+class CannotUnpack(ValueError):
+    """Parts of a weight do not fit each other; the message is a clause for a sentence about the weight."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One weight is several tensors, whose names begin alike and end as `parts` says.
+
+    `plain` gets them by these endings and gives the weight as linear layers have it, [out, in]; it raises CannotUnpack.
+    `marks` are the endings of which one at least shows that a weight is in this format, `result` is the ending of the plain
+    weight's name. What ends as `left_out` is of use only to whoever computes in eight bits.
+    """
+
+    marks: tuple[str, ...]
+    parts: tuple[str, ...]
+    required: tuple[str, ...]
+    plain: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    result: str = ".weight"
+    left_out: tuple[str, ...] = ()
+
+
+def fits(right: bool, clause: str) -> None:
+    """Raise CannotUnpack unless `right`."""
+    if not right:
+        raise CannotUnpack(clause)
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Of int32 words [..., n] the unsigned numbers in them [..., n * 32 / bits], those of the lowest bits first."""
+    fits(words.dtype == torch.int32, f"its numbers are packed in {words.dtype}, not in words of 32 bits")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
