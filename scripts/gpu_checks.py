@@ -52,12 +52,13 @@ STORAGES: dict[str, tuple[torch.dtype, Any]] = {
     "float16": (torch.float16, "none"),
     "nf4": (torch.bfloat16, "nf4"),
     "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
 }
 # The largest error of a logit over the largest logit. TF32, which is off, would be off by 1e-3.
 EXACT = 1e-4
 # In fewer bits: the error of all logits together (root mean square, over that of the logits) may be this many times what the same
 # weights give on the CPU, and a little; but never more than the last figure.
-TIMES, AND, AT_MOST = 1.5, 0.01, {"bfloat16": 0.1, "float16": 0.05, "nf4": 0.6, "int8": 0.3}
+TIMES, AND, AT_MOST = 1.5, 0.01, {"bfloat16": 0.1, "float16": 0.05, "nf4": 0.6, "int8": 0.3, "int4": 0.6}
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def check_memory(asked: Asked) -> Iterator[Result]:
 
     folder = _make_model(asked.folder / "memory", "llama", **(_LARGE if asked.is_cuda else {}))
     source = open_model(str(folder))
-    for storage in ("bfloat16", "nf4", "int8"):
+    for storage in ("bfloat16", "nf4", "int8", "int4"):
         dtype, quant = STORAGES[storage]
-        if quant != "none" and (why := _no_quantization()):
+        if why := _why_not(quant, asked.device):
             yield Result("skipped", f"memory, {storage}", {"why": why})
             continue
         needs = needs_of(source.config, dtype, quant)
@@ -289,7 +290,7 @@ def _logits(asked: Asked, name: str, model: str, tokens: torch.Tensor, storages:
     blocks = _Blocks(None)
     hollow = hollow_model(source, blocks, dtype=torch.float32)
     for storage in storages:
-        if STORAGES[storage][1] != "none" and (why := _no_quantization()):
+        if why := _why_not(STORAGES[storage][1], asked.device):
             yield Result("skipped", f"{name}, {storage}", {"why": why})
             continue
         began = time.perf_counter()
@@ -548,8 +549,14 @@ def _missing() -> list[str]:
     return [str(need) for need in wanted if not need.specifier.contains(_version(need.name), prereleases=True)]
 
 
-def _no_quantization() -> str:
-    """Why weights cannot be quantized here, or ""."""
+def _why_not(quant: str, device: Any) -> str:
+    """Why weights cannot be kept so on `device`, or ""."""
+    from petals_win.span import int4
+
+    if quant == "int4":
+        return int4.why_not(torch.device(device))
+    if quant == "none":
+        return ""
     try:
         import bitsandbytes  # noqa: F401
     except Exception as e:  # it loads a library that was made for one CUDA, and fails in many ways

@@ -20,3 +20,4 @@ class QuantType(Enum):
     NONE = 0
     INT8 = 1
     NF4 = 2
+    INT4 = 3

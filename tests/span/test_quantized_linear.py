@@ -8,6 +8,7 @@ import torch
 from petals_win.errors import UserError
 from petals_win.models.source import open_model
 from petals_win.span import quantized_linear
+from petals_win.span.choices import choose_quant
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import check_quantizes
 from petals_win.span.span import Span
@@ -63,8 +64,18 @@ def test_conv1d_of_gpt2(checkpoint, quant):
 
 def test_what_cannot_be_quantized_is_refused(monkeypatch):
     check_quantizes("none", torch.device("mps"))
-    with pytest.raises(UserError, match="NVIDIA GPUs and CPUs"):
+    with pytest.raises(UserError, match="for NVIDIA GPUs, not for mps"):
         check_quantizes("nf4", torch.device("mps"))
+    with pytest.raises(UserError, match="int4 cannot be had here"):
+        check_quantizes("int4", torch.device("mps"))
+    check_quantizes("int8", torch.device("cuda"))
     monkeypatch.setattr(quantized_linear, "is_installed", lambda: False)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        check_quantizes("int8", torch.device("cpu"))
+        check_quantizes("int8", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("quant", ERRORS)
+def test_what_is_many_times_slower_on_a_cpu_is_refused_and_the_fast_one_named(quant):
+    with pytest.raises(UserError, match="slower than 16 bits. Use --quant int4"):
+        choose_quant(quant, torch.device("cpu"))
+    assert choose_quant("int4", torch.device("cpu"), adapters=True) == "int4"

@@ -55,6 +55,8 @@ def test_a_quantized_block_takes_what_its_layout_says():
     assert needs_of(config, torch.float16, "int8").block_bytes[0] == linear + 4 * rows + norms
     nf4 = needs_of(config, torch.float16, "nf4")
     assert nf4.block_bytes[0] == linear // 2 + linear // 64 + 4 * (linear // 64 // 256) + norms
+    # A scale and a zero of 16 bits for each 32 weights.
+    assert needs_of(config, torch.float16, "int4").block_bytes[0] == linear // 2 + 4 * (linear // 32) + norms
     # What is outside of the blocks and the caches stay as they are: 8 of 64 heads are kept, for 128 values each, twice.
     assert nf4.cache_bytes_per_token[0] == 2 * 8 * 128 * 2
     assert nf4.outside_bytes == needs_of(config, torch.float16).outside_bytes
@@ -132,7 +134,7 @@ def test_the_same_as_json():
 def test_without_pcs_it_tells_the_smallest_set_ups():
     rows = json.loads(invoke("--json").output)["smallest"]
     assert {row["model"] for row in rows} == {known.name for known in KNOWN_MODELS}
-    assert len(rows) == 3 * len(KNOWN_MODELS)
+    assert len(rows) == 4 * len(KNOWN_MODELS)
     (found,) = [row["pcs"] for row in rows if (row["model"], row["quant"]) == (LLAMA_70B, "nf4")]
     assert found == {"8GiB": 7, "12GiB": 4, "16GiB": 3, "24GiB": 2}
     shown = invoke().output
@@ -143,7 +145,7 @@ def test_without_pcs_it_tells_the_smallest_set_ups():
     ("arguments", "said"),
     [
         (["--gpu", "12GiB"], "Which model"),
-        (["--model", LLAMA_70B, "--quant", "int4", "--gpu", "12"], "nf4, int8, none"),
+        (["--model", LLAMA_70B, "--quant", "q4", "--gpu", "12"], "int4, nf4, int8, none"),
         (["--model", LLAMA_70B, "--gpu", "many"], "no size of memory"),
         (["--model", "./nowhere", "--gpu", "12"], "There is no file or folder"),
     ],

@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are
     from petals_win.swarm.planner import Pc, Plan
 
 _MIB, _GIB = 2**20, 2**30
-_QUANTS: tuple[Literal["nf4", "int8", "none"], ...] = ("nf4", "int8", "none")
-_IN_WORDS = {"nf4": "nf4", "int8": "int8", "none": "not quantized"}
+_QUANTS: tuple[Literal["int4", "nf4", "int8", "none"], ...] = ("nf4", "int4", "int8", "none")
+_IN_WORDS = {"nf4": "nf4", "int4": "int4", "int8": "int8", "none": "not quantized"}
 _DEFAULT_QUANTS = {"gpu": "nf4", "ram": "none"}
 _USUAL_GPUS = (8, 12, 16, 24)  # GiB
 
@@ -37,7 +37,7 @@ def plan(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="How PCs keep weights: nf4 (4 bits), int8 or none; default: nf4 on GPUs, else none, as 'serve' does."
+            help="How PCs keep weights: nf4 or int4 (4 bits), int8 or none; default: nf4 on GPUs, else none, as 'serve' does."
         ),
     ] = None,
     token_file: Annotated[
@@ -144,7 +144,7 @@ def _verdict(made: Plan, pcs: Sequence[Pc], needs: Sequence[Needs]) -> str:
     best, its_needs = max(zip(pcs, needs, strict=True), key=lambda pair: blocks_that_fit(pair[0].free_bytes, pair[1]))
     more = pcs_needed(its_needs, best, len(missing))
     if more is None:
-        return f"{happens} Use GPUs with more memory, --quant nf4, or a smaller model."
+        return f"{happens} Use GPUs with more memory, --quant nf4 (int4 on a CPU), or a smaller model."
     such = f"with {best.total_bytes / _GIB:g} GiB of {'GPU memory' if best.kind == 'gpu' else 'RAM'}"
     return f"{happens} Add {more} more {'PC' if more == 1 else 'PCs'} {such}{'' if more == 1 else ' each'}."
 

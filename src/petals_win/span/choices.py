@@ -64,6 +64,6 @@ def choose_quant(name: str | None, device: torch.device, adapters: bool = False)
         return "nf4"
     quant = parse_quant(name)
     check_quantizes(quant, device)
-    if adapters and quant != "none":
-        raise UserError("Adapters are for plain weights. Use --quant none with --adapters.")
+    if adapters and quant not in ("none", "int4"):
+        raise UserError("Adapters are for plain weights and int4. Use --quant int4 or none with --adapters.")
     return quant

@@ -17,8 +17,7 @@ from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
 from petals_win.models.architecture import empty_model, find_blocks, text_config
 from petals_win.span.footprint import model_footprint
-from petals_win.span.linear import linear_weight
-from petals_win.span.quantized_linear import Quant
+from petals_win.span.quantized_linear import Quant, kept_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ _CACHE_TOKENS, _CACHE_TOKENS_GROUPED = 4096, 16384
 _SESSIONS_SHARE_OF_RAM, _SESSIONS_SHARE = 0.25, 0.5
 # A node that has room for fewer tokens beside its blocks is of no use.
 _FEWEST_TOKENS = 256
-# Bytes of one weight in NF4: 4 bits, for each 64 weights a scale of 8 bits, for each 256 of these another one of 32.
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-_INT8_SCALE_BYTES = 4  # for each row of a weight
 
 
 @dataclass(frozen=True)
@@ -140,12 +136,6 @@ def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: 
 
 
 def _own_bytes(module: nn.Module, quant: Quant) -> int:
-    """Of a module's own parameters, without its children's. Of a linear layer the weight is quantized, not the bias."""
-    parameters = dict(module.named_parameters(recurse=False))
-    size = 0
-    weight = linear_weight(module)
-    if weight is not None:
-        del parameters["weight"]
-        count, rows = weight.numel(), weight.shape[0]
-        size = round(count * _NF4_BYTES) if quant == "nf4" else count + _INT8_SCALE_BYTES * rows
-    return size + sum(parameter.nbytes for parameter in parameters.values())
+    """Of a module's own parameters, without its children's."""
+    kept = kept_bytes(module, quant)
+    return sum(kept.get(name, parameter.nbytes) for name, parameter in module.named_parameters(recurse=False))
