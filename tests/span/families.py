@@ -20,7 +20,7 @@ COMMON = dict(
 )
 _GROUPED = dict(num_key_value_heads=2, intermediate_size=128)
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-_LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
 
 # By a name of our own: the model type and what its configuration has besides the common dimensions.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -89,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "n_group": 2,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            **_LATENT,
+            **LATENT,
         },
     ),
 }

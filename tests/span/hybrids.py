@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from span.families import COMMON, MOE
+from span.families import LATENT, MOE
 
 _GROUPED = dict(num_key_value_heads=2, intermediate_size=96, head_dim=24)
 _PERIOD = ["linear_attention", "linear_attention", "full_attention"]
@@ -27,5 +27,122 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
             "conv_L_cache": 5,
             "layer_types": ["conv", "full_attention", "conv"] * 2,
         },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            **MOE,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_dense_layers": 2,
+            "layer_types": ["conv", "full_attention", "conv"] * 2,
+        },
+    ),
+    "qwen3_5_text": ("qwen3_5_text", {**_GROUPED, **_DELTA, "num_hidden_layers": 6}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {**_GROUPED, **MOE, **_DELTA, "num_hidden_layers": 6, "shared_expert_intermediate_size": 40},
+    ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        {**_GROUPED, **_DELTA, "linear_num_key_heads": 6, "num_hidden_layers": 6},
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **MOE,
+            **LATENT,
+            "intermediate_size": 96,
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "num_hidden_layers": 6,
+            "layer_types": _PERIOD * 2,
+            "q_lora_rank": None,
+            "linear_head_dim": 12,
+            "linear_num_heads": 6,
+        },
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        {
+            **MOE,
+            **LATENT,
+            "intermediate_size": 96,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "linear_num_heads": 6,
+            "num_expert_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "num_hidden_layers": 6,
+            "layer_types": _PERIOD * 2,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **MOE,
+            **_SSM,
+            **_MAMBA2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "shared_intermediate_size": 40,
+            "num_hidden_layers": 6,
+            "layer_types": _PERIOD * 2,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            **_SSM,
+            **_MAMBA2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "attn_layer_indices": [2, 5],
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {**_SSM, **_MAMBA2, "num_hidden_layers": 6, "num_key_value_heads": 2, "num_attention_heads": 6, "intermediate_size": 96, "mamba_d_ssm": 120},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **MOE,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "intermediate_size": 96,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 20,
+            "n_groups": 2,
+            "ssm_state_size": 12,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "num_hidden_layers": 8,
+            "moe_shared_expert_intermediate_size": 40,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"] * 2,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **MOE,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 6,
+            "mamba_dt_rank": 5,
+        },
+    ),
+    "mamba": ("mamba", {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60}),
+    "falcon_mamba": ("falcon_mamba", {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60}),
+    "mamba2": (
+        "mamba2",
+        {"num_hidden_layers": 6, "num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2, "chunk_size": 8, "expand": 2},
     ),
 }

@@ -19,6 +19,8 @@ from petals_win.span.state import CannotTruncate
 # A block with a window keeps so many tokens more, so that these can be taken back, and has room for so many new ones, each time
 # before those that it has let go are moved out of the way. No more tokens may come at once.
 BEYOND_WINDOW, ROOM_BEYOND = 128, 512
+# Tokens of a session for which a plan counts its states once.
+USUAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class KvShape:
     def state_bytes(self) -> int:
         """What it keeps of a sequence of any length."""
         return COPIES * sum(state.nbytes for state in self.states)
+
+    @property
+    def planned_bytes_per_token(self) -> int:
+        """Where memory is planned for tokens of all sessions together: with a share of a usual session's states."""
+        return self.bytes_per_token + -(-self.state_bytes // USUAL_TOKENS)
 
     @property
     def bytes_per_token(self) -> int:
@@ -80,6 +87,7 @@ class SessionCache(Cache):
         self._first = first
         self._made_of = list(shapes), first, batch_size
         self._device = device
+        self.has_states = any(shape.states for shape in shapes)
         self.kept: int | None = None
         super().__init__(layers=[_layer(self, shape, batch_size, capacity, device) for shape in shapes])
 
@@ -100,7 +108,7 @@ class SessionCache(Cache):
         self.position = position
 
     def keep(self, position: int) -> bool:
-        if not any(shape.states for shape in self._made_of[0]):
+        if not self.has_states:
             return False
         self.kept = position
         return True

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
 from petals_win.models.architecture import ONLY_ATTENTION, attention_windows, config_of_blocks, find_blocks, kinds_of_blocks
-from petals_win.span.cache import KvShape, ShapeRecorder
+from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,10 @@ class CutDecoder:
         hooks.append(layers[-1].register_forward_hook(leave))
         in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
         try:
+            if position_ids is None and isinstance(cache, SessionCache) and cache.has_states:
+                # Some hybrids count the positions of their attention from what comes in, not from what the cache has.
+                past, length = cache.position, hidden.shape[1]
+                position_ids = torch.arange(past, past + length, device=hidden.device)[None]
             positions = {} if position_ids is None else {"position_ids": position_ids}
             self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **positions)
         finally:

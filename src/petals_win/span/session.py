@@ -83,15 +83,25 @@ class Session:
 class Step:
     """A step of a session, begun by `Span.begin`: its tokens go through the blocks in pieces, the first ones first."""
 
-    def __init__(self, session: Session, hidden: torch.Tensor, prompts: Prompts | None, reordered: bool) -> None:
-        """`hidden` is [batch, tokens, hidden]. `reordered`: the session's rows have other pasts than before the step."""
+    def __init__(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        prompts: Prompts | None,
+        reordered: bool,
+        continues: bool = True,
+    ) -> None:
+        """`hidden` is [batch, tokens, hidden]. `reordered`: the session's rows have other pasts than before the step.
+
+        `continues`: the blocks take several tokens at once after others. If not, only the first ones of a session go together.
+        """
         self.session = session
         self.prompts = prompts
         self._hidden = hidden
         self._began = session.position
         state = session.open_cache
         self._before = None if state.truncates else state.fork(self._began, state.capacity)
-        self._reordered = reordered
+        self._reordered, self._continues = reordered, continues
         # A later session with the same prompt goes on from its last whole page. Tokens that come one by one are others' answers.
         page = self.end // PAGE_TOKENS * PAGE_TOKENS
         may_be_taken_up = session.batch_size == 1 and hidden.shape[1] > 1 and page > self._began
@@ -111,6 +121,8 @@ class Step:
 
     def at_once(self, tokens: int) -> int:
         """How many of the next tokens of each row, of at most so many, go through the blocks in one pass."""
+        if not self._continues and self.session.position > 0:
+            return min(tokens, self.left, 1)
         ahead = self._stop - self.session.position
         return min(tokens, self.left, ahead if ahead > 0 else tokens)
 
