@@ -7,7 +7,11 @@ from span.families import LATENT, MOE
 _GROUPED = dict(num_key_value_heads=2, intermediate_size=96, head_dim=24)
 _PERIOD = ["linear_attention", "linear_attention", "full_attention"]
 _DELTA = dict(
-    linear_key_head_dim=12, linear_value_head_dim=20, linear_num_key_heads=2, linear_num_value_heads=6, layer_types=_PERIOD * 2
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    layer_types=_PERIOD * 2,
 )
 _MAMBA2 = dict(mamba_n_heads=6, mamba_d_head=20, mamba_expand=2, mamba_n_groups=2, mamba_d_state=12, mamba_d_conv=4)
 _SSM = dict(hidden_size=60, mamba_chunk_size=8)
@@ -106,7 +110,15 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
     ),
     "falcon_h1": (
         "falcon_h1",
-        {**_SSM, **_MAMBA2, "num_hidden_layers": 6, "num_key_value_heads": 2, "num_attention_heads": 6, "intermediate_size": 96, "mamba_d_ssm": 120},
+        {
+            **_SSM,
+            **_MAMBA2,
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 2,
+            "num_attention_heads": 6,
+            "intermediate_size": 96,
+            "mamba_d_ssm": 120,
+        },
     ),
     "nemotron_h": (
         "nemotron_h",
@@ -140,9 +152,20 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
         },
     ),
     "mamba": ("mamba", {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60}),
-    "falcon_mamba": ("falcon_mamba", {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60}),
+    "falcon_mamba": (
+        "falcon_mamba",
+        {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60},
+    ),
     "mamba2": (
         "mamba2",
-        {"num_hidden_layers": 6, "num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2, "chunk_size": 8, "expand": 2},
+        {
+            "num_hidden_layers": 6,
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 12,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "expand": 2,
+        },
     ),
 }

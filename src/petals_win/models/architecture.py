@@ -180,5 +180,7 @@ def config_of_blocks(decoder_config: PreTrainedConfig, start: int, end: int) -> 
 
 
 def _computed_lists(config: PreTrainedConfig) -> list[str]:
-    names = {name for kind in type(config).__mro__ for name, value in vars(kind).items() if isinstance(value, property)}
+    names = {
+        name for kind in type(config).__mro__ for name, value in vars(kind).items() if isinstance(value, property)
+    }
     return sorted(name for name in names if name.startswith("layer") and isinstance(getattr(config, name), list))

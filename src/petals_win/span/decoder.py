@@ -18,7 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
-from petals_win.models.architecture import ONLY_ATTENTION, attention_windows, config_of_blocks, find_blocks, kinds_of_blocks
+from petals_win.models.architecture import (
+    ONLY_ATTENTION,
+    attention_windows,
+    config_of_blocks,
+    find_blocks,
+    kinds_of_blocks,
+)
 from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
 
 logger = logging.getLogger(__name__)

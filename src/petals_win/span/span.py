@@ -22,8 +22,8 @@ from petals_win.models.source import ModelSource
 from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
-from petals_win.span.probe import continues
 from petals_win.span.layouts import lay_out_linears
+from petals_win.span.probe import continues
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
 from petals_win.span.state import CannotTruncate, State
