@@ -17,6 +17,9 @@ from petals_win.span.footprint import model_footprint
 
 REFUSED = {
     "recurrent_gemma": "recurrent state",
+    "mamba": "drops what its blocks have seen",
+    "falcon_mamba": "drops what its blocks have seen",
+    "jamba": "drops what its blocks have seen",
     "minimax": "recurrent state",
     "rwkv": "recurrent state",
     "zamba": "embeddings beside",

@@ -138,24 +138,6 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"] * 2,
         },
     ),
-    "jamba": (
-        "jamba",
-        {
-            **MOE,
-            "num_key_value_heads": 2,
-            "intermediate_size": 96,
-            "num_hidden_layers": 6,
-            "attn_layer_period": 3,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 6,
-            "mamba_dt_rank": 5,
-        },
-    ),
-    "mamba": ("mamba", {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60}),
-    "falcon_mamba": (
-        "falcon_mamba",
-        {"num_hidden_layers": 6, "state_size": 6, "time_step_rank": 5, "hidden_size": 60},
-    ),
     "mamba2": (
         "mamba2",
         {

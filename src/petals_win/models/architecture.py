@@ -19,6 +19,9 @@ from petals_win.errors import UserError
 
 _RECURRENT = "its blocks carry a recurrent state in a form of their own, which petals-win cannot keep"
 _EMBEDDED = "its blocks share weights, and need the embeddings beside the previous block's output"
+_ONE_BY_ONE = (
+    "transformers drops what its blocks have seen when several tokens follow at once, so its answers would be wrong"
+)
 _SHARED = "its blocks need more than the previous block's output"
 _LOOPED = "a token goes through some of its blocks several times"
 _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
@@ -26,6 +29,9 @@ _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
 ONLY_ATTENTION = ("full_attention", "sliding_attention")
 _WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _REFUSED = {
+    "falcon_mamba": _ONE_BY_ONE,
+    "jamba": _ONE_BY_ONE,
+    "mamba": _ONE_BY_ONE,
     "minimax": _RECURRENT,
     "recurrent_gemma": _RECURRENT,
     "rwkv": _RECURRENT,

@@ -117,7 +117,8 @@ def _continues_in(decoder: CutDecoder, index: int, shape: KvShape, device: torch
         without = decoder.run(hidden[:, first:], number, number + 1, cache)
     finally:
         cache.free()
-    return bool(_distance(after, whole).max() <= _ROUNDED * _distance(without, whole).max())
+    most = _EXACT if shape.dtype is torch.float32 else _ROUNDED
+    return bool(_distance(after, whole).max() <= most * _distance(without, whole).max())
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
