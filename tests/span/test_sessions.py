@@ -351,14 +351,14 @@ def test_a_growth_that_fails_leaves_the_session_as_it_was(span, monkeypatch):
     expected = span.step(span.open(BATCH, 20), hidden)
     span.step(session, hidden[:, :4])
     session.room = 20
-    memory, calls = cache_module._memory, iter(range(100))
+    memory, calls = cache_module.allocate, iter(range(100))
 
     def too_little(*shape):
         if next(calls) == 3:
             raise RuntimeError("not enough memory")
         return memory(*shape)
 
-    monkeypatch.setattr(cache_module, "_memory", too_little)
+    monkeypatch.setattr(cache_module, "allocate", too_little)
     with pytest.raises(RuntimeError, match="not enough memory"):
         span.step(session, hidden[:, 4:], hypo_ids=torch.tensor([0, 1]))
     assert session.position == 4

@@ -38,6 +38,12 @@ class Recurrent:
     def truncate(self, position: int) -> None:
         raise CannotTruncate("It has forgotten how it was")
 
+    def leads_to(self, position: int) -> bool:
+        return position == self.position
+
+    def keep(self, position: int) -> bool:
+        return False
+
     def fork(self, position: int, capacity: int) -> Recurrent:
         if position != self.position:
             raise CannotTruncate("It has forgotten how it was")
@@ -135,6 +141,9 @@ class Left(Recurrent):
     @property
     def nbytes(self) -> int:
         return self._nbytes
+
+    def leads_to(self, position: int) -> bool:
+        return True
 
 
 def pages(text: str) -> list[bytes]:

@@ -17,22 +17,26 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from petals_win.errors import UserError
 
-_RECURRENT = "its blocks carry a recurrent state, and petals-win keeps only keys and values between tokens"
+_RECURRENT = "its blocks carry a recurrent state in a form of their own, which petals-win cannot keep"
+_EMBEDDED = "its blocks share weights, and need the embeddings beside the previous block's output"
+_ONE_BY_ONE = (
+    "transformers drops what its blocks have seen when several tokens follow at once, so its answers would be wrong"
+)
 _SHARED = "its blocks need more than the previous block's output"
 _LOOPED = "a token goes through some of its blocks several times"
 _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
+# Of what blocks keep between tokens: keys and values, and those that have recurrent states, too or instead.
+ONLY_ATTENTION = ("full_attention", "sliding_attention")
+_WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _REFUSED = {
-    "bamba": _RECURRENT,
-    "falcon_h1": _RECURRENT,
-    "falcon_mamba": _RECURRENT,
-    "jamba": _RECURRENT,
-    "mamba": _RECURRENT,
-    "mamba2": _RECURRENT,
-    "nemotron_h": _RECURRENT,
+    "falcon_mamba": _ONE_BY_ONE,
+    "jamba": _ONE_BY_ONE,
+    "mamba": _ONE_BY_ONE,
+    "minimax": _RECURRENT,
     "recurrent_gemma": _RECURRENT,
     "rwkv": _RECURRENT,
-    "zamba": _RECURRENT,
-    "zamba2": _RECURRENT,
+    "zamba": _EMBEDDED,
+    "zamba2": _EMBEDDED,
     "gpt_neo": "its blocks alternate between two kinds of attention that the configuration does not tell apart",
     "llama4": "its attention works in chunks, which a span does not keep apart yet",
     "llama4_text": "its attention works in chunks, which a span does not keep apart yet",
@@ -81,7 +85,10 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"Models of the type {config.model_type} are built in a way that petals-win cannot split. "
             "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         )
-    strange = set(attention_windows(decoder)[1])
+    strange = set(kinds_of_blocks(decoder)) - {*ONLY_ATTENTION, *_WITH_STATES}
+    # Keys and values of another block have the name of those that keep nothing.
+    if getattr(decoder, "kv_sharing_modes", None) is None:
+        strange -= {"dummy"}
     if strange:
         raise UserError(
             f"Models of the type {decoder.model_type} have blocks of the kind {', '.join(sorted(strange))}, which petals-win "
@@ -89,11 +96,14 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
 
 
-def attention_windows(decoder_config: PreTrainedConfig) -> tuple[list[int | None], list[str]]:
-    """For each block the length of its sliding window in tokens (None: sees all), and the kinds of blocks that are neither."""
-    types, settings = get_layer_types_and_kwargs(decoder_config)
-    windows = [setting["sliding_window"] if "sliding_window" in setting else None for setting in settings]
-    return windows, [name for name in types if name not in ("full_attention", "sliding_attention")]
+def kinds_of_blocks(decoder_config: PreTrainedConfig) -> list[str]:
+    """For each block, by transformers' name, what it keeps between tokens."""
+    return get_layer_types_and_kwargs(decoder_config)[0]
+
+
+def attention_windows(decoder_config: PreTrainedConfig) -> list[int | None]:
+    """For each block the length of its sliding window in tokens; None: it sees all, or has no attention."""
+    return [setting.get("sliding_window") for setting in get_layer_types_and_kwargs(decoder_config)[1]]
 
 
 def empty_model(
@@ -163,4 +173,20 @@ def config_of_blocks(decoder_config: PreTrainedConfig, start: int, end: int) -> 
         if "layer" in name and isinstance(value, (list, tuple)) and len(value) == count:
             setattr(part, name, value[start:end])
     part.num_hidden_layers = end - start
+    # What is computed from the number of a block would be that of the first ones.
+    whole = {name: getattr(decoder_config, name) for name in _computed_lists(decoder_config)}
+    wrong = {
+        name: list(value[start:end])
+        for name, value in whole.items()
+        if len(value) == count and getattr(part, name) != value[start:end]
+    }
+    if wrong:
+        part.__class__ = type(type(part).__name__, (type(part),), wrong)
     return part
+
+
+def _computed_lists(config: PreTrainedConfig) -> list[str]:
+    names = {
+        name for kind in type(config).__mro__ for name, value in vars(kind).items() if isinstance(value, property)
+    }
+    return sorted(name for name in names if name.startswith("layer") and isinstance(getattr(config, name), list))

@@ -193,7 +193,7 @@ class ServedSession:
 
         def released(state: State | None) -> None:
             if state is not None and self._prefixes is not None:
-                self._prefixes.keep(self._owner, pages, state)
+                self._prefixes.keep(self._owner, pages[: state.position // PAGE_TOKENS], state)
             share.release()
             if not closed.done():  # whoever waits may have been cancelled
                 closed.set_result(None)

@@ -1,30 +1,34 @@
-"""Keys and values of one session, in memory that grows in pieces as tokens come.
+"""What a run of blocks keeps of one session: keys and values in memory that grows in pieces as tokens come, and recurrent states.
 
 Knows transformers' Cache protocol, by which a decoder's layers store and read keys and values. Does not know models.
 """
 
 from __future__ import annotations
 
-import mmap
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from petals_win.span.memory import allocate
+from petals_win.span.recurrent import COPIES, Kind, States, StateShape
 from petals_win.span.state import CannotTruncate
 
-_OWN_PAGES = 2**16  # bytes from which a tensor gets pages of its own
 # A block with a window keeps so many tokens more, so that these can be taken back, and has room for so many new ones, each time
 # before those that it has let go are moved out of the way. No more tokens may come at once.
 BEYOND_WINDOW, ROOM_BEYOND = 128, 512
+# Tokens of a session for which a plan counts its states once.
+USUAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What one block keeps for one token of one sequence."""
+    """What one block keeps for one token of one sequence, and in `states` for all of its tokens together.
+
+    A block without attention has no heads.
+    """
 
     key_heads: int
     key_size: int
@@ -32,9 +36,25 @@ class KvShape:
     value_size: int
     window: int | None  # of the block's sliding window, in tokens; None: it sees all
     dtype: torch.dtype
+    states: tuple[StateShape, ...] = ()
+
+    @property
+    def attends(self) -> bool:
+        return self.key_heads > 0
+
+    @property
+    def state_bytes(self) -> int:
+        """What it keeps of a sequence of any length."""
+        return COPIES * sum(state.nbytes for state in self.states)
+
+    @property
+    def planned_bytes_per_token(self) -> int:
+        """Where memory is planned for tokens of all sessions together: with a share of a usual session's states."""
+        return self.bytes_per_token + -(-self.state_bytes // USUAL_TOKENS)
 
     @property
     def bytes_per_token(self) -> int:
+        """Of keys and values."""
         return (self.key_heads * self.key_size + self.value_heads * self.value_size) * self.dtype.itemsize
 
     def tokens_kept(self, tokens: int) -> int:
@@ -43,7 +63,7 @@ class KvShape:
 
     def bytes_of(self, tokens: int) -> int:
         """What a block keeps of a sequence of so many tokens."""
-        return self.bytes_per_token * self.tokens_kept(tokens)
+        return self.state_bytes + self.bytes_per_token * self.tokens_kept(tokens)
 
 
 class SessionCache(Cache):
@@ -67,20 +87,31 @@ class SessionCache(Cache):
         self._first = first
         self._made_of = list(shapes), first, batch_size
         self._device = device
-        super().__init__(layers=[_Slots(self, shape, batch_size, capacity, device) for shape in shapes])
+        self.has_states = any(shape.states for shape in shapes)
+        self.kept: int | None = None
+        super().__init__(layers=[_layer(self, shape, batch_size, capacity, device) for shape in shapes])
 
     @property
     def nbytes(self) -> int:
-        shapes, _, batch_size = self._made_of
-        return batch_size * sum(shape.bytes_of(self.capacity) for shape in shapes)
+        layers: Any = self.layers
+        return sum(layer.nbytes for layer in layers)
 
     def truncate(self, position: int) -> None:
-        """What is behind the position is never read, so nothing else has to be undone.
+        """Of keys and values, what is behind the position is never read, so nothing else has to be undone.
 
-        Raises CannotTruncate where a block has let go of what its window reaches back to from there.
+        Raises CannotTruncate where a block has let go of what its window reaches back to from there, or has no state of there.
         """
         self._check_held(position)
+        layers: Any = self.layers
+        for layer in layers:
+            layer.go_back(position)
         self.position = position
+
+    def keep(self, position: int) -> bool:
+        if not self.has_states:
+            return False
+        self.kept = position
+        return True
 
     def fork(self, position: int, capacity: int) -> SessionCache:
         self._check_held(position)
@@ -91,10 +122,13 @@ class SessionCache(Cache):
             theirs.take_from(ours)
         return other
 
-    def _check_held(self, position: int) -> None:
+    def leads_to(self, position: int) -> bool:
         layers: Any = self.layers
-        if not all(slots.leads_back_to(position) for slots in layers):
-            raise CannotTruncate(f"Of {self.position} tokens, the windows of blocks have left what {position} need")
+        return 0 <= position <= self.position and all(layer.leads_back_to(position) for layer in layers)
+
+    def _check_held(self, position: int) -> None:
+        if not self.leads_to(position):
+            raise CannotTruncate(f"Of {self.position} tokens, blocks have left behind what {position} need")
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens in all; less than there is changes nothing.
@@ -108,6 +142,9 @@ class SessionCache(Cache):
 
     def shrink(self, capacity: int) -> None:
         """Copied block by block, too. After an error the blocks differ."""
+        for layer in self.layers:
+            if isinstance(layer, States):
+                layer.settle()
         if capacity < self.capacity:
             self._resize(capacity)
 
@@ -121,10 +158,10 @@ class SessionCache(Cache):
         """Let go of the memory at once: cache and blocks refer to each other, so that Python would find it only some time."""
         for layer in self.layers:
             slots: Any = layer
-            slots.keys = slots.values = None
+            slots.free()
 
     def fill(self, tokens: int, chance: torch.Generator) -> None:
-        """Hold so many tokens of random keys and values."""
+        """Hold so many tokens of random keys and values, and random states."""
         self.position = tokens
         for layer in self.layers:
             slots: Any = layer
@@ -136,8 +173,45 @@ class SessionCache(Cache):
         slots: Any = self.layers[layer_idx - self._first]
         return slots.update(key_states, value_states)
 
+    def states(self, layer_idx: int) -> States:
+        """Of the block with this absolute index. Raises ValueError for one that keeps none."""
+        layer = self.layers[layer_idx - self._first]
+        if not isinstance(layer, States):
+            raise ValueError(f"Block {layer_idx} keeps no recurrent state")
+        return layer
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self.states(layer_idx).get_conv_state(state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self.states(layer_idx).update_conv_state(conv_states, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self.states(layer_idx).get_recurrent_state(state_idx)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self.states(layer_idx).update_recurrent_state(recurrent_states, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.position > 0
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of the layer that counts so from the first of the run; of the first that attends, if that one does not."""
+        attending = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CacheLayerMixin):
+            return layer.get_mask_sizes(query_length)
+        return attending[0].get_mask_sizes(query_length) if attending else (self.position + query_length, 0)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i of each layer continue what row rows[i] (int64, [batch]) held."""
@@ -160,10 +234,20 @@ class _Slots(CacheLayerMixin):
         self.window = shape.window
         self.is_sliding = shape.window is not None
         slots = shape.tokens_kept(capacity)
-        self.keys = _memory(batch_size, shape.key_heads, slots, shape.key_size, shape.dtype, device)
-        self.values = _memory(batch_size, shape.value_heads, slots, shape.value_size, shape.dtype, device)
+        self.keys = allocate((batch_size, shape.key_heads, slots, shape.key_size), shape.dtype, device)
+        self.values = allocate((batch_size, shape.value_heads, slots, shape.value_size), shape.dtype, device)
         self._first = 0
         self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in (self.keys, self.values) if held is not None)
+
+    def go_back(self, position: int) -> None:
+        """Nothing has to be undone."""
+
+    def free(self) -> None:
+        self.keys = self.values = None
 
     def resize(self, capacity: int) -> None:
         assert self.keys is not None and self.values is not None
@@ -177,7 +261,7 @@ class _Slots(CacheLayerMixin):
         batch_size, heads, old, size = held.shape
         if old == slots:  # as after a growth that failed half-way
             return held
-        resized, end = _memory(batch_size, heads, slots, size, held.dtype, held.device), self._end
+        resized, end = allocate((batch_size, heads, slots, size), held.dtype, held.device), self._end
         resized[:, :, :end] = held[:, :, :end]
         return resized
 
@@ -267,26 +351,52 @@ class _Slots(CacheLayerMixin):
             held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
 
 
-def _memory(
-    batch_size: int, heads: int, capacity: int, size: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """A tensor [batch, heads, capacity, size] of whatever values, whose memory goes back to the system with it.
+class _SlotsAndStates(States, _Slots):
+    """A block that attends and has states beside it."""
 
-    C's allocator keeps most of what sessions of different lengths free, in gaps between what others still use.
-    """
-    shape = (batch_size, heads, capacity, size)
-    nbytes = batch_size * heads * capacity * size * dtype.itemsize
-    if device.type != "cpu" or nbytes < _OWN_PAGES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    try:
-        pages = (
-            mmap.mmap(-1, nbytes)
-            if sys.platform == "win32"
-            else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        )
-    except OSError as e:
-        raise RuntimeError(f"The system has no {nbytes} bytes of memory left") from e
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    def __init__(
+        self, owner: SessionCache, shape: KvShape, batch_size: int, capacity: int, device: torch.device
+    ) -> None:
+        States.__init__(self, owner, shape.states, batch_size, device)
+        _Slots.__init__(self, owner, shape, batch_size, capacity, device)
+
+    @property
+    def nbytes(self) -> int:
+        return States.nbytes.fget(self) + _Slots.nbytes.fget(self)  # pyright: ignore[reportOptionalCall]
+
+    def resize(self, capacity: int) -> None:
+        _Slots.resize(self, capacity)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: the memory was allocated at the start."""
+
+    def leads_back_to(self, position: int) -> bool:
+        return States.leads_back_to(self, position) and _Slots.leads_back_to(self, position)
+
+    def take_from(self, other: Any) -> None:
+        States.take_from(self, other)
+        _Slots.take_from(self, other)
+
+    def fill(self, chance: torch.Generator) -> None:
+        States.fill(self, chance)
+        _Slots.fill(self, chance)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        States.reorder_cache(self, beam_idx)
+        _Slots.reorder_cache(self, beam_idx)
+
+    def free(self) -> None:
+        States.free(self)
+        _Slots.free(self)
+
+
+def _layer(
+    owner: SessionCache, shape: KvShape, batch_size: int, capacity: int, device: torch.device
+) -> _Slots | States:
+    if not shape.attends:
+        return States(owner, shape.states, batch_size, device)
+    made = _SlotsAndStates if shape.states else _Slots
+    return made(owner, shape, batch_size, capacity, device)
 
 
 class _Recorded(Exception):
@@ -294,20 +404,59 @@ class _Recorded(Exception):
 
 
 class ShapeRecorder(Cache):
-    """Learns the shape of what a single block stores, from its first call of `update`."""
+    """Learns the shape of what a single block stores, from a pass through it of one token.
 
-    def __init__(self, window: int | None) -> None:
+    `attends`: the block keeps keys and values and nothing else, so that the pass may end with them.
+    """
+
+    def __init__(self, window: int | None, dtype: torch.dtype, attends: bool) -> None:
         super().__init__(layers=[])
-        self._window = window
-        self.shape: KvShape | None = None
+        self.shape = KvShape(0, 0, 0, 0, window, dtype)
+        self._attends = attends
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         _, key_heads, _, key_size = key_states.shape
         _, value_heads, _, value_size = value_states.shape
-        self.shape = KvShape(key_heads, key_size, value_heads, value_size, self._window, key_states.dtype)
-        raise _Recorded
+        kept = dict(key_heads=key_heads, key_size=key_size, value_heads=value_heads, value_size=value_size)
+        self.shape = replace(self.shape, **kept, dtype=key_states.dtype)
+        if self._attends:
+            raise _Recorded
+        return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        size = *conv_states.shape[1:-1], conv_kernel_size or conv_states.shape[-1]
+        self._keeps("conv", state_idx, size, conv_states.dtype)
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        self._keeps("recurrent", state_idx, tuple(recurrent_states.shape[1:]), recurrent_states.dtype)
+        return recurrent_states
+
+    def _keeps(self, kind: Kind, number: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape = replace(self.shape, states=(*self.shape.states, StateShape(kind, number, size, dtype)))
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

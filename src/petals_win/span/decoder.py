@@ -18,8 +18,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
-from petals_win.models.architecture import attention_windows, config_of_blocks, find_blocks
-from petals_win.span.cache import KvShape, ShapeRecorder
+from petals_win.models.architecture import (
+    ONLY_ATTENTION,
+    attention_windows,
+    config_of_blocks,
+    find_blocks,
+    kinds_of_blocks,
+)
+from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +40,8 @@ class CutDecoder:
         self.start, self.end = start, end
         self._list_name = blocks.list_name
         self._config = blocks.decoder.config
-        self._windows, _ = attention_windows(self._config)
+        self._windows = attention_windows(self._config)
+        self._kinds = kinds_of_blocks(self._config)
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
         self._views: dict[tuple[int, int], nn.Module] = {}
@@ -103,6 +110,10 @@ class CutDecoder:
         hooks.append(layers[-1].register_forward_hook(leave))
         in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
         try:
+            if position_ids is None and isinstance(cache, SessionCache) and cache.has_states:
+                # Some hybrids count the positions of their attention from what comes in, not from what the cache has.
+                past, length = cache.position, hidden.shape[1]
+                position_ids = torch.arange(past, past + length, device=hidden.device)[None]
             positions = {} if position_ids is None else {"position_ids": position_ids}
             self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **positions)
         finally:
@@ -118,20 +129,21 @@ class CutDecoder:
         """
         shapes = []
         for index in range(self.start, self.end):
-            recorder = ShapeRecorder(self._windows[index])
+            attends = self._kinds[index] in ONLY_ATTENTION
+            recorder = ShapeRecorder(self._windows[index], dtype, attends)
             hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device="meta")
-            reason = "it keeps no keys and values"
+            reason = "it keeps no keys and values" if attends else None
             try:
                 with _buffers_on_meta(self._frame, self._layers[index - self.start]):
                     self.run(hidden, index, index + 1, cache=recorder)
             except ShapeRecorder.recorded:
-                pass
+                reason = None
             except Exception as e:  # whatever an unknown block raises when it is run in an unforeseen way
                 reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
                 logger.debug("Block %d cannot be run alone", index, exc_info=True)
             finally:
                 self._views.clear()  # they hold the buffers that the frame had in this run
-            if recorder.shape is None:
+            if reason is not None:
                 raise UserError(
                     f"Models of the type {self._config.model_type} are built in a way that petals-win cannot split: block {index} "
                     f"does not run by itself ({reason}). Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."

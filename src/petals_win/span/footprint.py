@@ -21,7 +21,7 @@ class ModelFootprint:
 
     block_bytes: tuple[int, ...]
     outside_bytes: int
-    cache_bytes_per_token: tuple[int, ...]  # of one sequence, by block
+    cache_bytes_per_token: tuple[int, ...]  # of one sequence, by block, with a share of its recurrent states
 
     @property
     def total_bytes(self) -> int:
@@ -65,4 +65,4 @@ def _footprint(_key: str, hidden: _Hidden, dtype: torch.dtype) -> ModelFootprint
     tied = getattr(model, "all_tied_weights_keys", {})  # not yet one and the same parameter on the meta device
     everything = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in tied)
     shapes = CutDecoder(model, 0, len(blocks.layers)).kv_shapes(dtype)
-    return ModelFootprint(sizes, everything - sum(sizes), tuple(shape.bytes_per_token for shape in shapes))
+    return ModelFootprint(sizes, everything - sum(sizes), tuple(shape.planned_bytes_per_token for shape in shapes))

@@ -39,11 +39,11 @@ class Prefixes:
         self.nbytes = 0
 
     def find(self, owner: Hashable, pages: Sequence[bytes]) -> tuple[State, int] | None:
-        """The state that has most of these pages of one session's beginning, and how many. It may have more."""
+        """The state that leads to most of these pages of one session's beginning, and how many. It may have more."""
         for count in range(len(pages), 0, -1):
             # A page at another place than it was left at is none: its owner is confused.
             for left in self._by_page.get((owner, pages[count - 1]), ()):
-                if left.pages[count - 1 : count] == (pages[count - 1],):
+                if left.pages[count - 1 : count] == (pages[count - 1],) and left.state.leads_to(count * PAGE_TOKENS):
                     self._left[left] = self._left.pop(left)
                     return left.state, count
         return None

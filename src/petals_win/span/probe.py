@@ -92,6 +92,35 @@ def _agrees_in(
     return bool(torch.cat(right).float().mean() >= (1.0 if exact else _TOKENS_OF_ROUNDED))
 
 
+def continues(decoder: CutDecoder, shapes: Sequence[KvShape], device: torch.device) -> bool:
+    """Whether blocks with recurrent states compute several tokens after others as they would compute all of them at once."""
+    kinds = {
+        _kind(layer, shape): index
+        for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
+        if shape.states
+    }
+    return all(_continues_in(decoder, index, shapes[index], device) for index in kinds.values())
+
+
+def _continues_in(decoder: CutDecoder, index: int, shape: KvShape, device: torch.device) -> bool:
+    number, first, more = decoder.start + index, 5, 6
+    chance = torch.Generator().manual_seed(0)
+    hidden = 0.1 * torch.randn(1, first + more, decoder.config.hidden_size, generator=chance)
+    hidden = hidden.to(device, shape.dtype)
+    cache = SessionCache([shape], number, 1, first + more, device)
+    try:
+        whole = decoder.run(hidden, number, number + 1, cache)[:, first:]
+        decoder.run(hidden[:, :first], number, number + 1, cache)
+        cache.position = first
+        after = decoder.run(hidden[:, first:], number, number + 1, cache)
+        cache.position = 0
+        without = decoder.run(hidden[:, first:], number, number + 1, cache)
+    finally:
+        cache.free()
+    most = _EXACT if shape.dtype is torch.float32 else _ROUNDED
+    return bool(_distance(after, whole).max() <= most * _distance(without, whole).max())
+
+
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Of each token, [rows, tokens]."""
     return (one.float() - other.float()).norm(dim=-1)

@@ -173,6 +173,9 @@ class Scheduler:
         groups: dict[object, list[tuple[_Waiting, Step, int]]] = {}
         for waiting, tokens in chosen:
             if (step := self._ready(waiting, tokens)) is not None:
+                fewer = step.at_once(tokens)
+                left += waiting.rows * (tokens - fewer) if waiting.is_prefill else 0
+                tokens = fewer
                 groups.setdefault(self._span.companions(step) or waiting, []).append((waiting, step, tokens))
         for group in groups.values():
             self._compute_group(group)
@@ -187,7 +190,8 @@ class Scheduler:
     def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
         """The step, begun now at the latest and not to be cancelled from its last tokens on; None if it is over."""
         waiting.last_turn = self._turns
-        if tokens >= waiting.left and not waiting.future.set_running_or_notify_cancel():
+        future = waiting.future
+        if tokens >= waiting.left and not (future.running() or future.set_running_or_notify_cancel()):
             self._drop(waiting)
             return None
         if waiting.step is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petals_win.span.decoder import Prompts
+from petals_win.span.prefixes import PAGE_TOKENS
 from petals_win.span.state import CannotTruncate, State
 
 
@@ -52,12 +53,17 @@ class Session:
             self.open_cache.truncate(tokens)
 
     def leave(self, tokens: int) -> State | None:
-        """Close the session, and return its state after `tokens` tokens, which is the caller's to free; None if there is none."""
+        """Close the session, and return its state after `tokens` tokens, which is the caller's to free; None if there is none.
+
+        It may be after some whole pages of them, if there is no other one.
+        """
         state, self.cache = self.cache, None
         if state is None:
             return None
+        pages = (end * PAGE_TOKENS for end in range(tokens // PAGE_TOKENS, 0, -1))
         try:
-            if tokens > state.position:
+            tokens = next((position for position in (tokens, *pages) if state.leads_to(position)), 0)
+            if tokens == 0:
                 raise CannotTruncate
             if tokens < state.position:
                 state.truncate(tokens)
@@ -77,15 +83,29 @@ class Session:
 class Step:
     """A step of a session, begun by `Span.begin`: its tokens go through the blocks in pieces, the first ones first."""
 
-    def __init__(self, session: Session, hidden: torch.Tensor, prompts: Prompts | None, reordered: bool) -> None:
-        """`hidden` is [batch, tokens, hidden]. `reordered`: the session's rows have other pasts than before the step."""
+    def __init__(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        prompts: Prompts | None,
+        reordered: bool,
+        continues: bool = True,
+    ) -> None:
+        """`hidden` is [batch, tokens, hidden]. `reordered`: the session's rows have other pasts than before the step.
+
+        `continues`: the blocks take several tokens at once after others. If not, only the first ones of a session go together.
+        """
         self.session = session
         self.prompts = prompts
         self._hidden = hidden
         self._began = session.position
         state = session.open_cache
         self._before = None if state.truncates else state.fork(self._began, state.capacity)
-        self._reordered = reordered
+        self._reordered, self._continues = reordered, continues
+        # A later session with the same prompt goes on from its last whole page. Tokens that come one by one are others' answers.
+        page = self.end // PAGE_TOKENS * PAGE_TOKENS
+        may_be_taken_up = session.batch_size == 1 and hidden.shape[1] > 1 and page > self._began
+        self._stop = page if may_be_taken_up and state.keep(page) else 0
         self._done = 0
         self._outputs: list[torch.Tensor] = []
 
@@ -99,8 +119,16 @@ class Step:
         """How many tokens the session has seen after the step."""
         return self._began + self._hidden.shape[1]
 
+    def at_once(self, tokens: int) -> int:
+        """How many of the next tokens of each row, of at most so many, go through the blocks in one pass."""
+        if not self._continues and self.session.position > 0:
+            return min(tokens, self.left, 1)
+        ahead = self._stop - self.session.position
+        return min(tokens, self.left, ahead if ahead > 0 else tokens)
+
     def piece(self, tokens: int) -> tuple[torch.Tensor, Prompts | None]:
         """The next tokens of each row, [batch, at most `tokens`, hidden], and what is left of the prompts for them."""
+        tokens = self.at_once(tokens)
         hidden = self._hidden[:, self._done : self._done + tokens]
         prompts = self.prompts and [prompt if prompt is None else prompt[:, self._done :] for prompt in self.prompts]
         return hidden, prompts

@@ -23,6 +23,7 @@ from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCa
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
+from petals_win.span.probe import continues
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
 from petals_win.span.state import CannotTruncate, State
@@ -55,6 +56,7 @@ class Span:
         self._shapes = list(shapes)
         self._joint = JointPass(decoder, device, shapes[0].dtype)
         self._adapters: Adapters | None = None
+        self._continues = True
         self.config = config
         self.start, self.end = decoder.start, decoder.end
         self.device = device
@@ -120,6 +122,8 @@ class Span:
             span._adapters = Adapters(decoder.layers, start, blocks.prefix, source.num_blocks)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
+        with torch.inference_mode():
+            span._continues = continues(decoder, shapes, device)
         span._joint.try_out(shapes, exact=dtype is torch.float32 and quant == "none")
         seconds = time.perf_counter() - began
         logger.info(
@@ -142,13 +146,13 @@ class Span:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Of one sequence in all blocks of the span."""
-        return sum(shape.bytes_per_token for shape in self._shapes)
+        """Of one sequence in all blocks of the span, with a share of its recurrent states."""
+        return sum(shape.planned_bytes_per_token for shape in self._shapes)
 
     @property
     def block_cache_bytes_per_token(self) -> int:
         """Of one sequence in the block that keeps most."""
-        return max(shape.bytes_per_token for shape in self._shapes)
+        return max(1, max(shape.planned_bytes_per_token for shape in self._shapes))
 
     def session_bytes(self, batch_size: int, tokens: int, start: int | None = None, end: int | None = None) -> int:
         """What a session over the blocks [start, end) takes for so many tokens; default: all blocks of the span."""
@@ -165,6 +169,8 @@ class Span:
     def takes_back(self, tokens: int, start: int | None = None, end: int | None = None) -> int:
         """How many of its last tokens a session of at most `tokens` can surely forget at once."""
         shapes = self._shapes_of(*self._range(start, end))
+        if any(shape.states for shape in shapes):
+            return 0
         return tokens if all(shape.tokens_kept(tokens) == tokens for shape in shapes) else BEYOND_WINDOW
 
     @property
@@ -261,7 +267,7 @@ class Span:
         with torch.inference_mode():
             if cache.position + length > cache.capacity:
                 cache.grow(session.room)
-            step = Step(session, hidden, prompts, reordered=hypo_ids is not None)
+            step = Step(session, hidden, prompts, reordered=hypo_ids is not None, continues=self._continues)
             if hypo_ids is not None:
                 try:
                     cache.reorder(hypo_ids)

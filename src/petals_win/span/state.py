@@ -1,4 +1,4 @@
-"""What a run of blocks keeps of a session, as all that serves sessions sees it: keys and values today, recurrent states as well.
+"""What a run of blocks keeps of a session, as all that serves sessions sees it: keys and values, recurrent states.
 
 Knows positions and bytes. Does not know what is kept, nor how a decoder adds to it.
 """
@@ -36,6 +36,17 @@ class State(Protocol):
 
     def truncate(self, position: int) -> None:
         """Be as it was after `position` tokens, whatever a step has left that failed. Raises CannotTruncate."""
+        ...
+
+    def leads_to(self, position: int) -> bool:
+        """Whether `truncate` and `fork` can go to this position."""
+        ...
+
+    def keep(self, position: int) -> bool:
+        """Be able to go back to this position, which is ahead, until asked to keep another one.
+
+        Returns whether a pass has to end there for it; False, too, if there would be no way back all the same.
+        """
         ...
 
     def fork(self, position: int, capacity: int) -> State:
