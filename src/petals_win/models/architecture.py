@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from petals_win.errors import UserError
@@ -103,21 +103,17 @@ def empty_model(
 
     Raises UserError if transformers has no such model.
     """
+    if auto_class is AutoModelForCausalLM and type(config) not in AutoModelForCausalLM._model_mapping:
+        auto_class = AutoModelForImageTextToText  # whose text is served alone
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
-        composite = text_config(config) is not config
         raise UserError(
-            f"Models of the type {config.model_type} "
-            + (
-                "read more than text, and petals-win cannot yet serve their text alone. "
-                if composite
-                else "do not generate text; petals-win runs decoders only. "
-            )
-            + "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+            f"Models of the type {config.model_type} do not generate text; petals-win runs decoders only. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         ) from e
     if text_config(model.config) is not model.config:
         _leave_text_alone(model)
