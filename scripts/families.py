@@ -16,6 +16,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -120,7 +121,7 @@ def refused() -> list[str]:
     for model_type in sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}):
         try:
             config = CONFIG_MAPPING[model_type]()
-        except ValueError:  # without settings there is no such model
+        except (ValueError, StrictDataclassError):  # without settings there is no such model
             continue
         if config.is_encoder_decoder:
             continue

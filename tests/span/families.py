@@ -34,6 +34,18 @@ _QWEN_IMAGES = dict(
     depth=2, hidden_size=32, embed_dim=32, num_heads=2, patch_size=4, intermediate_size=64, out_hidden_size=64
 )
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_LLAMA4 = {
+    **_GROUPED,
+    "num_hidden_layers": 6,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 128,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "attention_chunk_size": 8,
+    "no_rope_layers": [1, 1, 0] * 2,
+    "interleave_moe_layer_step": 2,
+    "floor_scale": 16,
+}
 
 # By a name of our own: the model type and what its configuration has besides the common dimensions.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -183,6 +195,31 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "num_layers": BLOCKS,
+            "num_heads": 4,
+            "window_size": 8,
+            "attention_types": [[["global", "local"], BLOCKS // 2]],
+        },
+    ),
+    "biogpt": ("biogpt", {"intermediate_size": 128}),
+    "jetmoe": (
+        "jetmoe",
+        {
+            "num_key_value_heads": 2,
+            "kv_channels": 16,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "llama4_text": ("llama4_text", _LLAMA4),
+    "llama4": (
+        "llama4",
+        {"text_config": {**_COMMON, **_LLAMA4}, "vision_config": {**_IMAGES, "vision_output_dim": 32}},
+    ),
     "gptj": ("gptj", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "codegen": ("codegen", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "bloom": ("bloom", {}),

@@ -33,9 +33,6 @@ _REFUSED = {
     "rwkv": _RECURRENT,
     "zamba": _RECURRENT,
     "zamba2": _RECURRENT,
-    "gpt_neo": "its blocks alternate between two kinds of attention that the configuration does not tell apart",
-    "llama4": "its attention works in chunks, which a span does not keep apart yet",
-    "llama4_text": "its attention works in chunks, which a span does not keep apart yet",
     "deepseek_v4": "its compressed attention keeps more than keys and values between tokens",
     "dory": _LOOPED,
     "inkling2_loop": _LOOPED,
@@ -45,6 +42,7 @@ _REFUSED = {
     "gemma3n": _SHARED,
     "gemma3n_text": _SHARED,
 }
+_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,12 @@ def attention_windows(decoder_config: PreTrainedConfig) -> tuple[list[int | None
     """For each block the length of its sliding window in tokens (None: sees all), and the kinds of blocks that are neither."""
     types, settings = get_layer_types_and_kwargs(decoder_config)
     windows = [setting["sliding_window"] if "sliding_window" in setting else None for setting in settings]
-    return windows, [name for name in types if name not in ("full_attention", "sliding_attention")]
+    return windows, [name for name in types if name not in _KINDS]
+
+
+def chunked_blocks(decoder_config: PreTrainedConfig) -> list[bool]:
+    """For each block whether its window is a chunk: a token sees those before it in its own chunk of so many tokens."""
+    return [name == "chunked_attention" for name in get_layer_types_and_kwargs(decoder_config)[0]]
 
 
 def empty_model(
@@ -122,7 +125,7 @@ def empty_model(
 
 def _leave_text_alone(model: PreTrainedModel) -> None:
     """Take out what reads images or sound, which no text passes through: its weights are neither counted nor loaded."""
-    base, decoder = model.base_model, model.get_decoder()
+    base, decoder = model.base_model, decoder_of(model)
     if base is decoder:
         return
     for name, child in base.named_children():
@@ -130,23 +133,30 @@ def _leave_text_alone(model: PreTrainedModel) -> None:
             setattr(base, name, None)
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that has the blocks as a child. Raises UserError if there is none that can be told by the number of blocks."""
+    for module in model.get_decoder().modules():  # some call a model with a head their decoder
+        if isinstance(module, PreTrainedModel) and len(_lists_of_blocks(module)) == 1:
+            return module
+    raise UserError(
+        f"Models of the type {model.config.model_type} are built in a way that petals-win cannot split. "
+        "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+    )
+
+
+def _lists_of_blocks(decoder: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    return [
+        (name, child)
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+
+
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """Find the list of blocks. Raises UserError if the model has none that can be told by its length."""
-    decoder = model.get_decoder()
-    lists = []
-    if isinstance(decoder, PreTrainedModel):
-        count = decoder.config.num_hidden_layers
-        lists = [
-            (name, child)
-            for name, child in decoder.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == count
-        ]
-    if len(lists) != 1:
-        raise UserError(
-            f"Models of the type {model.config.model_type} are built in a way that petals-win cannot split. "
-            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
-        )
-    name, layers = lists[0]
+    """Find the list of blocks. Raises UserError as `decoder_of` does."""
+    decoder = decoder_of(model)
+    ((name, layers),) = _lists_of_blocks(decoder)
     path = next(path for path, module in model.named_modules() if module is layers)
     return Blocks(decoder, name, f"{path}.", layers)
 

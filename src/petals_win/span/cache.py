@@ -32,6 +32,7 @@ class KvShape:
     value_size: int
     window: int | None  # of the block's sliding window, in tokens; None: it sees all
     dtype: torch.dtype
+    chunked: bool = False  # whether the window does not slide: it begins anew every so many tokens
 
     @property
     def bytes_per_token(self) -> int:
@@ -157,7 +158,7 @@ class _Slots(CacheLayerMixin):
         super().__init__()
         self._owner = owner
         self._shape = shape
-        self.window = shape.window
+        self.window, self.chunked = shape.window, shape.chunked
         self.is_sliding = shape.window is not None
         slots = shape.tokens_kept(capacity)
         self.keys = _memory(batch_size, shape.key_heads, slots, shape.key_size, shape.dtype, device)
@@ -248,7 +249,11 @@ class _Slots(CacheLayerMixin):
 
     def _first_visible(self, position: int) -> int:
         """Of the tokens, the first one that the one behind `position` others sees."""
-        return 0 if self.window is None else max(position - self.window + 1, 0)
+        if self.window is None:
+            return 0
+        if self._shape.chunked:
+            return position - position % self.window
+        return max(position - self.window + 1, 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self._first_visible(self._owner.position)
@@ -296,9 +301,9 @@ class _Recorded(Exception):
 class ShapeRecorder(Cache):
     """Learns the shape of what a single block stores, from its first call of `update`."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, chunked: bool = False) -> None:
         super().__init__(layers=[])
-        self._window = window
+        self._window, self._chunked = window, chunked
         self.shape: KvShape | None = None
 
     def update(
@@ -306,7 +311,9 @@ class ShapeRecorder(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         _, key_heads, _, key_size = key_states.shape
         _, value_heads, _, value_size = value_states.shape
-        self.shape = KvShape(key_heads, key_size, value_heads, value_size, self._window, key_states.dtype)
+        self.shape = KvShape(
+            key_heads, key_size, value_heads, value_size, self._window, key_states.dtype, self._chunked
+        )
         raise _Recorded
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
