@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 BLOCKS = 4
 VOCABULARY = 320
@@ -21,6 +27,25 @@ COMMON = dict(
 _GROUPED = dict(num_key_value_heads=2, intermediate_size=128)
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+_IMAGES = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
+_QWEN_IMAGES = dict(
+    depth=2, hidden_size=32, embed_dim=32, num_heads=2, patch_size=4, intermediate_size=64, out_hidden_size=64
+)
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_LLAMA4 = {
+    **_GROUPED,
+    "num_hidden_layers": 6,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 128,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "attention_chunk_size": 8,
+    "no_rope_layers": [1, 1, 0] * 2,
+    "interleave_moe_layer_step": 2,
+    "floor_scale": 16,
+}
 
 # By a name of our own: the model type and what its configuration has besides the common dimensions.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -45,15 +70,123 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma3",
         {
             "text_config": {**COMMON, **_GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 28,
-                "patch_size": 14,
-            },
+            "vision_config": _IMAGES,
             "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {
+            "text_config": {**COMMON, **_GROUPED, "rope_parameters": _SECTIONS},
+            "vision_config": {**_QWEN_IMAGES, "hidden_size": 64},
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": {
+                **COMMON,
+                **_GROUPED,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 2,
+            }
+            | {"rope_parameters": _SECTIONS},
+            "vision_config": _QWEN_IMAGES,
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": {
+                **COMMON,
+                **_GROUPED,
+                "head_dim": 16,
+                "rope_parameters": {**_SECTIONS, "mrope_interleaved": True},
+            },
+            "vision_config": {**_QWEN_IMAGES, "deepstack_visual_indexes": [0, 1]},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "text_config": {**COMMON, **_GROUPED, **MOE, "head_dim": 16}
+            | {"rope_parameters": {**_SECTIONS, "mrope_interleaved": True}},
+            "vision_config": {**_QWEN_IMAGES, "deepstack_visual_indexes": [0, 1]},
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama", **COMMON, **_GROUPED},
+            "vision_config": {"model_type": "clip_vision_model", **_IMAGES},
+        },
+    ),
+    "llava_next": (
+        "llava_next",
+        {
+            "text_config": {"model_type": "mistral", **COMMON, **_GROUPED, "sliding_window": 8},
+            "vision_config": {"model_type": "clip_vision_model", **_IMAGES},
+        },
+    ),
+    "llava_onevision": (
+        "llava_onevision",
+        {
+            "text_config": {"model_type": "qwen2", **COMMON, **_GROUPED},
+            "vision_config": {"model_type": "siglip_vision_model", **_IMAGES},
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **COMMON, **_GROUPED, "head_dim": 24, "sliding_window": None},
+            "vision_config": {"model_type": "pixtral", **_IMAGES},
+        },
+    ),
+    "internvl": (
+        "internvl",
+        {
+            "text_config": {"model_type": "qwen3", **COMMON, **_GROUPED, "head_dim": 24},
+            "vision_config": {
+                "model_type": "internvl_vision",
+                **_IMAGES,
+                "image_size": [28, 28],
+                "patch_size": [14, 14],
+            },
+        },
+    ),
+    "idefics3": (
+        "idefics3",
+        {"text_config": {"model_type": "llama", **COMMON, **_GROUPED}, "vision_config": _IMAGES},
+    ),
+    "smolvlm": (
+        "smolvlm",
+        {"text_config": {"model_type": "llama", **COMMON, **_GROUPED}, "vision_config": _IMAGES},
+    ),
+    "paligemma": (
+        "paligemma",
+        {
+            "text_config": {"model_type": "gemma2", **COMMON, **_GROUPED, "head_dim": 16, "sliding_window": 8},
+            "vision_config": {"model_type": "siglip_vision_model", **_IMAGES, "projection_dim": 64},
+            "projection_dim": 64,
+        },
+    ),
+    "aya_vision": (
+        "aya_vision",
+        {
+            "text_config": {"model_type": "cohere2", **COMMON, **_GROUPED, "sliding_window": 8, "head_dim": 16},
+            "vision_config": {"model_type": "siglip_vision_model", **_IMAGES},
+        },
+    ),
+    "glm4v": (
+        "glm4v",
+        {
+            "text_config": {
+                **COMMON,
+                **_GROUPED,
+                "rope_parameters": {**_SECTIONS, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {**_QWEN_IMAGES, "image_size": 28},
         },
     ),
     "phi": ("phi", _GROUPED),
@@ -62,6 +195,31 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "num_layers": BLOCKS,
+            "num_heads": 4,
+            "window_size": 8,
+            "attention_types": [[["global", "local"], BLOCKS // 2]],
+        },
+    ),
+    "biogpt": ("biogpt", {"intermediate_size": 128}),
+    "jetmoe": (
+        "jetmoe",
+        {
+            "num_key_value_heads": 2,
+            "kv_channels": 16,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "llama4_text": ("llama4_text", _LLAMA4),
+    "llama4": (
+        "llama4",
+        {"text_config": {**COMMON, **_LLAMA4}, "vision_config": {**_IMAGES, "vision_output_dim": 32}},
+    ),
     "gptj": ("gptj", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "codegen": ("codegen", {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "bloom": ("bloom", {}),
@@ -95,17 +253,24 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 
-def random_model(family: str, **changes) -> PreTrainedModel:
-    """A model of one of the families with random weights, always the same ones."""
+def config_of(family: str, **changes) -> PreTrainedConfig:
+    """The configuration of one of the families."""
     from span.hybrids import HYBRIDS
 
     model_type, dimensions = {**FAMILIES, **HYBRIDS}[family]
+    # Where there is one of the text, the common dimensions stand in it.
+    common = {} if "text_config" in dimensions else COMMON
+    return AutoConfig.for_model(model_type, **{**common, **dimensions, **changes})
+
+
+def random_model(family: str, **changes) -> PreTrainedModel:
+    """A model of one of the families with random weights, always the same ones."""
     torch.manual_seed(0)
-    common = (
-        {} if "text_config" in dimensions else COMMON
-    )  # which a configuration of more than text has one level down
-    config = AutoConfig.for_model(model_type, **{**common, **dimensions, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = config_of(family, **changes)
+    auto_class = (
+        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    )
+    model = auto_class.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):  # what a recurrence forgets: more of it would let states grow without bounds

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_win.client.hollow import RemoteCache, remote_layer
+from petals_win.models.architecture import decoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Ends:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Computes with a few tokens, to find out by numbers how tokens at different positions can share a pass."""
-        self._model, self._decoder = model, model.get_decoder()
+        self._model, self._decoder = model, decoder_of(model)
         self._between = _Between()
         remote_layer(model).remote = self._between
         self.batched = True  # whether all rows share a pass through the embedding

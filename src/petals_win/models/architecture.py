@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from petals_win.errors import UserError
@@ -26,7 +26,7 @@ _SHARED = "its blocks need more than the previous block's output"
 _LOOPED = "a token goes through some of its blocks several times"
 _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
 # Of what blocks keep between tokens: keys and values, and those that have recurrent states, too or instead.
-ONLY_ATTENTION = ("full_attention", "sliding_attention")
+ONLY_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 _WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _REFUSED = {
     "falcon_mamba": _ONE_BY_ONE,
@@ -37,9 +37,6 @@ _REFUSED = {
     "rwkv": _RECURRENT,
     "zamba": _EMBEDDED,
     "zamba2": _EMBEDDED,
-    "gpt_neo": "its blocks alternate between two kinds of attention that the configuration does not tell apart",
-    "llama4": "its attention works in chunks, which a span does not keep apart yet",
-    "llama4_text": "its attention works in chunks, which a span does not keep apart yet",
     "deepseek_v4": "its compressed attention keeps more than keys and values between tokens",
     "dory": _LOOPED,
     "inkling2_loop": _LOOPED,
@@ -106,6 +103,11 @@ def attention_windows(decoder_config: PreTrainedConfig) -> list[int | None]:
     return [setting.get("sliding_window") for setting in get_layer_types_and_kwargs(decoder_config)[1]]
 
 
+def chunked_blocks(decoder_config: PreTrainedConfig) -> list[bool]:
+    """For each block whether its window is a chunk: a token sees those before it in its own chunk of so many tokens."""
+    return [name == "chunked_attention" for name in kinds_of_blocks(decoder_config)]
+
+
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype, auto_class: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:
@@ -113,21 +115,17 @@ def empty_model(
 
     Raises UserError if transformers has no such model.
     """
+    if auto_class is AutoModelForCausalLM and type(config) not in AutoModelForCausalLM._model_mapping:
+        auto_class = AutoModelForImageTextToText  # whose text is served alone
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
-        composite = text_config(config) is not config
         raise UserError(
-            f"Models of the type {config.model_type} "
-            + (
-                "read more than text, and petals-win cannot yet serve their text alone. "
-                if composite
-                else "do not generate text; petals-win runs decoders only. "
-            )
-            + "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+            f"Models of the type {config.model_type} do not generate text; petals-win runs decoders only. "
+            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         ) from e
     if text_config(model.config) is not model.config:
         _leave_text_alone(model)
@@ -136,7 +134,7 @@ def empty_model(
 
 def _leave_text_alone(model: PreTrainedModel) -> None:
     """Take out what reads images or sound, which no text passes through: its weights are neither counted nor loaded."""
-    base, decoder = model.base_model, model.get_decoder()
+    base, decoder = model.base_model, decoder_of(model)
     if base is decoder:
         return
     for name, child in base.named_children():
@@ -144,23 +142,30 @@ def _leave_text_alone(model: PreTrainedModel) -> None:
             setattr(base, name, None)
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that has the blocks as a child. Raises UserError if there is none that can be told by the number of blocks."""
+    for module in model.get_decoder().modules():  # some call a model with a head their decoder
+        if isinstance(module, PreTrainedModel) and len(_lists_of_blocks(module)) == 1:
+            return module
+    raise UserError(
+        f"Models of the type {model.config.model_type} are built in a way that petals-win cannot split. "
+        "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+    )
+
+
+def _lists_of_blocks(decoder: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    return [
+        (name, child)
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+
+
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """Find the list of blocks. Raises UserError if the model has none that can be told by its length."""
-    decoder = model.get_decoder()
-    lists = []
-    if isinstance(decoder, PreTrainedModel):
-        count = decoder.config.num_hidden_layers
-        lists = [
-            (name, child)
-            for name, child in decoder.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == count
-        ]
-    if len(lists) != 1:
-        raise UserError(
-            f"Models of the type {model.config.model_type} are built in a way that petals-win cannot split. "
-            "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
-        )
-    name, layers = lists[0]
+    """Find the list of blocks. Raises UserError as `decoder_of` does."""
+    decoder = decoder_of(model)
+    ((name, layers),) = _lists_of_blocks(decoder)
     path = next(path for path, module in model.named_modules() if module is layers)
     return Blocks(decoder, name, f"{path}.", layers)
 

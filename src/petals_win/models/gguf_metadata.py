@@ -536,3 +536,6 @@ _FAMILIES: dict[str, _Family] = {
         adjust=_ungrouped,
     ),
 }
+
+# The types of models, in transformers' words, that GGUF files of these architectures hold.
+MODEL_TYPES = frozenset(family.model_type for family in _FAMILIES.values()) | {"mistral", "mixtral"}

@@ -37,6 +37,7 @@ class KvShape:
     window: int | None  # of the block's sliding window, in tokens; None: it sees all
     dtype: torch.dtype
     states: tuple[StateShape, ...] = ()
+    chunked: bool = False  # whether the window does not slide: it begins anew every so many tokens
 
     @property
     def attends(self) -> bool:
@@ -231,7 +232,7 @@ class _Slots(CacheLayerMixin):
         super().__init__()
         self._owner = owner
         self._shape = shape
-        self.window = shape.window
+        self.window, self.chunked = shape.window, shape.chunked
         self.is_sliding = shape.window is not None
         slots = shape.tokens_kept(capacity)
         self.keys = allocate((batch_size, shape.key_heads, slots, shape.key_size), shape.dtype, device)
@@ -332,7 +333,11 @@ class _Slots(CacheLayerMixin):
 
     def _first_visible(self, position: int) -> int:
         """Of the tokens, the first one that the one behind `position` others sees."""
-        return 0 if self.window is None else max(position - self.window + 1, 0)
+        if self.window is None:
+            return 0
+        if self._shape.chunked:
+            return position - position % self.window
+        return max(position - self.window + 1, 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self._first_visible(self._owner.position)
@@ -409,9 +414,9 @@ class ShapeRecorder(Cache):
     `attends`: the block keeps keys and values and nothing else, so that the pass may end with them.
     """
 
-    def __init__(self, window: int | None, dtype: torch.dtype, attends: bool) -> None:
+    def __init__(self, window: int | None, dtype: torch.dtype, attends: bool, chunked: bool) -> None:
         super().__init__(layers=[])
-        self.shape = KvShape(0, 0, 0, 0, window, dtype)
+        self.shape = KvShape(0, 0, 0, 0, window, dtype, chunked=chunked)
         self._attends = attends
 
     def update(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from petals_win.errors import UserError
 from petals_win.models.architecture import (
     ONLY_ATTENTION,
     attention_windows,
+    chunked_blocks,
     config_of_blocks,
     find_blocks,
     kinds_of_blocks,
@@ -30,6 +31,7 @@ from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence["torch.Tensor | None"]
+Preparing = Callable[..., AbstractContextManager[None]]  # of modules, for one run
 
 
 class CutDecoder:
@@ -42,6 +44,7 @@ class CutDecoder:
         self._config = blocks.decoder.config
         self._windows = attention_windows(self._config)
         self._kinds = kinds_of_blocks(self._config)
+        self._chunked = chunked_blocks(self._config)
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
         self._views: dict[tuple[int, int], nn.Module] = {}
@@ -129,27 +132,37 @@ class CutDecoder:
         """
         shapes = []
         for index in range(self.start, self.end):
-            attends = self._kinds[index] in ONLY_ATTENTION
-            recorder = ShapeRecorder(self._windows[index], dtype, attends)
-            hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device="meta")
-            reason = "it keeps no keys and values" if attends else None
             try:
-                with _buffers_on_meta(self._frame, self._layers[index - self.start]):
-                    self.run(hidden, index, index + 1, cache=recorder)
-            except ShapeRecorder.recorded:
-                reason = None
-            except Exception as e:  # whatever an unknown block raises when it is run in an unforeseen way
-                reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-                logger.debug("Block %d cannot be run alone", index, exc_info=True)
-            finally:
-                self._views.clear()  # they hold the buffers that the frame had in this run
-            if reason is not None:
-                raise UserError(
-                    f"Models of the type {self._config.model_type} are built in a way that petals-win cannot split: block {index} "
-                    f"does not run by itself ({reason}). Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
-                )
-            shapes.append(recorder.shape)
+                shapes.append(self._kv_shape(index, dtype, "meta", _buffers_on_meta))
+            except Exception:  # whatever a block raises that looks at values on its way, which there are none of
+                logger.debug("Block %d cannot be run without values", index, exc_info=True)
+                shapes.append(self._kv_shape_by_values(index, dtype))
         return shapes
+
+    def _kv_shape_by_values(self, index: int, dtype: torch.dtype) -> KvShape:
+        """With zeros for weights, which take no memory as long as they are only read."""
+        try:
+            return self._kv_shape(index, dtype, "cpu", _parameters_of_zeros)
+        except Exception as e:  # whatever an unknown block raises when it is run in an unforeseen way
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            logger.debug("Block %d cannot be run alone", index, exc_info=True)
+            raise UserError(
+                f"Models of the type {self._config.model_type} are built in a way that petals-win cannot split: block {index} "
+                f"does not run by itself ({reason}). Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
+            ) from e
+
+    def _kv_shape(self, index: int, dtype: torch.dtype, device: str, preparing: Preparing) -> KvShape:
+        attends = self._kinds[index] in ONLY_ATTENTION
+        recorder = ShapeRecorder(self._windows[index], dtype, attends, self._chunked[index])
+        hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device=device)
+        try:
+            with suppress(ShapeRecorder.recorded), preparing(self._frame, self._layers[index - self.start]):
+                self.run(hidden, index, index + 1, cache=recorder)
+        finally:
+            self._views.clear()  # they hold the buffers that the frame had in this run
+        if attends and not recorder.shape.attends:
+            raise ValueError("it keeps no keys and values")
+        return recorder.shape
 
     def _view(self, start: int, end: int) -> nn.Module:
         if (start, end) not in self._views:
@@ -214,6 +227,26 @@ def _buffers_on_meta(*roots: nn.Module) -> Iterator[None]:
                 name for name, kept in vars(module).items() if isinstance(kept, torch.Tensor) and kept.is_meta
             ]:
                 delattr(module, name)
+
+
+@contextmanager
+def _parameters_of_zeros(*roots: nn.Module) -> Iterator[None]:
+    """Parameters that are on the meta device have values meanwhile."""
+    held = [
+        (module, name, parameter)
+        for root in roots
+        for module in root.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    try:
+        for module, name, parameter in held:
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
 
 
 def _with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

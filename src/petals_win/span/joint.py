@@ -42,8 +42,8 @@ class JointPass:
         self._device, self._dtype = device, dtype
         self._lean: LeanBlocks | None = None
         self.works = False
-        # Beyond so many positions a session's rotary table is one of its own, which cannot serve the others of a pass.
-        self.longest = _positions_of_one_table(decoder.config)
+        # Beyond so many positions what a session computes with depends on its length, and cannot serve the others of a pass.
+        self.longest = _positions_alike(decoder.config)
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
@@ -95,8 +95,8 @@ class JointPass:
         return [outputs[index] for index in range(len(parts))]
 
 
-def _positions_of_one_table(config: PreTrainedConfig) -> int | None:
-    """Up to how many positions the rotary table does not depend on the longest one that it is made for; None: never."""
+def _positions_alike(config: PreTrainedConfig) -> int | None:
+    """Up to how many positions neither the rotary table nor the scale of queries depends on a session's length; None: always."""
     given = getattr(config, "rope_parameters", None) or {}
     tables = [given, *(each for each in given.values() if isinstance(each, dict))]
     limits = [
@@ -104,6 +104,8 @@ def _positions_of_one_table(config: PreTrainedConfig) -> int | None:
         for table in tables
         if table.get("rope_type") == "longrope"
     ]
+    if getattr(config, "attn_temperature_tuning", None):  # by the length that a cache tells, which a joint one cannot
+        limits.append(int(config.floor_scale))
     return min(limits, default=None)
 
 
@@ -129,7 +131,8 @@ class JointCache(Cache):
         self._length = sum(rows)
         self.held: list[tuple[torch.Tensor, torch.Tensor]] = []  # by the block that computes, of each session
         self._window: int | None = None
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._chunked = False
+        self._masks: dict[tuple[int, int | None, bool], torch.Tensor] = {}
         positions = [
             position
             for cache, (batch, tokens) in zip(caches, shapes, strict=True)
@@ -146,7 +149,7 @@ class JointCache(Cache):
     def take(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep keys and values [rows, heads, size] of the block `index`, each session its own."""
         slots: list[Any] = [cache.layers[index - self._first] for cache in self._caches]
-        self._window = slots[0].window
+        self._window, self._chunked = slots[0].window, slots[0].chunked
         self.held = [slot.append(*one) for slot, *one in zip(slots, key[: self.singles], value, strict=False)]
         if self._rows:
             others = zip(slots[self.singles :], self.of_the_others(key), self.of_the_others(value), strict=True)
@@ -188,18 +191,21 @@ class JointCache(Cache):
         tokens, position = self._shapes[index][1], self._caches[self.singles + index].position
         if tokens == 1:
             return None
-        if (index, self._window) not in self._masks:
+        kind = index, self._window, self._chunked
+        if kind not in self._masks:
             held = self.held[self.singles + index][0].shape[-2]
             asking = torch.arange(position, position + tokens, device=self._device)[:, None]
             asked = torch.arange(position + tokens - held, position + tokens, device=self._device)[None, :]
             visible = asked <= asking
-            if self._window is not None:
+            if self._window is not None and self._chunked:
+                visible &= asked // self._window == asking // self._window
+            elif self._window is not None:
                 visible &= asked > asking - self._window
             if additive is not None:
                 zero = torch.zeros((), dtype=additive, device=self._device)
                 visible = torch.where(visible, zero, torch.finfo(additive).min)
-            self._masks[index, self._window] = visible[None, None]
-        return self._masks[index, self._window]
+            self._masks[kind] = visible[None, None]
+        return self._masks[kind]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -58,7 +58,7 @@ def _agrees_in(
     number = decoder.start + index
     chance = torch.Generator().manual_seed(0)
     room = max(max(each) for each in _NEW_TOKENS)
-    most = _LONGEST if longest is None else min(_LONGEST, longest - room - 1)
+    most = _LONGEST if longest is None else max(0, min(_LONGEST, longest - room - 1))
     pasts = [min(past, most) for past in (*_PASTS[:-1], (shape.window or 0) + _PASTS[-1])]
 
     def caches() -> list[SessionCache]:
