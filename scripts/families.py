@@ -96,7 +96,7 @@ def layout(config: PreTrainedConfig) -> str:
     decoder = text_config(config)
     said = ["text of a model for more"] if decoder is not config else []
     kinds = list(dict.fromkeys(getattr(decoder, "layer_types", None) or ()))
-    windows = [window for window in attention_windows(decoder)[0] if window]
+    windows = [window for window in attention_windows(decoder) if window]
     if len(kinds) > 1:
         said.append(" and ".join(kind.replace("_", " ") for kind in kinds))
     elif windows:

@@ -133,8 +133,9 @@ def _in_int4(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
             if name in kept_bytes(part, "int4"):
                 delattr(part, name)
                 setattr(part, name, int4.Int4Stack(stack, transposed, device))
-                part.config = copy.copy(part.config)  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
-                part.config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue]
+                experts: Any = part
+                experts.config = copy.copy(experts.config)
+                experts.config._experts_implementation = "eager"
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and not parameter.is_meta and parameter.numel() >= _WORTH_A_WORD:
             logger.info("%s %s stays in 16 bits: int4 takes no such weight", name, list(parameter.shape))

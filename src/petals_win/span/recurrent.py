@@ -132,7 +132,7 @@ class States(LinearAttentionCacheLayerMixin):
     def go_back(self, position: int) -> None:
         """Called before the owner's position moves back to one that `leads_back_to` agreed to."""
         held = self._at(position)
-        if position > 0 and self._kept is not None and held is self._kept[1]:
+        if position > 0 and held is not None and self._kept is not None and held is self._kept[1]:
             _copy(held, self._before)
             self._began = position
 

@@ -41,8 +41,9 @@ def _compressed(described: Mapping[str, Any]) -> Format | None:
         return None
     if sparse.get("format", "dense") != "dense":
         return None
-    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-    if not weights or any(not isinstance(entry, Mapping) for entry in weights):
+    found = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    weights = [entry for entry in found if isinstance(entry, Mapping)]
+    if not weights or len(weights) < len(found):
         return None
     kinds = {(entry.get("num_bits"), entry.get("type"), str(entry.get("block_structure"))) for entry in weights}
     if len(kinds) != 1:
