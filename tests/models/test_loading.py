@@ -113,8 +113,8 @@ def test_the_footprint_is_what_is_loaded(family, checkpoint):
     """Weights and caches, told from config.json alone, against what lies in memory."""
     source = open_model(str(checkpoint(family)))
     footprint = model_footprint(source.config, source.dtype)
-    assert len(footprint.block_bytes) == len(footprint.cache_bytes_per_token) == BLOCKS
-    for index in range(BLOCKS):
+    assert len(footprint.block_bytes) == len(footprint.cache_bytes_per_token) == source.num_blocks
+    for index in range(source.num_blocks):
         span = Span.load(source, index, index + 1)
         assert span.weight_bytes == footprint.block_bytes[index]
         assert span.cache_bytes_per_token == footprint.cache_bytes_per_token[index]

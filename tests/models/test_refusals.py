@@ -24,8 +24,6 @@ REFUSED = {
     "rwkv": "recurrent state",
     "zamba": "embeddings beside",
     "zamba2": "embeddings beside",
-    "gpt_neo": "two kinds of attention",
-    "llama4_text": "chunks",
     "deepseek_v4": "more than keys and values",
     "dory": "several times",
     "inkling2_loop_text": "several times",
@@ -51,7 +49,7 @@ def test_refused_by_name_with_a_reason(model_type, tmp_path):
     assert "Llama" in str(refused.value), "what to choose instead"
 
 
-@pytest.mark.parametrize("model_type", ["biogpt", "modernbert-decoder", "bert", "openai-gpt", "vit"])
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "bert", "openai-gpt", "vit"])
 def test_refused_when_the_blocks_are_looked_at(model_type, tmp_path):
     source = open_model(folder_with({"model_type": model_type}, tmp_path))
     with pytest.raises(UserError, match=f"type {model_type} .*Choose a model of another type"):
@@ -73,13 +71,6 @@ def test_an_unknown_type(tmp_path):
 def test_the_types_that_are_refused_exist():
     for model_type in REFUSED:
         assert AutoConfig.for_model(model_type).model_type == model_type
-
-
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "mistral3"])
-def test_text_among_images_is_not_served_yet(model_type, tmp_path):
-    source = open_model(folder_with({"model_type": model_type}, tmp_path))
-    with pytest.raises(UserError, match=f"type {model_type} read more than text.*Choose a model of another type"):
-        model_footprint(source.config, torch.float32)
 
 
 def sentencepiece_model() -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from petals_win.models.architecture import find_blocks
@@ -15,9 +15,8 @@ from petals_win.models.source import ModelSource, open_model
 from petals_win.span import span as span_module
 from petals_win.span.lean import LeanBlocks
 from petals_win.span.span import Span
+from span.equal_logits import cut_of, whole_model
 from span.families import FAMILIES, VOCABULARY
-
-CUT = ((0, 1), (1, 3), (3, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +51,8 @@ class Blocks:
         return inputs, outputs
 
 
-def load(source: ModelSource, cut=CUT) -> list[Span]:
-    return [Span.load(source, start, end) for start, end in cut]
+def load(source: ModelSource) -> list[Span]:
+    return [Span.load(source, start, end) for start, end in cut_of(source.num_blocks)]
 
 
 def steps_of(spans: list[Span], batch: int, length: int) -> Callable[..., torch.Tensor]:
@@ -74,7 +73,7 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(checkpoint, family):
     folder = checkpoint(family)
-    blocks = Blocks(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    blocks = Blocks(whole_model(folder))
     spans = load(open_model(str(folder)))
     batch, prompt, decoded = 2, 13, 6  # past the sliding windows, which see 8 tokens
 

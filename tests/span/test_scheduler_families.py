@@ -12,7 +12,18 @@ from petals_win.span.span import Span
 from span.families import FAMILIES
 
 HIDDEN = 64
-ONE_BY_ONE = {"bloom", "mpt", "falcon", "falcon-new", "falcon-alibi", "deepseek_v3"}
+ONE_BY_ONE = {
+    "bloom",
+    "mpt",
+    "falcon",
+    "falcon-new",
+    "falcon-alibi",
+    "deepseek_v3",
+    "gpt_neo",
+    "jetmoe",
+    "llama4",
+    "llama4_text",
+}
 
 
 def hidden_states(batch: int, tokens: int, chance: random.Random) -> torch.Tensor:

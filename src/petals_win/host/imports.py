@@ -5,6 +5,7 @@ Knows Python's garbage collector. Does not know what is imported.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,4 +27,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()  # before it is enabled, or the next object would set off a look at all of them
+        # At the end all are let go: libraries report on standard error what of theirs is not.
+        atexit.unregister(gc.unfreeze)
+        atexit.register(gc.unfreeze)
         gc.enable()

@@ -42,11 +42,15 @@ class JointPass:
         self._device, self._dtype = device, dtype
         self._lean: LeanBlocks | None = None
         self.works = False
-        # Beyond so many positions what a session computes with depends on its length, and cannot serve the others of a pass.
-        self.longest = _positions_alike(decoder.config)
+        # Beyond so many positions a session's rotary table is one of its own, which cannot serve the others of a pass.
+        self.longest = _positions_of_one_table(decoder.config)
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
+        if getattr(self._decoder.config, "attn_temperature_tuning", None):
+            # By the length that a cache tells, which a joint one cannot; the few rows of a trial would not show it.
+            logger.info("Sessions are computed one by one: this model scales queries by how long a session is")
+            return
         self._lean = LeanBlocks.of(self._decoder)
         if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):
             self.works = True
@@ -95,8 +99,8 @@ class JointPass:
         return [outputs[index] for index in range(len(parts))]
 
 
-def _positions_alike(config: PreTrainedConfig) -> int | None:
-    """Up to how many positions neither the rotary table nor the scale of queries depends on a session's length; None: always."""
+def _positions_of_one_table(config: PreTrainedConfig) -> int | None:
+    """Up to how many positions the rotary table does not depend on the longest one that it is made for; None: never."""
     given = getattr(config, "rope_parameters", None) or {}
     tables = [given, *(each for each in given.values() if isinstance(each, dict))]
     limits = [
@@ -104,8 +108,6 @@ def _positions_alike(config: PreTrainedConfig) -> int | None:
         for table in tables
         if table.get("rope_type") == "longrope"
     ]
-    if getattr(config, "attn_temperature_tuning", None):  # by the length that a cache tells, which a joint one cannot
-        limits.append(int(config.floor_scale))
     return min(limits, default=None)
 
 
