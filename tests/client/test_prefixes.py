@@ -161,6 +161,24 @@ def test_a_node_that_is_lost_after_a_hit(victim, when):
         assert sent(nodes[0]) > 200, "the other one, too, starts over"
 
 
+@pytest.mark.parametrize("takes_back", [1000, 0])
+def test_a_node_that_is_lost_as_it_is_asked_what_it_has(takes_back):
+    """The one before it has agreed to go on from there, and begins anew with the other."""
+    client = Client(*two(takes_back=takes_back), Node("d", 2, BLOCKS, takes_back=takes_back))
+
+    async def die(request):
+        if request.tokens == 0:
+            raise RuntimeError("gone")
+
+    async def several():
+        await client.ask()
+        client.swarm.nodes[1].script = die
+        return await client.ask()
+
+    assert run(several()) == 0
+    assert client.swarm.failures == ["b"]
+
+
 def test_tokens_are_taken_back_within_what_was_kept():
     client = Client(*two(takes_back=1000))
 

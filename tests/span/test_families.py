@@ -70,6 +70,14 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+# Their masks are made in another way for a cache that a span keeps, so that sums differ in the last bits.
+ROUNDED = {"llama4", "llama4_text", "paligemma"}
+
+
+def equal(family: str, got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(got, expected, atol=1e-5, rtol=1e-5) if family in ROUNDED else torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(checkpoint, family):
     folder = checkpoint(family)
@@ -79,19 +87,19 @@ def test_family(checkpoint, family):
 
     step, cache = steps_of(spans, batch, prompt + decoded + 4), DynamicCache(config=blocks.model.config)
     inputs, expected = blocks.of(tokens(batch, prompt), cache=cache, use_cache=True)
-    assert torch.equal(step(inputs), expected), "prefill"
+    assert equal(family, step(inputs), expected), "prefill"
     for number in range(decoded):
         inputs, expected = blocks.of(tokens(batch, 1, seed=number), cache=cache, use_cache=True)
-        assert torch.equal(step(inputs), expected), f"decode step {number}"
+        assert equal(family, step(inputs), expected), f"decode step {number}"
 
     rows = torch.tensor([1, 1])
     cache.reorder_cache(rows)
     inputs, expected = blocks.of(tokens(batch, 1, seed=90), cache=cache, use_cache=True)
-    assert torch.equal(step(inputs, hypo_ids=rows), expected), "reordered"
+    assert equal(family, step(inputs, hypo_ids=rows), expected), "reordered"
     inputs, expected = blocks.of(tokens(batch, 3, seed=91), cache=cache, use_cache=True)
-    assert torch.equal(step(inputs), expected), "three more tokens at once"
+    assert equal(family, step(inputs), expected), "three more tokens at once"
 
     inputs, hidden = blocks.of(tokens(batch, prompt), use_cache=False)
     for span in spans:
         inputs = span.forward(inputs, span.start, span.end)
-    assert torch.equal(inputs, hidden), "forward without a cache"
+    assert equal(family, inputs, hidden), "forward without a cache"

@@ -15,7 +15,7 @@ from span.families import FAMILIES
 
 HIDDEN = 64
 PLAIN = {"llama", "mistral", "qwen2", "qwen2-half-windows", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
-WITH_IMAGES = {"idefics3", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm"}  # their text
+WITH_IMAGES = {"idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm"}  # their text
 
 
 def hidden_states(batch: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -333,6 +333,11 @@ class _Step:
                 step_id = f"{self._id}/pages/{server.start}"
                 count = await server.recall(pages, hidden[:, :0], step_id=step_id, patience=self._patience)
             except Exception as e:
+                # The nodes before it go on from what they have kept, which is not known here: they begin anew, too.
+                session._servers = [other for other in servers if not other.sent]
+                for other in servers:
+                    if other.sent:
+                        other.abort()
                 raise NodeFailure(server.peer_id, (server.start, server.end), e) from e
             pages = pages[:count]
             if not pages:
