@@ -54,26 +54,3 @@ def test_together_as_alone(checkpoint, family):
                 assert torch.isfinite(expected).all()
                 torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)
     assert joint == (0 if family in ONE_BY_ONE else 14)
-
-
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
-
-
-def test_rotary_tables_that_depend_on_the_longest_session(checkpoint):
-    """A session beyond the limit shares no pass: its table would be taken for the others, too."""
-    rope = {**LONGROPE, "original_max_position_embeddings": 30}
-    source = open_model(str(checkpoint("phi3", rope_parameters=rope, original_max_position_embeddings=30)))
-    span, chance = Span.load(source, 0, 4), random.Random(1)
-    pairs = [[span.open(1, 60) for _ in range(2)] for _ in range(3)]
-    for tokens, shared in (((5, 9, 40), 2), ((1, 1, 1), 2), ((1, 1, 1), 2)):
-        begun = []
-        for (together, alone), length in zip(pairs, tokens, strict=True):
-            hidden = hidden_states(1, length, chance)
-            begun.append((span.begin(together, hidden), length, span.step(alone, hidden)))
-        companions = [each for each in begun if span.companions(each[0]) is not None]
-        assert len(companions) == shared
-        span.advance([(step, length) for step, length, _ in companions])
-        for step, length, expected in begun:
-            if step.left:
-                span.advance([(step, length)])
-            torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)

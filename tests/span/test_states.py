@@ -76,7 +76,7 @@ def span(checkpoint, monkeypatch) -> Span:
 
 
 def opened(rows: int = 1) -> Session:
-    return Session(rows, 1000, 1000, 1, 4, "", Recurrent(rows))
+    return Session(rows, 1000, 1000, 1000, 1, 4, "", Recurrent(rows))
 
 
 def states(tokens: int, seed: int = 0, rows: int = 1) -> torch.Tensor:

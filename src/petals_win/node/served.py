@@ -158,8 +158,9 @@ class ServedSession:
                 self._share = await self._budget.admit(self._bytes_for(room), promise, piece, self._patience)
             found = self._prefixes.find(self._owner, pages) if self._prefixes is not None else None
             past = found and (found[0], found[1] * PAGE_TOKENS)
+            how = {"room": room, "declared": self._max_length, "past": past}
             opening = self._compute.submit(
-                self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, room=room, past=past
+                self._span.open, self.batch_size, self.longest, *self._blocks, self._adapter, **how
             )
             try:
                 self._session = await opening
@@ -213,7 +214,7 @@ class ServedSession:
 
     def _worth_keeping(self, pages: Sequence[bytes]) -> Sequence[bytes]:
         """Those that the session has whole."""
-        if self._prefixes is None or self.batch_size != 1 or not self._span.may_be_taken_up(self.position):
+        if self._prefixes is None or self.batch_size != 1 or not self._span.may_be_taken_up(self._max_length):
             return ()
         return pages[: self.position // PAGE_TOKENS]
 

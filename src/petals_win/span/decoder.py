@@ -27,6 +27,7 @@ from petals_win.models.architecture import (
     kinds_of_blocks,
 )
 from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
+from petals_win.span.rotary import DeclaredRotary, declared, depends_on_length
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class CutDecoder:
         self._chunked = chunked_blocks(self._config)
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
+        self._rotaries = [part for part in self._frame._modules.values() if isinstance(part, DeclaredRotary)]
         self._views: dict[tuple[int, int], nn.Module] = {}
         self._configs: dict[tuple[int, int], list[PreTrainedConfig]] = {}
 
@@ -63,6 +65,14 @@ class CutDecoder:
     def part(self, name: str) -> nn.Module | None:
         """What the decoder has beside its blocks under that name, if it is still there: it has no parameters."""
         return self._frame._modules.get(name)
+
+    def declared(self, tokens: int) -> AbstractContextManager[None]:
+        """Meanwhile blocks compute as for a text of so many tokens in the end; else for what a call's positions reach."""
+        return declared(self._rotaries, tokens)
+
+    def table_for(self, tokens: int) -> int:
+        """Texts with so many tokens in the end can share a pass, and be taken up, where this is equal; 0 for all short ones."""
+        return max((rotary.table_for(tokens) for rotary in self._rotaries), default=0)
 
     def to(self, device: torch.device) -> None:
         """Move what is left of the decoder, such as tables of the rotary embedding, and the blocks."""
@@ -201,6 +211,8 @@ def _without_own_parameters(decoder: PreTrainedModel, list_name: str) -> PreTrai
             frame._modules[name] = nn.ModuleList()
         elif any(True for _ in child.parameters()):
             frame._modules[name] = _Zero() if isinstance(child, nn.Embedding) else _PassThrough()
+        elif depends_on_length(child):
+            frame._modules[name] = DeclaredRotary(child)
     return frame
 
 

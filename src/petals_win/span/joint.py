@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -42,8 +42,6 @@ class JointPass:
         self._device, self._dtype = device, dtype
         self._lean: LeanBlocks | None = None
         self.works = False
-        # Beyond so many positions a session's rotary table is one of its own, which cannot serve the others of a pass.
-        self.longest = _positions_of_one_table(decoder.config)
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
@@ -66,7 +64,7 @@ class JointPass:
     def _agrees(self, shapes: Sequence[KvShape], exact: bool, otherwise: str) -> bool:
         try:
             with torch.inference_mode():
-                works = agrees(self._decoder, shapes, self.run, self._device, exact, self.longest)
+                works = agrees(self._decoder, shapes, self.run, self._device, exact)
         except Exception as e:  # whatever a model raises whose attention does not go through the interface
             # As text: a record that keeps the error keeps its frames, too, and with them the checkpoint's open files.
             logger.debug("A joint pass fails:\n%s", traceback.format_exc())
@@ -97,18 +95,6 @@ class JointPass:
         rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
         outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
         return [outputs[index] for index in range(len(parts))]
-
-
-def _positions_of_one_table(config: PreTrainedConfig) -> int | None:
-    """Up to how many positions the rotary table does not depend on the longest one that it is made for; None: never."""
-    given = getattr(config, "rope_parameters", None) or {}
-    tables = [given, *(each for each in given.values() if isinstance(each, dict))]
-    limits = [
-        table.get("original_max_position_embeddings") or config.max_position_embeddings
-        for table in tables
-        if table.get("rope_type") == "longrope"
-    ]
-    return min(limits, default=None)
 
 
 def _rows_of(hidden: torch.Tensor) -> int:

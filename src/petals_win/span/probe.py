@@ -33,17 +33,18 @@ def agrees(
     together: Callable[[Parts, int, int], list[torch.Tensor]],
     device: torch.device,
     exact: bool,
-    longest: int | None,
 ) -> bool:
     """Whether `together` computes on one block of each kind what `decoder.run` does for each session alone.
 
     `together` takes the caches and hidden states [rows, tokens, hidden] of sessions, and a range of blocks. `exact`: the
-    blocks compute in 32 bits. No session of the trial reaches `longest` tokens. Raises whatever the model does.
+    blocks compute in 32 bits. Raises whatever the model does.
     """
     kinds = {
         _kind(layer, shape): index for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
     }
-    return all(_agrees_in(decoder, index, shapes[index], together, device, exact, longest) for index in kinds.values())
+    # A length beyond all of the trial, so that the texts compared have one rotary table.
+    with decoder.declared(2 * _LONGEST):
+        return all(_agrees_in(decoder, index, shapes[index], together, device, exact) for index in kinds.values())
 
 
 def _agrees_in(
@@ -53,13 +54,11 @@ def _agrees_in(
     together: Callable[[Parts, int, int], list[torch.Tensor]],
     device: torch.device,
     exact: bool,
-    longest: int | None,
 ) -> bool:
     number = decoder.start + index
     chance = torch.Generator().manual_seed(0)
     room = max(max(each) for each in _NEW_TOKENS)
-    most = _LONGEST if longest is None else max(0, min(_LONGEST, longest - room - 1))
-    pasts = [min(past, most) for past in (*_PASTS[:-1], (shape.window or 0) + _PASTS[-1])]
+    pasts = [min(past, _LONGEST) for past in (*_PASTS[:-1], (shape.window or 0) + _PASTS[-1])]
 
     def caches() -> list[SessionCache]:
         made = []

@@ -19,12 +19,13 @@ class Session:
     """The state of one conversation, or of a batch of equally long ones, in the blocks [start, end).
 
     `room` is how many tokens it may keep now, up to `max_length`; whoever opened it may raise it between two steps, and the
-    cache grows when a step needs it.
+    cache grows when a step needs it. `declared` is how many tokens the text may have in the end, for tables that depend on it.
     """
 
     batch_size: int
     max_length: int
     room: int
+    declared: int
     start: int
     end: int
     adapter: str

@@ -187,11 +187,13 @@ class Span:
         adapter: str = "",
         *,
         room: int | None = None,
+        declared: int | None = None,
         past: tuple[State, int] | None = None,
     ) -> Session:
         """Allocate the cache of a session over the blocks [start, end); default: all blocks of the span.
 
-        `room` tokens are allocated at first; default: max_length. `past`: the session begins as another one of the same blocks
+        `room` tokens are allocated at first; default: max_length. `declared` is how long the text may become that is asked for at all
+        nodes, by default max_length: rotary tables that depend on a text's length are made for it. `past`: the session begins as another one of the same blocks
         and rows was after so many tokens, of whose state it takes a copy; or anew, if that leads no way back to there. Raises
         ValueError for a range outside of the span or sizes below one, KeyError for an unknown adapter, RuntimeError (torch's) if
         memory does not suffice.
@@ -202,13 +204,14 @@ class Span:
         self._switch_to(adapter)
         room = max_length if room is None else min(room, max_length)
         cache: State | None = None
-        if past is not None:
+        declared = max_length if declared is None else declared
+        if past is not None and self.may_be_taken_up(declared):
             state, tokens = past
             with suppress(CannotTruncate):
                 cache = state.fork(tokens, room)
         if cache is None:
             cache = SessionCache(self._shapes_of(start, end), start, batch_size, room, self.device)
-        return Session(batch_size, max_length, room, start, end, adapter, cache)
+        return Session(batch_size, max_length, room, declared, start, end, adapter, cache)
 
     def step(
         self,
@@ -276,17 +279,16 @@ class Span:
                     raise
         return step
 
-    def may_be_taken_up(self, tokens: int) -> bool:
-        """Whether another session may go on from what one of so many tokens has kept, at any of them."""
-        return self._joint.longest is None or tokens < self._joint.longest
+    def may_be_taken_up(self, declared: int) -> bool:
+        """Whether another session may go on from what one of this declared length has kept, or this one from another's."""
+        return self._decoder.table_for(declared) == 0
 
-    def companions(self, step: Step) -> tuple[int, int, str] | None:
+    def companions(self, step: Step) -> tuple[int, int, str, int] | None:
         """Steps for which this is equal can be computed together; None: the step can only be computed alone."""
         if not self._joint.works or step.prompts is not None:
             return None
-        if self._joint.longest is not None and step.end >= self._joint.longest:
-            return None
-        return step.session.start, step.session.end, step.session.adapter
+        session = step.session
+        return session.start, session.end, session.adapter, self._decoder.table_for(session.declared)
 
     def advance(self, pieces: Sequence[tuple[Step, int]]) -> None:
         """Compute the next tokens, at most so many of each row, of steps of different sessions in one pass.
@@ -297,7 +299,7 @@ class Span:
         # A decoder asks more of them than a State has.
         caches: list[Any] = [step.session.open_cache for step, _ in pieces]
         self._switch_to(session.adapter)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._decoder.declared(session.declared):
             step, tokens = pieces[0]
             few = self._joint.is_lean and step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
             if len(pieces) == 1 and not (few and self.companions(step)):
