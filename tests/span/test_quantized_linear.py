@@ -7,7 +7,7 @@ import torch
 
 from petals_win.errors import UserError
 from petals_win.models.source import open_model
-from petals_win.span import quantized_linear
+from petals_win.span import int4, quantized_linear
 from petals_win.span.choices import choose_quant
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import check_quantizes
@@ -75,7 +75,11 @@ def test_what_cannot_be_quantized_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("quant", ERRORS)
-def test_what_is_many_times_slower_on_a_cpu_is_refused_and_the_fast_one_named(quant):
+def test_what_is_many_times_slower_on_a_cpu_is_refused_and_the_fast_one_named(quant, monkeypatch):
+    monkeypatch.setattr(int4, "times_of_16_bits", lambda: 1.2)
     with pytest.raises(UserError, match="slower than 16 bits. Use --quant int4"):
         choose_quant(quant, torch.device("cpu"))
     assert choose_quant("int4", torch.device("cpu"), adapters=True) == "int4"
+    monkeypatch.setattr(int4, "times_of_16_bits", lambda: 7.0)
+    with pytest.raises(UserError, match="slower than 16 bits. Use --quant none"):
+        choose_quant(quant, torch.device("cpu"))

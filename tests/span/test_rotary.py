@@ -51,7 +51,13 @@ def test_in_pieces_as_at_once(model, length, pieces):
 def test_each_session_has_its_own(model):
     """Those that may share a pass do, and get what each gets alone."""
     span, blocks = model
-    lengths = (12, SHORT, 40, LONG, LONG)  # by length, since transformers keeps a dynamic table for shorter texts that follow
+    lengths = (
+        12,
+        SHORT,
+        40,
+        LONG,
+        LONG,
+    )  # by length, since transformers keeps a dynamic table for shorter texts that follow
     texts = [blocks.of(tokens(1, length, seed=length), use_cache=False) for length in lengths]
     sessions = [span.open(1, length) for length in lengths]
     for first, last in ((0, 10), (10, 11), (11, 12)):

@@ -55,7 +55,8 @@ def check_quantizes(quant: Quant, device: torch.device) -> None:
         return
     if device.type == "cpu":
         # Measured for a step of four of Llama 2 7B's blocks: 39 ms in bfloat16, 462 in nf4, 2,216 in int8.
-        raise UserError(f"On a CPU {quant} is more than ten times slower than 16 bits. Use --quant int4, or none.")
+        instead = "none" if int4.why_not(device) else "int4, or none"
+        raise UserError(f"On a CPU {quant} is more than ten times slower than 16 bits. Use --quant {instead}.")
     if device.type != "cuda":
         raise UserError(f"{quant} is for NVIDIA GPUs, not for {device}. Use --quant none.")
     if not is_installed():
