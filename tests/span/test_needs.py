@@ -25,9 +25,12 @@ import ctypes, gc, json, sys
 import torch
 from petals_win.host.memory import own_bytes
 from petals_win.models.source import open_model
+from petals_win.span import layouts
 from petals_win.span.span import Span
 
 torch.set_num_threads(1)
+# Else layouts are tried out with weights of their own, whose memory Windows gives back when it likes.
+layouts.fastest_layout = lambda *_: "by rows"
 source = open_model(sys.argv[1])
 def settled():
     gc.collect()
