@@ -66,13 +66,12 @@ class Ends:
         with torch.inference_mode():
             self._model(input_ids=ids[None], use_cache=False)
             right = self._between.taken()[0]
-            limit = right.abs().max() * max(_TOLERANCE, 2 * torch.finfo(right.dtype).eps)
             for way in (self._by_the_embedding, self._at_given_positions, self._at_any_position):
                 try:
                     found = way(ids, positions)
                 except TypeError:  # the decoder takes no positions, or the embedding more than ids
                     continue
-                if found.shape == right.shape and (found - right).abs().max() <= limit:
+                if _same(found, right, right.dtype):
                     return way
         logger.info("The embedding of %s does not take positions: answers are embedded one by one", type(self._model))
         self.batched = False
@@ -100,14 +99,12 @@ class Ends:
                     hidden = module(hidden)
                 return head(hidden).float()
 
-            limit = right.abs().max() * max(_TOLERANCE, 2 * torch.finfo(self._model.dtype).eps)
             try:
                 found = by_modules(hidden)
             except Exception as e:  # whatever modules raise that are called in another way than by their model
                 logger.debug("The modules behind the blocks cannot be called alone: %s", e)
                 return self._by_the_model
-        same = found.shape == right.shape and bool((found - right).abs().max() <= limit)
-        return by_modules if same else self._by_the_model
+        return by_modules if _same(found, right, self._model.dtype) else self._by_the_model
 
     def _by_the_model(self, hidden: torch.Tensor) -> torch.Tensor:
         self._between.given = hidden[:, None]
@@ -139,6 +136,12 @@ class Ends:
             self._decoder(input_ids=ids[None, start:end], cache=RemoteCache(lambda n=before: n), use_cache=True)
             runs.append(self._between.taken()[0])
         return torch.cat(runs)
+
+
+def _same(found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the two, computed in `dtype`, differ by rounding alone."""
+    limit = right.abs().max() * max(_TOLERANCE, 2 * torch.finfo(dtype).eps)
+    return found.shape == right.shape and bool((found - right).abs().max() <= limit)
 
 
 class _Between(nn.Module):

@@ -151,15 +151,10 @@ def _norm(module: Any) -> _Layer:
 
 def _adding_mlp(module: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if {name for name, _ in module.named_children()} != _NAMES_OF_MLP:
-        return (
-            lambda hidden, inputs: hidden + _first(module(inputs[None]))[0]
-        )  # experts, of which each row chooses some
-    gate_and_up, down, activate = (
-        _side_by_side([module.gate_proj, module.up_proj]),
-        _adding(module.down_proj),
-        module.act_fn,
-    )
-    size = module.gate_proj.out_features
+        # Experts, of which each row chooses some.
+        return lambda hidden, inputs: hidden + _first(module(inputs[None]))[0]
+    gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj]), _adding(module.down_proj)
+    activate, size = module.act_fn, module.gate_proj.out_features
 
     def add(hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         both = gate_and_up(inputs)
