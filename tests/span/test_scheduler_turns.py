@@ -12,7 +12,7 @@ from petals_win.span.session import Session
 
 
 def session() -> Session:
-    return Session(1, 10, 10, 0, 1, "", SessionCache([], 0, 1, 10, torch.device("cpu")))
+    return Session(1, 10, 10, 10, 0, 1, "", SessionCache([], 0, 1, 10, torch.device("cpu")))
 
 
 def settled(chunks: Chunks, decodes: Decodes, others_s: float, token_s: float, away_s: float = 0.0) -> int:
