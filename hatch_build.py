@@ -1,6 +1,6 @@
-"""Hatchling's hook: the patched upstream packages and p2pd become part of the wheel.
+"""Hatchling's hook: the patched upstream packages, p2pd and the kernels become part of the wheel.
 
-Knows where they go; `petals_win.upstream.build` and `petals_win.daemon.build` make them.
+Knows where they go; `build` in `petals_win.upstream`, `.daemon` and `.kernels` makes them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class UpstreamHook(BuildHookInterface):
         sys.path.insert(0, str(Path(self.root) / "src"))
         from petals_win.daemon import build as p2pd
         from petals_win.errors import UserError
+        from petals_win.kernels import build as kernels
         from petals_win.upstream.build import LICENCE, Checkout, build
 
         checkout = Checkout(Path(self.root))
@@ -29,9 +30,10 @@ class UpstreamHook(BuildHookInterface):
             if version == "editable":
                 # The import roots in external/ are on the path, see dev-mode-dirs in pyproject.toml.
                 p2pd.put_into_bin()
+                kernels.put_into_bin()
                 return
             target = p2pd.wheel_target()
-            program = p2pd.build_if_changed(target)
+            program, libraries = p2pd.build_if_changed(target), kernels.build_if_changed(target)
         except UserError as e:
             sys.exit(f"petals-win: {e}")
         for pin in checkout.pins():
@@ -39,5 +41,7 @@ class UpstreamHook(BuildHookInterface):
             build_data["force_include"][str(import_root / pin.name)] = pin.name
             build_data["force_include"][str(import_root / LICENCE)] = f"petals_win/licences/{pin.name}.txt"
         build_data["force_include"][str(program)] = f"petals_win/daemon/bin/{program.name}"
+        for library in libraries:
+            build_data["force_include"][str(library)] = f"petals_win/kernels/bin/{library.name}"
         build_data["tag"] = p2pd.wheel_tag(target)
         build_data["pure_python"] = False

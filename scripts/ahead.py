@@ -15,11 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from petals_win.daemon.build import GO_FLAGS, TARGETS, build_p2pd, find_go  # noqa: E402
+from petals_win.kernels import build as kernels  # noqa: E402
 
 if __name__ == "__main__":
     os.nice(19)
     subprocess.run([sys.executable, ROOT / "scripts" / "windows_bench.py", "--setup"])
     race = [find_go(ROOT), "test", "-race", "-run=^$", "./..."]
     subprocess.run(race, cwd=ROOT / "src/p2pd", env={**os.environ, "GOFLAGS": GO_FLAGS, "CGO_ENABLED": "1"})
+    for target in TARGETS:
+        kernels.build_if_changed(target)
     for target in TARGETS:
         build_p2pd(Path(os.devnull), target)

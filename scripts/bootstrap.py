@@ -43,6 +43,8 @@ INPUTS = (
     "src/petals_win/upstream/**/*.py",
     "src/petals_win/daemon/build.py",
     "src/p2pd/*",
+    "src/petals_win/kernels/build.py",
+    "src/kernels/*",
 )
 GENERATED = ("external/petals-main", "external/hivemind", "bin/p2pd.exe" if sys.platform == "win32" else "bin/p2pd")
 

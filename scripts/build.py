@@ -1,4 +1,4 @@
-"""Builds the sdist and the wheels of a release, each wheel with its p2pd. Run by scripts/build, in .venv.
+"""Builds the sdist and the wheels of a release, each wheel with its p2pd and its kernels. Run by scripts/build, in .venv.
 
 The same source gives the same bytes. Usage: build [--output FOLDER] [TARGET …], such as windows/amd64; all without one.
 """
@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from petals_win.daemon.build import program_name, wheel_tag
+from petals_win.kernels.build import library_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where torch has wheels: none for Macs with Intel's processors any more, and for Windows on ARM not all that we need.
@@ -38,12 +39,11 @@ def hatch(kind: str, folder: Path, target: str = "") -> Path:
 
 
 def check_wheel(wheel: Path, target: str) -> None:
-    """It is tagged for its system, and holds the program of that system and no other."""
+    """It is tagged for its system, and holds the programs of that system and no other."""
     with zipfile.ZipFile(wheel) as archive:
-        programs = [name for name in archive.namelist() if name.startswith("petals_win/daemon/bin/")]
-    if not wheel.name.endswith(f"-{wheel_tag(target)}.whl") or programs != [
-        f"petals_win/daemon/bin/{program_name(target)}"
-    ]:
+        programs = [name for name in archive.namelist() if name.startswith(("petals_win/daemon/bin/", "petals_win/kernels/bin/"))]
+    wanted = [f"petals_win/daemon/bin/{program_name(target)}", *(f"petals_win/kernels/bin/{name}" for name in library_names(target))]
+    if not wheel.name.endswith(f"-{wheel_tag(target)}.whl") or sorted(programs) != wanted:
         sys.exit(f"{wheel} is no wheel for {target}: it holds {programs}.")
 
 

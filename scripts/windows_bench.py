@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from petals_win import __version__  # noqa: E402
 from petals_win.daemon.build import build_if_changed, build_p2pd, find_go  # noqa: E402
+from petals_win.kernels import build as kernels  # noqa: E402
 from petals_win.errors import UserError  # noqa: E402
 
 SUITE = "trixie"  # the first Debian whose Wine has bcryptprimitives.dll, without which Python does not start
@@ -298,7 +299,8 @@ class Bench:
         with self._scratch() as run:
             for name in ("root", "work", "upper", "checkout/bin", "checkout-work"):
                 (run / name).mkdir(parents=True)
-            shutil.copy2(self.daemon / "p2pd.exe", run / "checkout/bin")
+            for program in (self.daemon / "p2pd.exe", *kernels.build_if_changed("windows/amd64")):
+                shutil.copy2(program, run / "checkout/bin")
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL"]
                 + ["unshare", "--mount", "--pid", "--ipc", "--propagation", "private", "--kill-child"]

@@ -12,6 +12,7 @@ import pytest
 
 from petals_win import __version__
 from petals_win.daemon.build import find_go, program_name, this_target, wheel_tag
+from petals_win.kernels.build import find_zig, library_names
 
 pytestmark = pytest.mark.wine_lacks("what pip asks of the certificate store, so that Go cannot be fetched")
 
@@ -51,6 +52,8 @@ def make(project):
         "host/folders.py",
         "daemon/__init__.py",
         "daemon/build.py",
+        "kernels/__init__.py",
+        "kernels/build.py",
     ):
         target = project.root / "src" / "petals_win" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +66,17 @@ def make(project):
     daemon.mkdir()
     (daemon / "go.mod").write_text("module made-up/p2pd\n\ngo 1.26\n", encoding="utf-8")
     (daemon / "main.go").write_text(MAIN_GO, encoding="utf-8")
+    shutil.copytree(ROOT / "src" / "kernels", project.root / "src" / "kernels")
     home = project.root / "home"
     (home / "cache").mkdir(parents=True)
     shutil.copytree(project.root / "cache", home / "cache" / "upstream")
 
-    go = Path(find_go(ROOT)).parent
+    compilers = os.pathsep.join(str(Path(compiler).parent) for compiler in (find_go(ROOT), find_zig(ROOT)))
 
     def make(kind: str, **more: str) -> Path:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PETALS_WIN_HOME": str(home), "PIP_NO_INDEX": "1"}
-        environment |= {"PATH": f"{go}{os.pathsep}{os.environ['PATH']}", **more}
+        environment |= {"PATH": f"{compilers}{os.pathsep}{os.environ['PATH']}", **more}
         code = f"import hatchling.build as b; print(b.build_{kind}({str(project.root / 'dist')!r}))"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=project.root, env=environment, capture_output=True, text=True, timeout=60
@@ -108,8 +112,10 @@ def test_wheel_holds_the_program_of_its_system(make, target):
     name = f"petals_win/daemon/bin/{program_name(target)}"
     with zipfile.ZipFile(path) as wheel:
         assert [n for n in wheel.namelist() if "daemon/bin" in n] == [name]
+        libraries = [n for n in wheel.namelist() if "kernels/bin" in n]
+        assert libraries == [f"petals_win/kernels/bin/{library}" for library in library_names(target)]
         magic = {"windows": b"MZ", "darwin": b"\xcf\xfa\xed\xfe", "linux": b"\x7fELF"}[target.split("/")[0]]
-        assert wheel.read(name).startswith(magic)
+        assert all(wheel.read(file).startswith(magic) for file in (name, *libraries))
         if sys.platform != "win32":
             assert wheel.getinfo(name).external_attr >> 16 & 0o777 == 0o755
         [tags] = [n for n in wheel.namelist() if n.endswith(".dist-info/WHEEL")]

@@ -90,6 +90,7 @@ class SessionCache(Cache):
         self._device = device
         self.has_states = any(shape.states for shape in shapes)
         self.kept: int | None = None
+        self.places: Any = None  # what native.py derives from where keys and values lie, until they move
         super().__init__(layers=[_layer(self, shape, batch_size, capacity, device) for shape in shapes])
 
     @property
@@ -150,6 +151,7 @@ class SessionCache(Cache):
             self._resize(capacity)
 
     def _resize(self, capacity: int) -> None:
+        self.places = None
         for layer in self.layers:
             slots: Any = layer
             slots.resize(capacity)
@@ -157,6 +159,7 @@ class SessionCache(Cache):
 
     def free(self) -> None:
         """Let go of the memory at once: cache and blocks refer to each other, so that Python would find it only some time."""
+        self.places = None
         for layer in self.layers:
             slots: Any = layer
             slots.free()
@@ -302,6 +305,18 @@ class _Slots(CacheLayerMixin):
         for held in (self.keys, self.values):
             held[:, :, : end - begin] = held[:, :, begin:end].clone()  # they may overlap
         self._first = first
+        self._owner.places = None
+
+    def make_room(self, tokens: int) -> None:
+        """For so many new ones, which the owner has room for: what the window has left behind goes."""
+        assert self.keys is not None
+        if self._end + tokens > self.keys.shape[2]:
+            self._let_go(self._owner.position)
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """Where keys and values of a sequence begin in memory, and which of its tokens they begin with."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[row].data_ptr(), self.values[row].data_ptr(), self._first
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is left to do: the memory was allocated at the start."""
@@ -310,10 +325,9 @@ class _Slots(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
+        self.make_room(key_states.shape[-2])
         start = self._owner.position
         end = start + key_states.shape[-2]
-        if end - self._first > self.keys.shape[2]:
-            self._let_go(start)
         first = self._first_visible(start) - self._first
         start, end = start - self._first, end - self._first
         self.keys[:, :, start:end] = key_states
@@ -323,9 +337,8 @@ class _Slots(CacheLayerMixin):
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` for one token of one sequence, [1, heads, size], in fewer operations."""
         assert self.keys is not None and self.values is not None
+        self.make_room(1)
         position = self._owner.position
-        if position - self._first == self.keys.shape[2]:
-            self._let_go(position)
         slot, first = position - self._first, self._first_visible(position) - self._first
         self.keys.select(2, slot).copy_(key)
         self.values.select(2, slot).copy_(value)

@@ -21,9 +21,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from petals_win.kernels.library import MOST_ROWS
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.lean import LeanBlocks
+from petals_win.span.native import NativeBlocks
 from petals_win.span.probe import agrees
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class JointPass:
         self._decoder = decoder
         self._device, self._dtype = device, dtype
         self._lean: LeanBlocks | None = None
+        self._native: NativeBlocks | None = None
         self.works = False
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
@@ -52,6 +55,9 @@ class JointPass:
         self._lean = LeanBlocks.of(self._decoder)
         if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):
             self.works = True
+            self._native = NativeBlocks.of(self._decoder, self._dtype, self._device)
+            if self._native is not None and not self._agrees(shapes, exact, "The kernels are not used"):
+                self._native = None
             return
         self._lean = None
         self.works = self._agrees(shapes, exact, "Sessions are computed one by one")
@@ -79,6 +85,8 @@ class JointPass:
 
         Returns the same shapes, on the CPU. The caller advances the positions.
         """
+        if self._native is not None and sum(_rows_of(hidden) for _, hidden in parts) <= MOST_ROWS:
+            return self._native.run(parts, start, end)
         # Single tokens come first: attention has a short way for them.
         order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
         ordered = [parts[index] for index in order]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.functional import linear, rms_norm
+from transformers.activations import SiLUActivation
 
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.linear import linear_weight
@@ -49,7 +50,8 @@ class LeanBlocks:
     def of(cls, decoder: CutDecoder) -> LeanBlocks | None:
         """None: the blocks are of another kind."""
         rotary = decoder.part("rotary_emb")
-        if decoder.config.model_type not in _PLAIN or rotary is None or not all(map(_is_plain, decoder.layers)):
+        model_type = decoder.config.model_type
+        if rotary is None or not all(is_plain(layer, model_type) for layer in decoder.layers):
             return None
         return cls(decoder, rotary)
 
@@ -150,7 +152,7 @@ def _norm(module: Any) -> _Layer:
 
 
 def _adding_mlp(module: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    if {name for name, _ in module.named_children()} != _NAMES_OF_MLP:
+    if not _is_gated(module):
         # Experts, of which each row chooses some.
         return lambda hidden, inputs: hidden + _first(module(inputs[None]))[0]
     gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj]), _adding(module.down_proj)
@@ -167,9 +169,21 @@ def _first(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _is_plain(block: nn.Module) -> bool:
+def is_plain(block: nn.Module, model_type: str) -> bool:
+    """Whether the block of a model computes what is written here, if it computes as its parts say."""
     attention: Any = getattr(block, "self_attn", None)
-    if {name for name, _ in block.named_children()} != _NAMES_OF_BLOCK or not isinstance(attention, nn.Module):
+    if model_type not in _PLAIN or {name for name, _ in block.named_children()} != _NAMES_OF_BLOCK:
+        return False
+    if not isinstance(attention, nn.Module):
         return False
     of_attention = {name for name, _ in attention.named_children()}
     return of_attention in (_NAMES_OF_ATTENTION, _NAMES_OF_ATTENTION | {"q_norm", "k_norm"})
+
+
+def is_dense(block: Any) -> bool:
+    """Whether a plain block has no experts, and activates by SiLU."""
+    return _is_gated(block.mlp) and isinstance(block.mlp.act_fn, SiLUActivation)
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    return {name for name, _ in mlp.named_children()} == _NAMES_OF_MLP

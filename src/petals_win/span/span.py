@@ -21,6 +21,7 @@ from petals_win.models.loading import load_parts
 from petals_win.models.source import ModelSource
 from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
+from petals_win.span import native
 from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.probe import continues
@@ -95,7 +96,7 @@ class Span:
         def block(index: int) -> Callable[[str], bool]:
             return lambda name: name.startswith(f"{blocks.prefix}{index}.")
 
-        layers = list(blocks.layers)[start:end]
+        layers, model_type = list(blocks.layers)[start:end], blocks.decoder.config.model_type
         weight_bytes = 0
 
         def settle(done: int, of: int) -> None:
@@ -104,8 +105,8 @@ class Span:
             if quant != "none":
                 quantize_linears(layer, quant, device, dtype)
             weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
-            if not adapters and device.type == "cpu":  # peft knows plain layers only
-                lay_out_linears([layer])
+            if not adapters and device.type == "cpu" and not native.suits(layer, model_type, dtype, device):
+                lay_out_linears([layer])  # not with adapters: peft knows plain layers only
             if progress is not None:
                 progress(done, of)
 

@@ -1,0 +1,455 @@
+/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), in float32.
+
+   One call computes all blocks. Between the operations of a step a general library runs code that the weights have driven out of the
+   processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row.
+
+   Threads share the work by taking pieces of it: who is not scheduled takes none, and holds nobody up. They are the caller's own. */
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+int _fltused = 0; /* that floating point is used: there is no C library here */
+int __stdcall DllMainCRTStartup(void *library, unsigned reason, void *reserved) {
+    (void)library, (void)reason, (void)reserved;
+    return 1;
+}
+__attribute__((no_builtin("memcpy"))) void *memcpy(void *to, const void *from, size_t size) {
+    for (size_t i = 0; i < size; i++) ((char *)to)[i] = ((const char *)from)[i];
+    return to;
+}
+__attribute__((no_builtin("memset"))) void *memset(void *to, int value, size_t size) {
+    for (size_t i = 0; i < size; i++) ((char *)to)[i] = (char)value;
+    return to;
+}
+__declspec(dllimport) int __stdcall SwitchToThread(void);
+#define give_way() SwitchToThread()
+#else
+#define EXPORT __attribute__((visibility("default")))
+#include <sched.h>
+#define give_way() sched_yield()
+#endif
+
+#if defined(__x86_64__)
+#define pause_a_moment() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define pause_a_moment() __asm__ volatile("yield")
+#else
+#define pause_a_moment() ((void)0)
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define MOST_AT_ONCE 4 /* rows whose sums are kept in registers */
+#elif defined(__AVX2__)
+#define LANES 8
+#define MOST_AT_ONCE 3
+#else
+#define LANES 4
+#define MOST_AT_ONCE 4
+#endif
+
+#define MOST_ROWS 16
+#define OUTPUTS 4        /* of a matrix that are computed together */
+#define AWAKE 2000       /* looks at a counter before the core is offered to others */
+#define STAGES 6         /* of a block, each of which needs all of the one before */
+#define PIECES 8         /* for each thread, of each stage */
+
+typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+#define always static inline __attribute__((always_inline))
+
+/* A weight [outputs, inputs], and a bias [outputs] or NULL. */
+typedef struct {
+    const float *weight, *bias;
+    int64_t outputs, inputs;
+} Linear;
+
+/* One block. Norms are RMS norms; those of queries and keys are NULL where there are none. turns: whether positions are rotated in. */
+typedef struct {
+    Linear queries, keys, values, out, gate, up, down;
+    const float *norm, *mlp_norm, *query_norm, *key_norm;
+    float eps, mlp_eps, query_eps, key_eps, scale;
+    int32_t query_heads, key_heads, size, turns;
+} Block;
+
+/* Where a session keeps keys and values of one block: [heads, slots, size] each, of the tokens from `first` on. window: 0 is none. */
+typedef struct {
+    float *keys, *values;
+    int64_t slots, first, window, chunked;
+} Held;
+
+/* One token of the step: the session's Held of each block, the token's position, and where it is in the rotary tables. */
+typedef struct {
+    const Held *held;
+    int64_t position, angle;
+} Row;
+
+typedef struct {
+    const Block *blocks;
+    const Row *rows;
+    const float *cosines, *sines; /* [positions, turning] each */
+    float *hidden;                /* [rows, width]: what goes in, and what comes out */
+    float *work;                  /* petals_step_floats() of them */
+    int64_t count, row_count, width, turning, threads;
+    _Atomic int64_t open, inside;
+    struct {
+        _Atomic int32_t taken, done;
+    } *stages;                    /* [count, STAGES] */
+} Step;
+
+always lanes load(const float *from) {
+    lanes value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+
+#define shuffle __builtin_shufflevector
+typedef float four __attribute__((vector_size(16)));
+
+/* Four sums that together are that of all lanes. */
+always four folded(lanes value) {
+#if LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
+    eight half = shuffle(value, value, 0, 1, 2, 3, 4, 5, 6, 7) + shuffle(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+    return shuffle(half, half, 0, 1, 2, 3) + shuffle(half, half, 4, 5, 6, 7);
+#elif LANES == 8
+    return shuffle(value, value, 0, 1, 2, 3) + shuffle(value, value, 4, 5, 6, 7);
+#else
+    return value;
+#endif
+}
+
+always float sum(lanes value) {
+    four part = folded(value);
+    return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+/* The sums of four at once, in a fraction of the steps. */
+always four four_sums(const lanes values[4]) {
+    four a = folded(values[0]), b = folded(values[1]), c = folded(values[2]), d = folded(values[3]);
+    four ab = shuffle(a, b, 0, 4, 1, 5) + shuffle(a, b, 2, 6, 3, 7), cd = shuffle(c, d, 0, 4, 1, 5) + shuffle(c, d, 2, 6, 3, 7);
+    return shuffle(ab, cd, 0, 1, 4, 5) + shuffle(ab, cd, 2, 3, 6, 7);
+}
+
+always float dot(const float *a, const float *b, int64_t size) {
+    lanes sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sums += load(a + i) * load(b + i);
+    float total = sum(sums);
+    for (; i < size; i++) total += a[i] * b[i];
+    return total;
+}
+
+/* results[row][output] = inputs[row] . weight[output], for OUTPUTS or `outputs` outputs and `rows` rows: both known when it is compiled. */
+always void tile(const float *weight, int64_t size, const float *inputs, int rows, int outputs, float results[][OUTPUTS]) {
+    lanes sums[MOST_AT_ONCE][OUTPUTS];
+    for (int row = 0; row < rows; row++)
+        for (int output = 0; output < outputs; output++) sums[row][output] = (lanes){0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        lanes part[OUTPUTS];
+        for (int output = 0; output < outputs; output++) part[output] = load(weight + output * size + i);
+        for (int row = 0; row < rows; row++) {
+            lanes input = load(inputs + row * size + i);
+            for (int output = 0; output < outputs; output++) sums[row][output] += input * part[output];
+        }
+    }
+    for (int row = 0; row < rows; row++) {
+        if (outputs == OUTPUTS) {
+            four totals = four_sums(sums[row]);
+            __builtin_memcpy(results[row], &totals, sizeof totals);
+        } else
+            for (int output = 0; output < outputs; output++) results[row][output] = sum(sums[row][output]);
+        for (int64_t rest = i; rest < size; rest++)
+            for (int output = 0; output < outputs; output++) results[row][output] += weight[output * size + rest] * inputs[row * size + rest];
+    }
+}
+
+#define ROWS_CASE(n) case n: if (outputs == OUTPUTS) tile(weight, size, inputs, n, OUTPUTS, results); else \
+    for (int64_t o = 0; o < outputs; o++) tile(weight + o * size, size, inputs, n, 1, (float (*)[OUTPUTS])(results[0] + o)); break;
+
+/* The same for any numbers up to MOST_ROWS and OUTPUTS. */
+static void products(const float *weight, int64_t size, const float *all_inputs, int64_t rows, int64_t outputs, float all_results[][OUTPUTS]) {
+    for (int64_t done = 0; done < rows;) {
+        int64_t parts = (rows - done + MOST_AT_ONCE - 1) / MOST_AT_ONCE, now = (rows - done + parts - 1) / parts;
+        const float *inputs = all_inputs + done * size;
+        float (*results)[OUTPUTS] = all_results + done;
+        switch (now) {
+            ROWS_CASE(1)
+            ROWS_CASE(2)
+            ROWS_CASE(3)
+#if MOST_AT_ONCE > 3
+            ROWS_CASE(4)
+#endif
+#if MOST_AT_ONCE > 4
+            ROWS_CASE(5)
+            ROWS_CASE(6)
+#endif
+        }
+        done += now;
+    }
+}
+
+/* Outputs [from, to) of a layer, for all rows: to[row * stride + output] = or += . */
+static void linear(const Linear *layer, const float *inputs, int64_t rows, int64_t from, int64_t to, float *outputs, int64_t stride, int add) {
+    float results[MOST_ROWS][OUTPUTS];
+    for (int64_t first = from; first < to; first += OUTPUTS) {
+        int64_t count = to - first < OUTPUTS ? to - first : OUTPUTS;
+        products(layer->weight + first * layer->inputs, layer->inputs, inputs, rows, count, results);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < count; i++) {
+                float value = results[row][i] + (layer->bias ? layer->bias[first + i] : 0);
+                float *place = outputs + row * stride + first + i;
+                *place = add ? *place + value : value;
+            }
+    }
+}
+
+static void rms_norm(const float *inputs, const float *weight, float eps, int64_t size, float *outputs) {
+    float factor = 1 / __builtin_sqrtf(dot(inputs, inputs, size) / (float)size + eps);
+    for (int64_t i = 0; i < size; i++) outputs[i] = weight[i] * (inputs[i] * factor);
+}
+
+/* Rotates the first `turning` values of a head: its first half with its second. */
+static void turn(float *head, const float *cosines, const float *sines, int64_t turning) {
+    int64_t half = turning / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = head[i], b = head[i + half];
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = b * cosines[i + half] + a * sines[i + half];
+    }
+}
+
+/* e^x to a few units in the last place: 2^n e^r, with r within half of ln 2. */
+always lanes exponential(lanes x) {
+    typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4)));
+    const lanes least = (lanes){0} - 87, most = (lanes){0} + 88;
+    x = __builtin_elementwise_min(__builtin_elementwise_max(x, least), most);
+    lanes shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 x 2^23: what is behind the point falls off */
+    lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    lanes sum = r * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    union { lanes value; whole bits; } power;
+    power.bits = (__builtin_convertvector(n, whole) + 127) << 23;
+    return sum * power.value;
+}
+
+/* Queries [count, size], at most MOST_ROWS, that share keys and values [tokens, size]; a softmax that is corrected as larger scores come. */
+#define AT_ONCE 32
+#define LOWEST -3e38f /* of scores */
+static void attend(const float *queries, int64_t count, const float *keys, const float *values, int64_t tokens, int64_t size, float scale, float *out) {
+    float most[MOST_ROWS], total[MOST_ROWS], scores[MOST_ROWS][AT_ONCE], four_scores[MOST_ROWS][OUTPUTS];
+    for (int64_t query = 0; query < count; query++) most[query] = LOWEST, total[query] = 0;
+    __builtin_memset(out, 0, count * size * sizeof *out);
+    for (int64_t first = 0; first < tokens; first += AT_ONCE) {
+        int64_t now = tokens - first < AT_ONCE ? tokens - first : AT_ONCE;
+        for (int64_t i = 0; i < now; i += OUTPUTS) {
+            int64_t of = now - i < OUTPUTS ? now - i : OUTPUTS;
+            products(keys + (first + i) * size, size, queries, count, of, four_scores);
+            for (int64_t query = 0; query < count; query++) __builtin_memcpy(scores[query] + i, four_scores[query], of * sizeof(float));
+        }
+        for (int64_t query = 0; query < count; query++) {
+            float highest = most[query], *shares = scores[query], *sums = out + query * size;
+            for (int64_t i = 0; i < now; i++) {
+                shares[i] *= scale;
+                highest = shares[i] > highest ? shares[i] : highest;
+            }
+            float shrink = exponential((lanes){0} + (most[query] - highest))[0];
+            most[query] = highest;
+            total[query] *= shrink;
+            for (int64_t i = now; i < AT_ONCE; i++) shares[i] = LOWEST;
+            for (int64_t i = 0; i < AT_ONCE; i += LANES) {
+                lanes share = exponential(load(shares + i) - highest);
+                __builtin_memcpy(shares + i, &share, sizeof share);
+            }
+            for (int64_t i = 0; i < now; i++) total[query] += shares[i];
+            for (int64_t d = 0; d < size; d++) sums[d] *= shrink;
+            const float *value = values + first * size;
+            int64_t i = 0;
+            for (; i + 4 <= now; i += 4, value += 4 * size)
+                for (int64_t d = 0; d < size; d++)
+                    sums[d] += shares[i] * value[d] + shares[i + 1] * value[size + d] + shares[i + 2] * value[2 * size + d] + shares[i + 3] * value[3 * size + d];
+            for (; i < now; i++, value += size)
+                for (int64_t d = 0; d < size; d++) sums[d] += shares[i] * value[d];
+        }
+    }
+    for (int64_t query = 0; query < count; query++)
+        for (int64_t d = 0; d < size; d++) out[query * size + d] /= total[query];
+}
+
+/* What a stage works on, in floats behind one another in `work`. */
+typedef struct {
+    float *normed, *states, *attended, *activated;
+    int64_t states_width, attended_width, activated_width;
+} Work;
+
+static Work work_of(const Step *step, const Block *block) {
+    int64_t heads = block->query_heads + 2 * (int64_t)block->key_heads, rows = step->row_count;
+    Work work = {.states_width = heads * block->size, .attended_width = (int64_t)block->query_heads * block->size,
+                 .activated_width = block->gate.outputs};
+    work.normed = step->work;
+    work.states = work.normed + rows * step->width;
+    work.attended = work.states + rows * work.states_width;
+    work.activated = work.attended + rows * work.attended_width;
+    return work;
+}
+
+EXPORT int64_t petals_step_floats(const Block *block, int64_t rows, int64_t width) {
+    return rows * (width + (block->query_heads * 2 + 2 * (int64_t)block->key_heads) * block->size + block->gate.outputs);
+}
+
+/* [from, to) of what a stage has to do; the whole is as petals_stage_size says. */
+static void project(const Step *step, const Block *block, Work work, int64_t from, int64_t to) {
+    const Linear *layers[] = {&block->queries, &block->keys, &block->values};
+    int64_t begin = 0;
+    for (int i = 0; i < 3; i++) {
+        int64_t end = begin + layers[i]->outputs, low = from > begin ? from : begin, high = to < end ? to : end;
+        if (low < high)
+            linear(layers[i], work.normed, step->row_count, low - begin, high - begin, work.states + begin, work.states_width, 0);
+        begin = end;
+    }
+}
+
+static void look(const Step *step, const Block *block, Work work, int64_t index, int64_t from, int64_t to) {
+    int64_t size = block->size, shared = block->query_heads / block->key_heads;
+    for (int64_t which = from; which < to; which++) { /* a head of keys of a row */
+        int64_t row = which / block->key_heads, head = which % block->key_heads;
+        const Held *held = step->rows[row].held + index;
+        int64_t position = step->rows[row].position, visible = 0;
+        if (held->window) visible = held->chunked ? position - position % held->window : position - held->window + 1;
+        if (visible < held->first) visible = held->first;
+        int64_t begin = head * held->slots + visible - held->first, tokens = position - visible + 1;
+        for (int64_t i = 0; i < shared; i += MOST_ROWS) {
+            int64_t query = head * shared + i, count = shared - i < MOST_ROWS ? shared - i : MOST_ROWS;
+            attend(work.states + row * work.states_width + query * size, count, held->keys + begin * size, held->values + begin * size,
+                   tokens, size, block->scale, work.attended + row * work.attended_width + query * size);
+        }
+    }
+}
+
+/* Norms and rotates the heads [from, to) of queries and keys of all rows, and keeps keys and values. */
+static void settle(const Step *step, const Block *block, Work work, int64_t index, int64_t from, int64_t to) {
+    int64_t size = block->size, queries = block->query_heads, heads = queries + block->key_heads;
+    for (int64_t which = from; which < to; which++) {
+        int64_t row = which / heads, head = which % heads;
+        float *states = work.states + row * work.states_width, *one = states + head * size;
+        const float *norm = head < queries ? block->query_norm : block->key_norm;
+        if (norm) rms_norm(one, norm, head < queries ? block->query_eps : block->key_eps, size, one);
+        if (block->turns) {
+            int64_t angle = step->rows[row].angle * step->turning;
+            turn(one, step->cosines + angle, step->sines + angle, step->turning);
+        }
+        if (head >= queries) {
+            const Held *held = step->rows[row].held + index;
+            int64_t place = ((head - queries) * held->slots + step->rows[row].position - held->first) * size;
+            __builtin_memcpy(held->keys + place, one, size * sizeof *one);
+            __builtin_memcpy(held->values + place, one + (int64_t)block->key_heads * size, size * sizeof *one);
+        }
+    }
+}
+
+static void gate_and_up(const Step *step, const Block *block, Work work, int64_t from, int64_t to) {
+    float gates[MOST_ROWS][OUTPUTS], ups[MOST_ROWS][OUTPUTS];
+    int64_t size = block->gate.inputs;
+    for (int64_t first = from; first < to; first += OUTPUTS) {
+        int64_t count = to - first < OUTPUTS ? to - first : OUTPUTS;
+        products(block->gate.weight + first * size, size, work.normed, step->row_count, count, gates);
+        products(block->up.weight + first * size, size, work.normed, step->row_count, count, ups);
+        for (int64_t row = 0; row < step->row_count; row++) {
+            float gate[LANES] = {0}, up[OUTPUTS], shares[LANES];
+            for (int64_t i = 0; i < count; i++) {
+                gate[i] = gates[row][i] + (block->gate.bias ? block->gate.bias[first + i] : 0);
+                up[i] = ups[row][i] + (block->up.bias ? block->up.bias[first + i] : 0);
+            }
+            lanes value = load(gate), active = value / (1 + exponential(-value));
+            __builtin_memcpy(shares, &active, sizeof active);
+            for (int64_t i = 0; i < count; i++) work.activated[row * work.activated_width + first + i] = shares[i] * up[i];
+        }
+    }
+}
+
+/* The norm before each stage that needs one is cheap, and computed by every thread for itself would need a place each: the last piece of the
+   stage before does it. */
+static int64_t stage_size(const Step *step, const Block *block, int stage) {
+    switch (stage) {
+        case 0: return block->queries.outputs + block->keys.outputs + block->values.outputs;
+        case 1: return step->row_count * (block->query_heads + block->key_heads);
+        case 2: return step->row_count * block->key_heads;
+        case 3: return block->out.outputs;
+        case 4: return block->gate.outputs;
+        default: return block->down.outputs;
+    }
+}
+
+static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to) {
+    const Block *block = step->blocks + index;
+    Work work = work_of(step, block);
+    switch (stage) {
+        case 0: project(step, block, work, from, to); break;
+        case 1: settle(step, block, work, index, from, to); break;
+        case 2: look(step, block, work, index, from, to); break;
+        case 3: linear(&block->out, work.attended, step->row_count, from, to, step->hidden, step->width, 1); break;
+        case 4: gate_and_up(step, block, work, from, to); break;
+        default: linear(&block->down, work.activated, step->row_count, from, to, step->hidden, step->width, 1);
+    }
+}
+
+static void norm_rows(const Step *step, int64_t index, const float *weight, float eps) {
+    float *normed = work_of(step, step->blocks + index).normed;
+    for (int64_t row = 0; row < step->row_count; row++)
+        rms_norm(step->hidden + row * step->width, weight, eps, step->width, normed + row * step->width);
+}
+
+/* What one thread alone does when a stage is complete, before the others go on. */
+static void between(const Step *step, int64_t index, int stage) {
+    if (stage == 3) norm_rows(step, index, step->blocks[index].mlp_norm, step->blocks[index].mlp_eps);
+    if (stage == 5 && index + 1 < step->count) norm_rows(step, index + 1, step->blocks[index + 1].norm, step->blocks[index + 1].eps);
+}
+
+static void take_part(Step *step) {
+    for (int64_t index = 0; index < step->count; index++)
+        for (int stage = 0; stage < STAGES; stage++) {
+            int64_t size = stage_size(step, step->blocks + index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
+            int64_t each = (size + pieces - 1) / pieces;
+            if (stage != 1 && stage != 2) each = (each + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+            pieces = (size + each - 1) / each;
+            _Atomic int32_t *taken = &step->stages[index * STAGES + stage].taken, *done = &step->stages[index * STAGES + stage].done;
+            for (;;) {
+                int64_t piece = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+                if (piece >= pieces) break;
+                int64_t from = piece * each, to = from + each < size ? from + each : size;
+                compute(step, index, stage, from, to);
+                if (atomic_fetch_add_explicit(done, 1, memory_order_acq_rel) == pieces - 1) {
+                    between(step, index, stage);
+                    atomic_store_explicit(done, -1, memory_order_release); /* complete, what is between included */
+                }
+            }
+            for (int looks = 0; atomic_load_explicit(done, memory_order_acquire) != -1; looks++) {
+                if (looks < AWAKE) pause_a_moment();
+                else give_way();
+            }
+        }
+}
+
+/* For every thread but the first: returns when the step is done, at once if it is already. */
+EXPORT void petals_help(Step *step) {
+    atomic_fetch_add(&step->inside, 1);
+    if (atomic_load(&step->open)) take_part(step);
+    atomic_fetch_sub(&step->inside, 1);
+}
+
+/* Computes the step. `stages` are all zero. */
+EXPORT void petals_step(Step *step) {
+    norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
+    atomic_store(&step->open, 1);
+    take_part(step);
+    atomic_store(&step->open, 0);
+    while (atomic_load(&step->inside)) give_way();
+}

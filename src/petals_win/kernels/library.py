@@ -1,0 +1,124 @@
+"""The compiled kernels: which file this processor takes, and the structures that they read.
+
+Knows C's view of a step. Does not know models or torch's modules; src/kernels/blocks.c says what is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import queue
+import sys
+import threading
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import petals_win
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 16
+STAGES = 6  # of a block
+
+# By torch's names of what a processor can do. Others compute by torch alone.
+_VARIANTS = {"AVX512": "avx512", "AVX2": "avx2", "SVE256": "arm64", "DEFAULT": "arm64"}
+_ENDINGS = {"win32": ".dll", "darwin": ".dylib"}
+
+
+class Linear(Structure):
+    """A layer's weight [outputs, inputs], and its bias [outputs] or NULL."""
+
+    _fields_: ClassVar[Any] = [("weight", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+
+
+class Block(Structure):
+    """A block's weights and settings. Norms of queries and keys are NULL where there are none."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, Linear) for name in ("queries", "keys", "values", "out", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, c_float) for name in ("eps", "mlp_eps", "query_eps", "key_eps", "scale")),
+        *((name, c_int32) for name in ("query_heads", "key_heads", "size", "turns")),
+    ]
+
+
+class Held(Structure):
+    """Where a session keeps keys and values of a block, [heads, slots, size] each, of its tokens from `first` on."""
+
+    _fields_: ClassVar[Any] = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("slots", "first", "window", "chunked")),
+    ]
+
+
+class Row(Structure):
+    """A token: a Held for each block, its position, and where in the rotary tables it is found."""
+
+    _fields_: ClassVar[Any] = [("held", POINTER(Held)), ("position", c_int64), ("angle", c_int64)]
+
+
+class Step(Structure):
+    """A step of some rows through some blocks."""
+
+    _fields_: ClassVar[Any] = [
+        ("blocks", POINTER(Block)),
+        ("rows", POINTER(Row)),
+        *((name, c_void_p) for name in ("cosines", "sines", "hidden", "work")),
+        *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside")),
+        ("stages", c_void_p),
+    ]
+
+
+class Kernels:
+    """The loaded library, and threads that help with its steps."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._step, self._help, self._floats = library.petals_step, library.petals_help, library.petals_step_floats
+        self._step.argtypes = self._help.argtypes = [POINTER(Step)]
+        self._step.restype = self._help.restype = None
+        self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
+        self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
+        self._helpers = 0
+
+    def floats(self, block: Block, rows: int, width: int) -> int:
+        """How many floats of memory a step of so many rows [width] needs for its work on a block."""
+        return self._floats(block, rows, width)
+
+    def run(self, step: Step) -> None:
+        """Compute a step, with the help of `step.threads` - 1 threads as far as they come. Holds no lock of Python's meanwhile."""
+        for number in range(step.threads - 1):
+            if number == self._helpers:
+                self._helpers += 1
+                threading.Thread(target=self._help_out, name="kernels", daemon=True).start()
+            self._wanted.put(step)
+        self._step(step)
+
+    def _help_out(self) -> None:
+        while True:
+            self._help(self._wanted.get())
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels for this processor; None if there are none."""
+    variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability())
+    if variant is None:
+        return None
+    path = _folder() / f"blocks-{variant}{_ENDINGS.get(sys.platform, '.so')}"
+    try:
+        return Kernels(path)
+    except OSError as e:
+        logger.info("Blocks are computed by torch alone, since the kernels cannot be loaded: %s", e)
+        return None
+
+
+def _folder() -> Path:
+    """Of the installed package's own libraries, or else the bin folder of this checkout."""
+    packaged = Path(petals_win.__file__).parent / "kernels" / "bin"
+    return packaged if packaged.is_dir() else Path(petals_win.__file__).resolve().parents[2] / "bin"

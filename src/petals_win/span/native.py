@@ -1,0 +1,155 @@
+"""Plain blocks in float32 on a CPU, as lean.py describes them, by one call of our kernels for a step of few tokens.
+
+Knows what kernels read: weights, rotary tables, and where sessions keep keys and values. Does not know whether the result may be trusted:
+span/joint.py tries that out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from petals_win.kernels.library import MOST_ROWS, STAGES, Block, Held, Kernels, Linear, Row, Step, kernels
+from petals_win.span.cache import SessionCache
+from petals_win.span.decoder import CutDecoder
+from petals_win.span.lean import is_dense, is_plain
+from petals_win.span.rotary import DeclaredRotary
+
+_ANGLES = 256  # positions by which the rotary tables grow
+
+
+def suits(block: nn.Module, model_type: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels can compute the block, if its weights stay as they are: row by row."""
+    if dtype is not torch.float32 or device.type != "cpu" or kernels() is None or not is_plain(block, model_type):
+        return False
+    return is_dense(block) and all(type(module) is nn.Linear for module in _linears(block))
+
+
+class NativeBlocks:
+    """The blocks of a decoder, all of which `suits`. Weights are the decoder's own."""
+
+    def __init__(self, decoder: CutDecoder, library: Kernels) -> None:
+        self._start, self._library = decoder.start, library
+        self._rotary: Any = decoder.part("rotary_emb")
+        self._kept: list[torch.Tensor] = []  # that addresses lead to
+        made = [self._block(layer) for layer in decoder.layers]
+        self._blocks = (Block * len(made))(*made)
+        self._width: int = self._kept[0].shape[-1]
+        self._stages = (ctypes.c_int32 * (2 * STAGES * len(made)))()
+        self._work = torch.empty(max(library.floats(block, MOST_ROWS, self._width) for block in made))
+        self._rows = (Row * MOST_ROWS)()
+        self._step = Step(
+            rows=self._rows,
+            work=self._work.data_ptr(),
+            width=self._width,
+            stages=ctypes.addressof(self._stages),
+        )
+        self._tables = torch.empty(2, 0, 0)  # cosines and sines of the positions so far
+
+    @classmethod
+    def of(cls, decoder: CutDecoder, dtype: torch.dtype, device: torch.device) -> NativeBlocks | None:
+        """None: the blocks are of another kind."""
+        library, model_type = kernels(), decoder.config.model_type
+        if library is None or decoder.part("rotary_emb") is None:
+            return None
+        if not all(suits(layer, model_type, dtype, device) for layer in decoder.layers):
+            return None
+        return cls(decoder, library)
+
+    def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
+        """As JointPass.run, for at most MOST_ROWS rows in all."""
+        hidden = torch.cat([part.reshape(-1, self._width) for _, part in parts]).to(torch.float32)
+        farthest = max(cache.position + part.shape[1] for cache, part in parts)
+        by_row = isinstance(self._rotary, DeclaredRotary)
+        if not by_row and farthest > self._tables.shape[1]:
+            self._tables = self._angles(torch.arange(-(-farthest // _ANGLES) * _ANGLES))
+        keep, count = [], 0
+        for cache, part in parts:
+            batch, tokens, _ = part.shape
+            held = _held(cache, tokens)
+            keep.append(held)
+            for row in range(batch):
+                for position in range(cache.position, cache.position + tokens):
+                    one = self._rows[count]
+                    one.held = ctypes.cast(ctypes.addressof(held[row]), ctypes.POINTER(Held))
+                    one.position, one.angle = position, count if by_row else position
+                    count += 1
+        tables = self._tables
+        if by_row:
+            tables = self._angles(torch.tensor([row.position for row in self._rows[:count]]))
+        step = self._step
+        step.blocks = ctypes.cast(ctypes.byref(self._blocks, (start - self._start) * ctypes.sizeof(Block)), ctypes.POINTER(Block))
+        step.cosines, step.sines, step.turning = tables[0].data_ptr(), tables[1].data_ptr(), tables.shape[-1]
+        step.hidden, step.row_count, step.count = hidden.data_ptr(), count, end - start
+        step.threads = torch.get_num_threads()
+        ctypes.memset(self._stages, 0, ctypes.sizeof(self._stages))
+        self._library.run(step)
+        rows = hidden.split([part.shape[0] * part.shape[1] for _, part in parts])
+        return [row.view(part.shape) for row, (_, part) in zip(rows, parts, strict=True)]
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines, [2, positions, turning]."""
+        cos, sin = self._rotary(torch.empty(1, 1), positions[None])
+        return torch.stack([cos[0], sin[0]]).contiguous()
+
+    def _block(self, layer: Any) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        block = Block(
+            queries=self._linear(attention.q_proj),
+            keys=self._linear(attention.k_proj),
+            values=self._linear(attention.v_proj),
+            out=self._linear(attention.o_proj),
+            gate=self._linear(mlp.gate_proj),
+            up=self._linear(mlp.up_proj),
+            down=self._linear(mlp.down_proj),
+            norm=self._address(layer.input_layernorm.weight),
+            eps=layer.input_layernorm.variance_epsilon,
+            mlp_norm=self._address(layer.post_attention_layernorm.weight),
+            mlp_eps=layer.post_attention_layernorm.variance_epsilon,
+            scale=attention.scaling,
+            size=attention.head_dim,
+            query_heads=attention.q_proj.out_features // attention.head_dim,
+            key_heads=attention.k_proj.out_features // attention.head_dim,
+            turns=bool(getattr(attention, "use_rope", True)),
+        )
+        if hasattr(attention, "q_norm"):
+            block.query_norm, block.query_eps = self._address(attention.q_norm.weight), attention.q_norm.variance_epsilon
+            block.key_norm, block.key_eps = self._address(attention.k_norm.weight), attention.k_norm.variance_epsilon
+        return block
+
+    def _linear(self, module: nn.Linear) -> Linear:
+        bias = None if module.bias is None else self._address(module.bias)
+        return Linear(self._address(module.weight), bias, module.out_features, module.in_features)
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        assert tensor.is_contiguous() and tensor.dtype is torch.float32
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _linears(block: Any) -> list[nn.Module]:
+    attention, mlp = block.self_attn, block.mlp
+    return [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
+
+
+def _held(cache: SessionCache, tokens: int) -> Sequence[Any]:
+    """For each sequence of a session, where its blocks keep keys and values, with room for so many tokens more."""
+    layers: Any = cache.layers
+    for slots in layers:
+        if slots.window is not None:
+            slots.make_room(tokens)
+    if cache.places is None:
+        cache.places = [(Held * len(layers))(*(_place(slots, row) for slots in layers)) for row in range(layers[0].keys.shape[0])]
+    return cache.places
+
+
+def _place(slots: Any, row: int) -> Held:
+    keys, values, first = slots.place(row)
+    return Held(keys, values, slots.keys.shape[2], first, slots.window or 0, slots.chunked)
