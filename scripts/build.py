@@ -41,8 +41,15 @@ def hatch(kind: str, folder: Path, target: str = "") -> Path:
 def check_wheel(wheel: Path, target: str) -> None:
     """It is tagged for its system, and holds the programs of that system and no other."""
     with zipfile.ZipFile(wheel) as archive:
-        programs = [name for name in archive.namelist() if name.startswith(("petals_win/daemon/bin/", "petals_win/kernels/bin/"))]
-    wanted = [f"petals_win/daemon/bin/{program_name(target)}", *(f"petals_win/kernels/bin/{name}" for name in library_names(target))]
+        programs = [
+            name
+            for name in archive.namelist()
+            if name.startswith(("petals_win/daemon/bin/", "petals_win/kernels/bin/"))
+        ]
+    wanted = [
+        f"petals_win/daemon/bin/{program_name(target)}",
+        *(f"petals_win/kernels/bin/{name}" for name in library_names(target)),
+    ]
     if not wheel.name.endswith(f"-{wheel_tag(target)}.whl") or sorted(programs) != wanted:
         sys.exit(f"{wheel} is no wheel for {target}: it holds {programs}.")
 

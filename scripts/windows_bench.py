@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from petals_win import __version__  # noqa: E402
 from petals_win.daemon.build import build_if_changed, build_p2pd, find_go  # noqa: E402
-from petals_win.kernels import build as kernels  # noqa: E402
 from petals_win.errors import UserError  # noqa: E402
+from petals_win.kernels import build as kernels  # noqa: E402
 
 SUITE = "trixie"  # the first Debian whose Wine has bcryptprimitives.dll, without which Python does not start
 UV = "uv==0.13.9"  # unlike pip it evaluates the markers of another system

@@ -42,7 +42,7 @@ __declspec(dllimport) int __stdcall SwitchToThread(void);
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define MOST_AT_ONCE 4 /* rows whose sums are kept in registers */
+#define MOST_AT_ONCE 6 /* rows whose sums are kept in registers */
 #elif defined(__AVX2__)
 #define LANES 8
 #define MOST_AT_ONCE 3
@@ -55,7 +55,9 @@ __declspec(dllimport) int __stdcall SwitchToThread(void);
 #define OUTPUTS 4        /* of a matrix that are computed together */
 #define AWAKE 2000       /* looks at a counter before the core is offered to others */
 #define STAGES 6         /* of a block, each of which needs all of the one before */
+#define HEAD STAGES      /* the stage of a layer behind all blocks */
 #define PIECES 8         /* for each thread, of each stage */
+#define COMPLETE -1      /* a stage, and what one thread alone does behind it */
 
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
 #define always static inline __attribute__((always_inline))
@@ -90,13 +92,15 @@ typedef struct {
     const Block *blocks;
     const Row *rows;
     const float *cosines, *sines; /* [positions, turning] each */
-    float *hidden;                /* [rows, width]: what goes in, and what comes out */
+    float *hidden;                /* [rows, width]: what goes in, and what comes out of the blocks */
     float *work;                  /* petals_step_floats() of them */
+    const Linear *head;           /* of what comes out; or NULL */
+    float *outputs;               /* [rows, head's outputs] */
     int64_t count, row_count, width, turning, threads;
     _Atomic int64_t open, inside;
     struct {
         _Atomic int32_t taken, done;
-    } *stages;                    /* [count, STAGES] */
+    } *stages;                    /* [count, STAGES], and one for a head */
 } Step;
 
 always lanes load(const float *from) {
@@ -142,33 +146,31 @@ always float dot(const float *a, const float *b, int64_t size) {
     return total;
 }
 
-/* results[row][output] = inputs[row] . weight[output], for OUTPUTS or `outputs` outputs and `rows` rows: both known when it is compiled. */
-always void tile(const float *weight, int64_t size, const float *inputs, int rows, int outputs, float results[][OUTPUTS]) {
+/* results[row][output] = inputs[row] . weight[output] for OUTPUTS outputs and `rows` rows, which are known when it is compiled. ahead: fetch
+   the weights of the next outputs meanwhile. */
+always void tile(const float *weight, int64_t size, const float *inputs, int rows, float results[][OUTPUTS], int ahead) {
     lanes sums[MOST_AT_ONCE][OUTPUTS];
     for (int row = 0; row < rows; row++)
-        for (int output = 0; output < outputs; output++) sums[row][output] = (lanes){0};
+        for (int output = 0; output < OUTPUTS; output++) sums[row][output] = (lanes){0};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         lanes part[OUTPUTS];
-        for (int output = 0; output < outputs; output++) part[output] = load(weight + output * size + i);
+        for (int output = 0; output < OUTPUTS; output++) {
+            part[output] = load(weight + output * size + i);
+            if (ahead) __builtin_prefetch(weight + (OUTPUTS + output) * size + i);
+        }
         for (int row = 0; row < rows; row++) {
             lanes input = load(inputs + row * size + i);
-            for (int output = 0; output < outputs; output++) sums[row][output] += input * part[output];
+            for (int output = 0; output < OUTPUTS; output++) sums[row][output] += input * part[output];
         }
     }
     for (int row = 0; row < rows; row++) {
-        if (outputs == OUTPUTS) {
-            four totals = four_sums(sums[row]);
-            __builtin_memcpy(results[row], &totals, sizeof totals);
-        } else
-            for (int output = 0; output < outputs; output++) results[row][output] = sum(sums[row][output]);
+        four totals = four_sums(sums[row]);
+        __builtin_memcpy(results[row], &totals, sizeof totals);
         for (int64_t rest = i; rest < size; rest++)
-            for (int output = 0; output < outputs; output++) results[row][output] += weight[output * size + rest] * inputs[row * size + rest];
+            for (int output = 0; output < OUTPUTS; output++) results[row][output] += weight[output * size + rest] * inputs[row * size + rest];
     }
 }
-
-#define ROWS_CASE(n) case n: if (outputs == OUTPUTS) tile(weight, size, inputs, n, OUTPUTS, results); else \
-    for (int64_t o = 0; o < outputs; o++) tile(weight + o * size, size, inputs, n, 1, (float (*)[OUTPUTS])(results[0] + o)); break;
 
 /* The same for any numbers up to MOST_ROWS and OUTPUTS. */
 static void products(const float *weight, int64_t size, const float *all_inputs, int64_t rows, int64_t outputs, float all_results[][OUTPUTS]) {
@@ -176,19 +178,24 @@ static void products(const float *weight, int64_t size, const float *all_inputs,
         int64_t parts = (rows - done + MOST_AT_ONCE - 1) / MOST_AT_ONCE, now = (rows - done + parts - 1) / parts;
         const float *inputs = all_inputs + done * size;
         float (*results)[OUTPUTS] = all_results + done;
+        done += now;
+        for (int64_t output = 0; outputs < OUTPUTS && output < outputs; output++)
+            for (int64_t row = 0; row < now; row++)
+                results[row][output] = dot(weight + output * size, inputs + row * size, size);
+        if (outputs < OUTPUTS) continue;
+        int last = done == rows;
         switch (now) {
-            ROWS_CASE(1)
-            ROWS_CASE(2)
-            ROWS_CASE(3)
+            case 1: tile(weight, size, inputs, 1, results, last); break;
+            case 2: tile(weight, size, inputs, 2, results, last); break;
+            case 3: tile(weight, size, inputs, 3, results, last); break;
 #if MOST_AT_ONCE > 3
-            ROWS_CASE(4)
+            case 4: tile(weight, size, inputs, 4, results, last); break;
 #endif
 #if MOST_AT_ONCE > 4
-            ROWS_CASE(5)
-            ROWS_CASE(6)
+            case 5: tile(weight, size, inputs, 5, results, last); break;
+            case 6: tile(weight, size, inputs, 6, results, last); break;
 #endif
         }
-        done += now;
     }
 }
 
@@ -375,20 +382,25 @@ static void gate_and_up(const Step *step, const Block *block, Work work, int64_t
     }
 }
 
-/* The norm before each stage that needs one is cheap, and computed by every thread for itself would need a place each: the last piece of the
-   stage before does it. */
-static int64_t stage_size(const Step *step, const Block *block, int stage) {
+/* How much a stage has to do, of whatever it counts. */
+static int64_t stage_size(const Step *step, int64_t index, int stage) {
+    const Block *block = step->blocks + index;
     switch (stage) {
         case 0: return block->queries.outputs + block->keys.outputs + block->values.outputs;
         case 1: return step->row_count * (block->query_heads + block->key_heads);
         case 2: return step->row_count * block->key_heads;
         case 3: return block->out.outputs;
         case 4: return block->gate.outputs;
-        default: return block->down.outputs;
+        case 5: return block->down.outputs;
+        default: return step->head->outputs;
     }
 }
 
 static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to) {
+    if (stage == HEAD) {
+        linear(step->head, step->hidden, step->row_count, from, to, step->outputs, step->head->outputs, 0);
+        return;
+    }
     const Block *block = step->blocks + index;
     Work work = work_of(step, block);
     switch (stage) {
@@ -413,29 +425,32 @@ static void between(const Step *step, int64_t index, int stage) {
     if (stage == 5 && index + 1 < step->count) norm_rows(step, index + 1, step->blocks[index + 1].norm, step->blocks[index + 1].eps);
 }
 
+static void take_part_in(Step *step, int64_t index, int stage) {
+    int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
+    int64_t each = (size + pieces - 1) / pieces;
+    if (stage != 1 && stage != 2) each = (each + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+    pieces = (size + each - 1) / each;
+    _Atomic int32_t *taken = &step->stages[index * STAGES + stage % HEAD].taken, *done = &step->stages[index * STAGES + stage % HEAD].done;
+    for (;;) {
+        int64_t piece = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (piece >= pieces) break;
+        int64_t from = piece * each, to = from + each < size ? from + each : size;
+        compute(step, index, stage, from, to);
+        if (atomic_fetch_add_explicit(done, 1, memory_order_acq_rel) == pieces - 1) {
+            between(step, index, stage);
+            atomic_store_explicit(done, COMPLETE, memory_order_release);
+        }
+    }
+    for (int looks = 0; atomic_load_explicit(done, memory_order_acquire) != COMPLETE; looks++) {
+        if (looks < AWAKE) pause_a_moment();
+        else give_way();
+    }
+}
+
 static void take_part(Step *step) {
     for (int64_t index = 0; index < step->count; index++)
-        for (int stage = 0; stage < STAGES; stage++) {
-            int64_t size = stage_size(step, step->blocks + index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
-            int64_t each = (size + pieces - 1) / pieces;
-            if (stage != 1 && stage != 2) each = (each + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
-            pieces = (size + each - 1) / each;
-            _Atomic int32_t *taken = &step->stages[index * STAGES + stage].taken, *done = &step->stages[index * STAGES + stage].done;
-            for (;;) {
-                int64_t piece = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
-                if (piece >= pieces) break;
-                int64_t from = piece * each, to = from + each < size ? from + each : size;
-                compute(step, index, stage, from, to);
-                if (atomic_fetch_add_explicit(done, 1, memory_order_acq_rel) == pieces - 1) {
-                    between(step, index, stage);
-                    atomic_store_explicit(done, -1, memory_order_release); /* complete, what is between included */
-                }
-            }
-            for (int looks = 0; atomic_load_explicit(done, memory_order_acquire) != -1; looks++) {
-                if (looks < AWAKE) pause_a_moment();
-                else give_way();
-            }
-        }
+        for (int stage = 0; stage < STAGES; stage++) take_part_in(step, index, stage);
+    if (step->head) take_part_in(step, step->count, HEAD);
 }
 
 /* For every thread but the first: returns when the step is done, at once if it is already. */
@@ -447,7 +462,7 @@ EXPORT void petals_help(Step *step) {
 
 /* Computes the step. `stages` are all zero. */
 EXPORT void petals_step(Step *step) {
-    norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
+    if (step->count) norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
     atomic_store(&step->open, 1);
     take_part(step);
     atomic_store(&step->open, 0);

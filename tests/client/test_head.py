@@ -16,6 +16,11 @@ from petals_win.span.packed_linear import PackedLinear, packed_if_possible
 packs = isinstance(packed_if_possible(nn.Linear(8, 8).requires_grad_(False)), PackedLinear)
 
 
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
+
+
 @pytest.fixture
 def plain() -> nn.Linear:
     torch.manual_seed(0)

@@ -18,6 +18,11 @@ PLAIN = {"llama", "mistral", "qwen2", "qwen2-half-windows", "qwen2_moe", "qwen3"
 WITH_IMAGES = {"idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm"}  # their text
 
 
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
+
+
 def hidden_states(batch: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

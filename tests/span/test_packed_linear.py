@@ -18,6 +18,12 @@ from petals_win.span.packed_linear import PackedLinear, packed_if_possible
 from petals_win.span.span import Span
 from span.equal_spans import assert_equal_within_rounding
 
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
+
+
 needs_packing = pytest.mark.skipif(
     not packed_linear.can_pack(torch.float32), reason="this torch or processor has no oneDNN to pack weights for"
 )

@@ -16,6 +16,7 @@ from torch import nn
 from petals_win.host.threads import computing
 from petals_win.span.layouts import fastest_layout, lay_out
 from petals_win.span.linear import linear_weight
+from petals_win.span.native import NativeLinear
 from petals_win.span.packed_linear import packed_if_possible
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def fast_head(head: nn.Module, embedding: nn.Module) -> nn.Module:
     weight = linear_weight(head)
     if weight is None:
         return head
+    if (native := NativeLinear.of(head)) is not None:
+        return native
     shared = getattr(embedding, "weight", None)
     if shared is None or shared.data_ptr() != weight.data_ptr():
         return lay_out(head)

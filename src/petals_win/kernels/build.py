@@ -68,10 +68,13 @@ def build_if_changed(target: str) -> list[Path]:
             for library, processor in zip(libraries, variants.values(), strict=True):
                 output = Path(fresh, library.name)
                 command = [zig, "cc", "-target", triple, f"-mcpu={processor}", *_FLAGS.split(), source, "-o", output]
-                caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(root / "build" / f"zig-{_ZIG}-cache"))
+                cache = str(root / "build" / f"zig-{_ZIG}-cache")
+                caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
                 done = _run([*command, *linked_with.split()], caches, folder, _BUILD_S)
                 if done.returncode:
-                    raise UserError(f"The kernels could not be built. The compiler says: {done.stderr.strip()[-1500:]}")
+                    raise UserError(
+                        f"The kernels could not be built. The compiler says: {done.stderr.strip()[-1500:]}"
+                    )
             for library in libraries:
                 os.replace(Path(fresh, library.name), library)
         stamp.write_text(json.dumps([made_of, *map(_sha256, libraries)]), "utf-8")
@@ -89,7 +92,9 @@ def put_into_bin(target: str | None = None) -> None:
             try:
                 os.replace(shutil.copy2(library, folder), old)
             except PermissionError as e:
-                raise UserError(f"{old} cannot be replaced ({e.strerror}). End every running petals-win, then try again.") from e
+                raise UserError(
+                    f"{old} cannot be replaced ({e.strerror}). End every running petals-win, then try again."
+                ) from e
 
 
 def find_zig(root: Path) -> Path:
@@ -104,7 +109,15 @@ def find_zig(root: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-            command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--target", temporary, f"ziglang=={_ZIG}"]
+            command += [
+                "--no-deps",
+                "--no-compile",
+                "--only-binary",
+                ":all:",
+                "--target",
+                temporary,
+                f"ziglang=={_ZIG}",
+            ]
             done = _run(command, {}, folder.parent, _DOWNLOAD_S)
             if done.returncode:
                 raise UserError(
@@ -130,7 +143,9 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _run(command: Sequence[object], env: dict[str, str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: Sequence[object], env: dict[str, str], folder: Path, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             list(map(str, command)),

@@ -63,12 +63,14 @@ class Row(Structure):
 
 
 class Step(Structure):
-    """A step of some rows through some blocks."""
+    """A step of some rows through some blocks, a layer behind them, or both."""
 
     _fields_: ClassVar[Any] = [
         ("blocks", POINTER(Block)),
         ("rows", POINTER(Row)),
         *((name, c_void_p) for name in ("cosines", "sines", "hidden", "work")),
+        ("head", POINTER(Linear)),
+        ("outputs", c_void_p),
         *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside")),
         ("stages", c_void_p),
     ]
@@ -85,6 +87,21 @@ class Kernels:
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
         self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._helpers = 0
+
+    def linear(self, layer: Linear, inputs: torch.Tensor) -> torch.Tensor:
+        """Of at most MOST_ROWS rows [rows, inputs] in float32."""
+        inputs = inputs.contiguous()
+        outputs, stages = torch.empty(len(inputs), layer.outputs), (c_int32 * 2)()
+        step = Step(
+            hidden=inputs.data_ptr(),
+            head=ctypes.pointer(layer),
+            outputs=outputs.data_ptr(),
+            row_count=len(inputs),
+            threads=torch.get_num_threads(),
+            stages=ctypes.addressof(stages),
+        )
+        self.run(step)
+        return outputs
 
     def floats(self, block: Block, rows: int, width: int) -> int:
         """How many floats of memory a step of so many rows [width] needs for its work on a block."""

@@ -38,7 +38,7 @@ class NativeBlocks:
         self._kept: list[torch.Tensor] = []  # that addresses lead to
         made = [self._block(layer) for layer in decoder.layers]
         self._blocks = (Block * len(made))(*made)
-        self._width: int = self._kept[0].shape[-1]
+        self._width: int = decoder.config.hidden_size
         self._stages = (ctypes.c_int32 * (2 * STAGES * len(made)))()
         self._work = torch.empty(max(library.floats(block, MOST_ROWS, self._width) for block in made))
         self._rows = (Row * MOST_ROWS)()
@@ -82,7 +82,9 @@ class NativeBlocks:
         if by_row:
             tables = self._angles(torch.tensor([row.position for row in self._rows[:count]]))
         step = self._step
-        step.blocks = ctypes.cast(ctypes.byref(self._blocks, (start - self._start) * ctypes.sizeof(Block)), ctypes.POINTER(Block))
+        step.blocks = ctypes.cast(
+            ctypes.byref(self._blocks, (start - self._start) * ctypes.sizeof(Block)), ctypes.POINTER(Block)
+        )
         step.cosines, step.sines, step.turning = tables[0].data_ptr(), tables[1].data_ptr(), tables.shape[-1]
         step.hidden, step.row_count, step.count = hidden.data_ptr(), count, end - start
         step.threads = torch.get_num_threads()
@@ -117,18 +119,63 @@ class NativeBlocks:
             turns=bool(getattr(attention, "use_rope", True)),
         )
         if hasattr(attention, "q_norm"):
-            block.query_norm, block.query_eps = self._address(attention.q_norm.weight), attention.q_norm.variance_epsilon
+            block.query_norm, block.query_eps = (
+                self._address(attention.q_norm.weight),
+                attention.q_norm.variance_epsilon,
+            )
             block.key_norm, block.key_eps = self._address(attention.k_norm.weight), attention.k_norm.variance_epsilon
         return block
 
     def _linear(self, module: nn.Linear) -> Linear:
-        bias = None if module.bias is None else self._address(module.bias)
-        return Linear(self._address(module.weight), bias, module.out_features, module.in_features)
+        self._kept.extend(module.parameters())
+        return _layer(module)
 
     def _address(self, tensor: torch.Tensor) -> int:
         assert tensor.is_contiguous() and tensor.dtype is torch.float32
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+class NativeLinear(nn.Module):
+    """A frozen linear layer, by our kernels for few rows."""
+
+    def __init__(self, plain: nn.Linear, library: Kernels) -> None:
+        super().__init__()
+        self.plain, self._library = plain, library
+        self._layer = _layer(plain)
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> NativeLinear | None:
+        """None for a layer that kernels cannot compute. The weight stays the layer's own."""
+        library = kernels()
+        if library is None or type(layer) is not nn.Linear or layer.weight.requires_grad:
+            return None
+        if (
+            layer.weight.device.type != "cpu"
+            or layer.weight.dtype is not torch.float32
+            or not layer.weight.is_contiguous()
+        ):
+            return None
+        return cls(layer, library)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[outputs, inputs], as it was."""
+        return self.plain.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        learns = torch.is_grad_enabled() and inputs.requires_grad
+        if not 0 < len(rows) <= MOST_ROWS or learns or inputs.dtype is not torch.float32:
+            return self.plain(inputs)
+        return self._library.linear(self._layer, rows).view(*inputs.shape[:-1], -1)
+
+
+def _layer(module: nn.Linear) -> Linear:
+    """Its tensors stay where they are for as long as the module has them."""
+    bias = None if module.bias is None else module.bias.data_ptr()
+    return Linear(module.weight.data_ptr(), bias, module.out_features, module.in_features)
 
 
 def _linears(block: Any) -> list[nn.Module]:
@@ -146,7 +193,9 @@ def _held(cache: SessionCache, tokens: int) -> Sequence[Any]:
         if slots.window is not None:
             slots.make_room(tokens)
     if cache.places is None:
-        cache.places = [(Held * len(layers))(*(_place(slots, row) for slots in layers)) for row in range(layers[0].keys.shape[0])]
+        cache.places = [
+            (Held * len(layers))(*(_place(slots, row) for slots in layers)) for row in range(layers[0].keys.shape[0])
+        ]
     return cache.places
 
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.loading import load_parts
 from petals_win.models.source import ModelSource
+from petals_win.span import native
 from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
-from petals_win.span import native
 from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.probe import continues

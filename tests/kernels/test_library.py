@@ -1,0 +1,99 @@
+"""The compiled kernels: every variant computes the same, with as many threads as come, for any sizes."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from petals_win.daemon.build import this_target
+from petals_win.kernels import library
+from petals_win.kernels.build import library_names
+from petals_win.kernels.library import MOST_ROWS, Kernels, Linear, kernels
+
+ORDER = ("avx2", "avx512")  # a processor that has the later one has those before, too
+
+
+def variants() -> list[str]:
+    mine = library._VARIANTS[torch.backends.cpu.get_cpu_capability()]
+    names = library_names(this_target())
+    return [
+        name for name in names if mine not in ORDER or any(part in name for part in ORDER[: ORDER.index(mine) + 1])
+    ]
+
+
+def layer_of(module: nn.Linear) -> Linear:
+    bias = None if module.bias is None else module.bias.data_ptr()
+    return Linear(module.weight.data_ptr(), bias, module.out_features, module.in_features)
+
+
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("sizes", [(16, 8), (47, 301), (1, 1), (15, 3), (576, 1537)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_for_any_number_of_rows(name, sizes, bias):
+    torch.manual_seed(0)
+    ours, plain = Kernels(library._folder() / name), nn.Linear(*sizes, bias=bias).requires_grad_(False)
+    for rows in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(rows, sizes[0])
+        torch.testing.assert_close(ours.linear(layer_of(plain), inputs), plain(inputs), atol=2e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def helpers() -> int:
+    return sum(thread.name == "kernels" for thread in threading.enumerate())
+
+
+def test_threads_that_come_late_or_never_change_nothing(threads):
+    ours, plain = kernels(), nn.Linear(64, 500).requires_grad_(False)
+    assert ours is not None
+    inputs = torch.randn(3, 64)
+    right = plain(inputs)
+    before = helpers()
+    threads(4)
+    for _ in range(500):  # each a step that the helpers of the last one may still look at
+        torch.testing.assert_close(ours.linear(layer_of(plain), inputs), right, atol=1e-5, rtol=1e-5)
+    alone = Kernels(library._folder() / variants()[-1])
+    alone._helpers = MOST_ROWS  # of which there is none
+    torch.testing.assert_close(alone.linear(layer_of(plain), inputs), right, atol=1e-5, rtol=1e-5)
+    assert helpers() <= before + 3, "they are made once"
+
+
+def test_several_callers_at_once(threads):
+    ours, plain = kernels(), nn.Linear(64, 2000).requires_grad_(False)
+    assert ours is not None
+    threads(2)
+    inputs = [torch.randn(1 + number, 64) for number in range(8)]
+
+    def many(one: torch.Tensor) -> bool:
+        return all(torch.allclose(ours.linear(layer_of(plain), one), plain(one), atol=1e-5) for _ in range(50))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many, inputs))
+
+
+@pytest.fixture
+def anew():
+    kernels.cache_clear()
+    yield
+    kernels.cache_clear()
+
+
+def test_without_a_library_there_are_none_and_the_log_says_so(anew, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(library, "_folder", lambda: tmp_path)
+    with caplog.at_level("INFO"):
+        assert kernels() is None
+    assert "by torch alone" in caplog.text
+
+
+def test_a_processor_without_a_variant_has_none(anew, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ALTIVEC")
+    assert kernels() is None

@@ -1,0 +1,133 @@
+"""Plain blocks by our kernels: what transformers' code computes, for any mix of sessions, and taken where it may be."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from petals_win.models.source import open_model
+from petals_win.span.native import NativeBlocks, NativeLinear
+from petals_win.span.span import Span
+from span.families import FAMILIES
+from span.test_lean import PLAIN, WITH_IMAGES, hidden_states, usual
+
+DENSE = PLAIN - {"qwen2_moe", "qwen3_moe"}
+
+
+def is_native(span: Span) -> bool:
+    return span._joint._native is not None
+
+
+def test_which_families_take_it(checkpoint):
+    native = {family for family in FAMILIES if is_native(Span.load(open_model(str(checkpoint(family))), 0, 4))}
+    assert native == DENSE | WITH_IMAGES
+
+
+@pytest.mark.parametrize("family", sorted(DENSE))
+def test_it_computes_the_same(checkpoint, monkeypatch, family):
+    source = open_model(str(checkpoint(family)))
+    native, theirs = Span.load(source, 0, 4), usual(source, monkeypatch)
+    assert is_native(native) and native.weight_bytes == theirs.weight_bytes
+    chance = random.Random(0)
+    for batch, blocks in ((1, (0, 4)), (2, (1, 3))):  # blocks from the middle on, and beams
+        ours, other = native.open(batch, 60, *blocks, room=12), theirs.open(batch, 60, *blocks, room=12)
+        for tokens in (11, 1):
+            hidden = hidden_states(batch, tokens, chance.randrange(10**6))
+            torch.testing.assert_close(native.step(ours, hidden), theirs.step(other, hidden), atol=1e-5, rtol=1e-5)
+        for span, session in ((native, ours), (theirs, other)):
+            session.room = 60  # its keys and values move
+        for tokens in (1, 3, 1, 20, 1, 8, 1):  # past the windows of 8 tokens
+            hidden = hidden_states(batch, tokens, chance.randrange(10**6))
+            rows = torch.tensor([batch - 1 - row for row in range(batch)]) if tokens == 3 else None
+            outputs = [
+                span.step(session, hidden, hypo_ids=rows) for span, session in ((native, ours), (theirs, other))
+            ]
+            torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    hidden = hidden_states(2, 5, seed=1)
+    grads = [span.backward(hidden, hidden, 0, 4)[0] for span in (native, theirs)]  # by the same weights as before
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 20, "attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 4},  # none is shared
+        {"intermediate_size": 37, "head_dim": 6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 32},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_variants(checkpoint, monkeypatch, changes):
+    source = open_model(str(checkpoint("llama", **changes)))
+    native, theirs = Span.load(source, 0, 4), usual(source, monkeypatch)
+    assert is_native(native)
+    ours, other = native.open(1, 600), theirs.open(1, 600)
+    for number, tokens in enumerate((12, 1, 1, 290, 2, 1)):  # past what the rotary tables begin with
+        hidden = hidden_states(1, tokens, number)
+        torch.testing.assert_close(native.step(ours, hidden), theirs.step(other, hidden), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-half-windows"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sessions_that_come_and_go_together(checkpoint, monkeypatch, family, threads):
+    source = open_model(str(checkpoint(family)))
+    native, theirs = Span.load(source, 0, 4), usual(source, monkeypatch)
+    chance, before = random.Random(1), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pairs = []
+        for turn in range(25):
+            pairs = [pair for pair in pairs if chance.random() < 0.9 and pair[0].position < 80]
+            while len(pairs) < 6:
+                batch = chance.choice((1, 1, 2))
+                pair = native.open(batch, 100), theirs.open(batch, 100)
+                hidden = hidden_states(batch, chance.randrange(1, 30), chance.randrange(10**6))
+                torch.testing.assert_close(
+                    native.step(pair[0], hidden), theirs.step(pair[1], hidden), atol=1e-5, rtol=1e-5
+                )
+                pairs.append(pair)
+            together, right = [], []
+            for ours, other in pairs:
+                hidden = hidden_states(ours.batch_size, chance.choice((1, 1, 1, 2)), chance.randrange(10**6))
+                together.append((native.begin(ours, hidden), 2))
+                right.append(theirs.step(other, hidden))
+            native.advance(together)
+            for (step, _), expected in zip(together, right, strict=True):
+                torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"quant": "int4"}])
+def test_what_it_is_not_for(checkpoint, settings):
+    span = Span.load(open_model(str(checkpoint("llama"))), 0, 4, **settings)
+    assert not is_native(span) and span._joint.works
+
+
+def test_kernels_that_compute_something_else_are_not_used(checkpoint, monkeypatch, caplog):
+    monkeypatch.setattr(NativeBlocks, "run", lambda self, parts, start, end: [1.01 * part for _, part in parts])
+    with caplog.at_level("INFO"):
+        span = Span.load(open_model(str(checkpoint("llama"))), 0, 4)
+    assert not is_native(span) and span._joint.is_lean and "The kernels are not used" in caplog.text
+
+
+def test_a_layer(checkpoint):
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 301).requires_grad_(False)
+    native = NativeLinear.of(plain)
+    assert native is not None and native.weight is plain.weight
+    for rows in (1, 3, 16, 17, 40):
+        inputs = torch.randn(rows, 1, 48)
+        torch.testing.assert_close(native(inputs), plain(inputs), atol=1e-5, rtol=1e-5)
+    inputs = torch.randn(6, 1, 48, requires_grad=True)
+    grads = [torch.autograd.grad(layer(inputs).sum(), inputs)[0] for layer in (native, plain)]
+    torch.testing.assert_close(*grads)
+    assert native(inputs.detach().double().float()[:0]).shape == (0, 1, 301)
+    for other in (nn.Linear(4, 4), plain.to(torch.bfloat16), nn.Identity()):
+        assert NativeLinear.of(other) is None
