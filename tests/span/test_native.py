@@ -37,8 +37,7 @@ def test_it_computes_the_same(checkpoint, monkeypatch, family):
         for tokens in (11, 1):
             hidden = hidden_states(batch, tokens, chance.randrange(10**6))
             torch.testing.assert_close(native.step(ours, hidden), theirs.step(other, hidden), atol=1e-5, rtol=1e-5)
-        for span, session in ((native, ours), (theirs, other)):
-            session.room = 60  # its keys and values move
+        ours.room = other.room = 60  # keys and values move
         for tokens in (1, 3, 1, 20, 1, 8, 1):  # past the windows of 8 tokens
             hidden = hidden_states(batch, tokens, chance.randrange(10**6))
             rows = torch.tensor([batch - 1 - row for row in range(batch)]) if tokens == 3 else None
@@ -82,7 +81,7 @@ def test_sessions_that_come_and_go_together(checkpoint, monkeypatch, family, thr
     torch.set_num_threads(threads)
     try:
         pairs = []
-        for turn in range(25):
+        for _ in range(25):
             pairs = [pair for pair in pairs if chance.random() < 0.9 and pair[0].position < 80]
             while len(pairs) < 6:
                 batch = chance.choice((1, 1, 2))

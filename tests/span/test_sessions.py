@@ -224,6 +224,7 @@ def test_tokens_are_taken_back(span):
 
 def fail_at_second_call(session: Session, block: int):
     """A GPU out of memory, say."""
+    session.open_cache.places = None
     slots: Any = session.open_cache.layers[block - session.start]
     calls = 0
 
@@ -237,7 +238,7 @@ def fail_at_second_call(session: Session, block: int):
 
         return call
 
-    slots.update, slots.append = failing(slots.update), failing(slots.append)
+    slots.update, slots.append, slots.place = failing(slots.update), failing(slots.append), failing(slots.place)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])

@@ -43,7 +43,7 @@ class JointPass:
         self._decoder = decoder
         self._device, self._dtype = device, dtype
         self._lean: LeanBlocks | None = None
-        self._native: NativeBlocks | None = None
+        self._native: NativeBlocks | None = None  # for as many rows as it takes; beside it, _lean is there for more
         self.works = False
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
@@ -52,12 +52,16 @@ class JointPass:
             # By the length that a cache tells, which a joint one cannot; the few rows of a trial would not show it.
             logger.info("Sessions are computed one by one: this model scales queries by how long a session is")
             return
+        self._native = NativeBlocks.of(self._decoder, self._dtype, self._device)
+        if self._native is not None:
+            self._lean = LeanBlocks.of(self._decoder, join=False)
+            if self._agrees(shapes, exact, "The kernels are not used"):
+                self.works = True
+                return
+            self._native = None
         self._lean = LeanBlocks.of(self._decoder)
         if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):
             self.works = True
-            self._native = NativeBlocks.of(self._decoder, self._dtype, self._device)
-            if self._native is not None and not self._agrees(shapes, exact, "The kernels are not used"):
-                self._native = None
             return
         self._lean = None
         self.works = self._agrees(shapes, exact, "Sessions are computed one by one")

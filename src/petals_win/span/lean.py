@@ -41,19 +41,19 @@ class Attention(Protocol):
 class LeanBlocks:
     """The blocks of a decoder, all of the plain kind. Weights are the decoder's own."""
 
-    def __init__(self, decoder: CutDecoder, rotary: nn.Module) -> None:
+    def __init__(self, decoder: CutDecoder, rotary: nn.Module, join: bool) -> None:
         self._start = decoder.start
         self._rotary = rotary
-        self._blocks = [_LeanBlock(decoder.start + number, layer) for number, layer in enumerate(decoder.layers)]
+        self._blocks = [_LeanBlock(decoder.start + number, layer, join) for number, layer in enumerate(decoder.layers)]
 
     @classmethod
-    def of(cls, decoder: CutDecoder) -> LeanBlocks | None:
-        """None: the blocks are of another kind."""
+    def of(cls, decoder: CutDecoder, join: bool = True) -> LeanBlocks | None:
+        """None: the blocks are of another kind. join: let weights that read the same become parts of one, which few rows gain by."""
         rotary = decoder.part("rotary_emb")
         model_type = decoder.config.model_type
         if rotary is None or not all(is_plain(layer, model_type) for layer in decoder.layers):
             return None
-        return cls(decoder, rotary)
+        return cls(decoder, rotary, join)
 
     def run(
         self, hidden: torch.Tensor, start: int, end: int, position_ids: torch.Tensor, attend: Attention
@@ -68,21 +68,21 @@ class LeanBlocks:
 
 
 class _LeanBlock:
-    def __init__(self, index: int, block: Any) -> None:
+    def __init__(self, index: int, block: Any, join: bool) -> None:
         attention: Any = block.self_attn
         self._index, self._attention = index, attention
         self._size: int = attention.head_dim
         self._turns = bool(getattr(attention, "use_rope", True))
         self._norm, self._norm_of_mlp = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        self._project = _side_by_side(projections)
+        self._project = _side_by_side(projections, join)
         self._heads = [module.out_features // self._size for module in projections]
         names = ("q_norm", "k_norm")
         self._head_norms = (
             [_norm(getattr(attention, name)) for name in names] if hasattr(attention, "q_norm") else None
         )
         self._add_attention = _adding(attention.o_proj)
-        self._add_mlp = _adding_mlp(block.mlp)
+        self._add_mlp = _adding_mlp(block.mlp, join)
 
     def __call__(
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], attend: Attention
@@ -110,11 +110,11 @@ def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(heads * cos, heads.roll(turning // 2, -1), sin)
 
 
-def _side_by_side(modules: Sequence[Any]) -> _Layer:
-    """The outputs of linear layers, one behind the other in the last dimension. Their weights become parts of one."""
+def _side_by_side(modules: Sequence[Any], join: bool) -> _Layer:
+    """The outputs of linear layers, one behind the other in the last dimension. Their weights become parts of one if they may."""
     found = [linear_weight(module) for module in modules]
     weights = [weight for weight in found if weight is not None and not weight.requires_grad]
-    if len(weights) < len(found) or len({module.bias is None for module in modules}) > 1:
+    if not join or len(weights) < len(found) or len({module.bias is None for module in modules}) > 1:
         return lambda inputs: torch.cat([module(inputs) for module in modules], dim=-1)
     sizes = [module.out_features for module in modules]
     by_columns = weights[0].stride(0) == 1
@@ -151,11 +151,11 @@ def _norm(module: Any) -> _Layer:
     return norm
 
 
-def _adding_mlp(module: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _adding_mlp(module: Any, join: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if not _is_gated(module):
         # Experts, of which each row chooses some.
         return lambda hidden, inputs: hidden + _first(module(inputs[None]))[0]
-    gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj]), _adding(module.down_proj)
+    gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj], join), _adding(module.down_proj)
     activate, size = module.act_fn, module.gate_proj.out_features
 
     def add(hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
