@@ -1,105 +1,117 @@
 """Answers of the default model that are held to JSON schemas by chance: how many are valid, and what it costs.
 
-Run by scripts/schemas, in .venv. Each answer at temperature 1 is followed by a free one to the same question with as many tokens, in
-the engine "local" of this process, so that what else the PC does meets both alike.
+Run by scripts/schemas, in .venv, on the engine "local" of this process. Some schemas are answered one by one and in groups, each
+group with a schema and then free with as many tokens; ratios of speeds are made within groups. The others are answered at once.
+The exit code is 1 if an answer that ended by itself is invalid, more were cut off or refused than should be, or it costs too much.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import sys
-import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-import jsonschema
-
+from petals_win.bench.figures import Rounds
+from petals_win.bench.held import Asker, Held, Schema
 from petals_win.bench.random_schemas import random_schemas
-from petals_win.engines.base import Constraint, Engine, Finished, GenerationRequest, Token, Usage
 from petals_win.engines.registry import EngineSettings, find_engine
-from petals_win.errors import UserError
 from petals_win.models.source import DEFAULT_MODEL
 
-QUESTION = "Make up an example of JSON that fits this JSON schema. Answer with nothing else.\n"
-
-
-# Of a schema: refused by name, or its answer is cut off by its length, or ended by itself.
 ENDS = ("valid", "invalid", "cut off", "refused")
+MOST_CUT_OFF, MOST_REFUSED, LEAST_RATIO = 0.05, 0.1, 0.9
 
 
-async def answer(engine: Engine, asked: GenerationRequest) -> tuple[str, str, int, float]:
-    """Text, reason of the end, tokens, and seconds of all of it."""
-    began, text, reason, tokens = time.perf_counter(), "", "", 0
-    async for event in engine.generate(asked):
-        match event:
-            case Token(piece):
-                text += piece
-            case Finished(reason):
-                pass
-            case Usage(_, tokens):
-                pass
-    return text, reason, tokens, time.perf_counter() - began
+class Found:
+    """What is known so far; each answer is a line of the standard error output."""
+
+    def __init__(self) -> None:
+        self.ends, self.rounds, self.tokens = Counter[str](), Rounds(), 0
+
+    def count(self, held: Held) -> None:
+        self.ends[held.end] += 1
+        self.tokens += held.tokens
+        so_far = ", ".join(f"{self.ends[end]} {end}" for end in ENDS)
+        print(f"{held.number}: {held.end}, {held.tokens} tokens. {so_far}", file=sys.stderr, flush=True)
+        if held.end != "valid":
+            print(f"   {json.dumps(held.schema)}\n   {held.text[-500:]}", file=sys.stderr, flush=True)
+
+    def figures(self) -> dict[str, Any]:
+        asked = max(1, self.ends.total())
+        shares = {f"{end.replace(' ', '_')}_share": round(self.ends[end] / asked, 3) for end in ENDS}
+        values = self.rounds.values
+        sizes = sorted({int(name.rpartition("_")[2]) for name in values})
+        speeds = {name: round(self.rounds.median(name), 2) for name in values}
+        ratios = {f"ratio_{size}": round(self.rounds.ratio(f"held_{size}", f"free_{size}"), 3) for size in sizes}
+        return {"schemas": self.ends.total(), **shares, "tokens": self.tokens, **speeds, **ratios}
 
 
-def verdict(schema: dict[str, Any], text: str, reason: str) -> str:
-    if reason == "length":
-        return "cut off"
-    try:
-        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
-    except (ValueError, jsonschema.ValidationError):
-        return "invalid"
-    return "valid"
-
-
-async def measure(count: int, seed: int, most: int, seconds: float) -> dict[str, Any]:
+async def measure(asked: argparse.Namespace, found: Found) -> None:
     engine = await asyncio.to_thread(find_engine("local"), EngineSettings(DEFAULT_MODEL))
     await engine.start(lambda why: sys.exit(str(why)))
-    ends, tokens, held_s, free_s = Counter[str](), 0, 0.0, 0.0
-    began = time.perf_counter()
-    model = engine.models()[0].id
+    asker = Asker(engine, asked.tokens)
+    schemas: Iterator[tuple[int, Schema]] = enumerate(random_schemas(asked.count, asked.seed))
+    schemas = itertools.islice(schemas, asked.skip, None)
     try:
-        for number, schema in enumerate(random_schemas(count, seed)):
-            if time.perf_counter() - began > seconds and number > 1:
-                break
-            messages = ({"role": "user", "content": QUESTION + json.dumps(schema, ensure_ascii=False)},)
-            asked: dict[str, Any] = {"model": model, "messages": messages, "temperature": 1.0, "seed": number}
-            constraint = Constraint("json_schema", json.dumps(schema))
-            # So that both find the prompt computed.
-            await answer(engine, GenerationRequest(**asked, max_tokens=1))
-            try:
-                text, reason, n, took = await answer(
-                    engine, GenerationRequest(**asked, constraint=constraint, max_tokens=most)
-                )
-            except UserError as e:
-                ends["refused"] += 1
-                print(f"{number}: refused. {e}", file=sys.stderr, flush=True)
+        for size in [each for each in (1, asked.at_once) for _ in range(asked.groups)]:
+            group = list(itertools.islice(schemas, size))
+            if not group or (timed := await asker.speeds(group)) is None:
                 continue
-            *_, m, free_took = await answer(engine, GenerationRequest(**asked, max_tokens=n, ignore_eos=True))
-            ends[found := verdict(schema, text, reason)] += 1
-            print(f"{number}: {found}, {n} tokens, {n / took:.1f} and {m / free_took:.1f} tokens/s", file=sys.stderr)
-            if found == "invalid":
-                print(f"{json.dumps(schema)}\n{text}", file=sys.stderr)
-            if number:
-                tokens, held_s, free_s = tokens + n, held_s + took, free_s + free_took
+            answers, held, free = timed
+            found.rounds.add(f"held_{size}", held)
+            found.rounds.add(f"free_{size}", free)
+            print(f"{size} at once: {held:.1f} tokens/s, free {free:.1f}", file=sys.stderr, flush=True)
+            for each in answers:
+                found.count(each)
+        async for each in asker.ends(schemas, asked.at_once):
+            found.count(each)
     finally:
         await engine.close()
-    speeds = {"tokens_per_s": tokens / held_s, "free_tokens_per_s": tokens / free_s, "ratio": free_s / held_s}
-    asked = ends.total()
-    shares = {f"{end.replace(' ', '_')}_share": round(ends[end] / asked, 3) for end in ENDS}
-    return {"schemas": asked, **shares, "tokens": tokens, **{name: round(value, 3) for name, value in speeds.items()}}
+
+
+async def within(seconds: float, asked: argparse.Namespace, found: Found) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await measure(asked, found)
+    except TimeoutError:
+        print(f"{seconds:.0f} s are over", file=sys.stderr)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/schemas", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=200, help="schemas, at least 2 (default: 200)")
+    parser.add_argument("--count", type=int, default=200, help="schemas (default: 200)")
+    parser.add_argument("--skip", type=int, default=0, help="so many of these, which were asked before")
     parser.add_argument("--seed", type=int, default=14, help="of the schemas (default: 14)")
-    parser.add_argument("--tokens", type=int, default=400, help="of an answer at most (default: 400)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no schema after so long")
+    parser.add_argument("--tokens", type=int, default=2048, help="of an answer at most (default: 2048)")
+    parser.add_argument("--at-once", type=int, default=8, help="answers (default: 8)")
+    parser.add_argument(
+        "--groups", type=int, default=7, help="of one answer and of several that are timed (default: 7)"
+    )
+    parser.add_argument("--seconds", type=float, default=None, help="end after so long with what is known")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args()
-    print(json.dumps(asyncio.run(measure(max(2, asked.count), asked.seed, asked.tokens, asked.seconds))))
-    return 0
+    found = Found()
+    asyncio.run(within(asked.seconds, asked, found))
+    figures = found.figures()
+    if asked.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name.replace('_', ' '):28}{value}")
+    ratios = [value for name, value in figures.items() if name.startswith("ratio")]
+    missed = [
+        *(["an answer is invalid"] if found.ends["invalid"] else []),
+        *(["too many are cut off"] if figures["cut_off_share"] > MOST_CUT_OFF else []),
+        *(["too many are refused"] if figures["refused_share"] > MOST_REFUSED else []),
+        *(["a schema costs too much time"] if min(ratios, default=1.0) < LEAST_RATIO else []),
+    ]
+    for sentence in missed:
+        print(f"missed: {sentence}", file=sys.stderr)
+    return 1 if missed or not found.ends else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Many streaming clients of `petals-win up` for a minute: whether each gets a whole answer or a clean 429, and what is left of it.
 
-Run by scripts/soak, in .venv. Memory is that of all processes, ten seconds after the beginning and at the end; speed is that of
+Run by scripts/soak, in .venv. The exit code is 1 if a client got anything else, an answer was silent for longer than pings are
+apart, more memory is taken at the end than allowed, or one question alone is slower than before. Memory is that of all processes, ten seconds after the beginning and at the end; speed is that of
 one question before all others and after them. Texts are shorter than a page of kept states, so nodes keep nothing of them on purpose.
 """
 
@@ -20,6 +21,10 @@ from petals_win.models.source import DEFAULT_MODEL
 
 TOKENS = 32  # of an answer
 SETTLED_S = 10.0
+MOST_SILENCE_S = 30.0  # an answer begins within 10 s, be it by nothing yet, and pings come every 15 s
+MOST_MEMORY = 1.05  # of what was taken when all had begun
+LEAST_SPEED = 0.85  # of one question, which is not measured better than that
+MOST_STILL_S = 5.0
 QUESTIONS = 3  # of which the fastest counts: what else the PC does makes a question slower, never faster
 
 
@@ -49,6 +54,8 @@ async def measure(running: Up, clients: int, seconds: float) -> dict[str, Any]:
         "answers": found.answers,
         "refused": found.refused,
         "wrong": dict(found.wrong),
+        "longest_silence_s": round(found.longest_silence_s, 1),
+        "stood_still_s": round(found.stood_still_s, 1),
         "tokens_per_s": round(found.tokens / took, 2),
         "settled_mib": round(settled / 2**20),
         "memory_mib": round(memory / 2**20),
@@ -56,6 +63,21 @@ async def measure(running: Up, clients: int, seconds: float) -> dict[str, Any]:
         "alone_before_tokens_per_s": round(before, 2),
         "alone_after_tokens_per_s": round(after, 2),
     }
+
+
+def missed(found: dict[str, Any]) -> list[str]:
+    """The bounds that the figures do not keep, a sentence each."""
+    if found["stood_still_s"] > MOST_STILL_S:
+        return [f"This PC stood still for {found['stood_still_s']} s, so nothing can be said. Measure again."]
+    checks = {
+        f"some clients got neither a whole answer nor a clean 429: {found['wrong']}": not found["wrong"],
+        "no client got an answer": found["answers"] > 0,
+        f"an answer was silent for {found['longest_silence_s']} s": found["longest_silence_s"] <= MOST_SILENCE_S,
+        f"memory grew to {found['memory_ratio']} of what it was": found["memory_ratio"] <= MOST_MEMORY,
+        "one question is slower than before": found["alone_after_tokens_per_s"]
+        >= LEAST_SPEED * found["alone_before_tokens_per_s"],
+    }
+    return [sentence for sentence, kept in checks.items() if not kept]
 
 
 def main() -> int:
@@ -71,7 +93,9 @@ def main() -> int:
     else:
         for name, value in found.items():
             print(f"{name.replace('_', ' '):28}{value}")
-    return 1 if found["wrong"] else 0
+    for sentence in (sentences := missed(found)):
+        print(f"missed: {sentence}", file=sys.stderr)
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_an_answer_that_breaks_is_told():
 
 
 def test_http_costs_little_for_each_token():
-    found = asyncio.run(asyncio.wait_for(measure(Talkative(0.0), "x", tokens=1500, rounds=3), 120))
+    (found,) = asyncio.run(asyncio.wait_for(measure(Talkative(0.0), "x", [(1500, 3)]), 120))
     by_http, by_python = (1000 / found.median(f"{side}_tokens_per_s") for side in ("http", "python"))
     assert by_http - by_python < MOST_MS
     assert min(found.values["http_first_s"]) < 0.2
@@ -59,7 +59,7 @@ def test_http_costs_little_for_each_token():
 
 def test_an_answer_of_another_length_is_no_measurement():
     with pytest.raises(RuntimeError, match="30 tokens was asked for, and 20"):
-        asyncio.run(asyncio.wait_for(measure(_Short(0.0), "x", tokens=30, rounds=1), 60))
+        asyncio.run(asyncio.wait_for(measure(_Short(0.0), "x", [(30, 1)]), 60))
 
 
 class _Short(FakeEngine):

@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -51,27 +51,34 @@ class Timed:
         return self.tokens / self.whole_s
 
 
-async def measure(engine: Engine, prompt: str, *, tokens: int, rounds: int) -> Rounds:
-    """Greedy answers of so many tokens, by HTTP and by Python in turns: tokens_per_s and first_s of each by round.
+async def measure(engine: Engine, prompt: str, kinds: Sequence[tuple[int, int]]) -> list[Rounds]:
+    """Greedy answers by HTTP and by Python in turns: tokens_per_s and first_s of each by round.
 
-    The engine is running, and is closed at the end.
+    `kinds` says how many tokens an answer has, and how many rounds of such answers there are; each has its Rounds in the result. The
+    engine is running, and is closed at the end.
     """
-    found = Rounds()
     async with _served(engine) as port, _client(port) as by_http:
-        asked: dict[str, Any] = {"model": engine.models()[0].id, "prompt": prompt}
-        exact: dict[str, Any] = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
-        request = GenerationRequest(**asked, **exact)
-        body = {**asked, **exact, "stream": True, "stream_options": {"include_usage": True}}
-        for number in range(rounds + 1):
-            # Each is first in every second round.
-            for over_http in (True, False) if number % 2 else (False, True):
-                timed = await (by_http(body) if over_http else _from_python(engine, request))
-                if timed.tokens != tokens:
-                    raise RuntimeError(f"An answer of {tokens} tokens was asked for, and {timed.tokens} came")
-                if number:  # the one before all others pays for what is made once
-                    side = "http" if over_http else "python"
-                    found.add(f"{side}_tokens_per_s", timed.tokens_per_s)
-                    found.add(f"{side}_first_s", timed.first_s)
+        return [await _in_turns(engine, by_http, prompt, tokens, rounds) for tokens, rounds in kinds]
+
+
+async def _in_turns(
+    engine: Engine, by_http: Callable[[dict[str, Any]], Awaitable[Timed]], prompt: str, tokens: int, rounds: int
+) -> Rounds:
+    found = Rounds()
+    asked: dict[str, Any] = {"model": engine.models()[0].id, "prompt": prompt}
+    exact: dict[str, Any] = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+    request = GenerationRequest(**asked, **exact)
+    body = {**asked, **exact, "stream": True, "stream_options": {"include_usage": True}}
+    for number in range(rounds + 1):
+        # Each is first in every second round.
+        for over_http in (True, False) if number % 2 else (False, True):
+            timed = await (by_http(body) if over_http else _from_python(engine, request))
+            if timed.tokens != tokens:
+                raise RuntimeError(f"An answer of {tokens} tokens was asked for, and {timed.tokens} came")
+            if number:  # the one before all others pays for what is made once
+                side = "http" if over_http else "python"
+                found.add(f"{side}_tokens_per_s", timed.tokens_per_s)
+                found.add(f"{side}_first_s", timed.first_s)
     return found
 
 

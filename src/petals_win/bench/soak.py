@@ -9,24 +9,30 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 _SILENCE_S = 120.0  # without an event, before an answer counts as hanging
+_LOOK_S = 0.5
 _MOST_PAUSE_S = 10.0  # that a client waits after a 429, whatever Retry-After says
 
 
 @dataclass
 class Soaked:
-    """What came: whole answers with their tokens, requests that were refused as they should be, and what is wrong, by kind."""
+    """What came: whole answers with their tokens, requests that were refused as they should be, and what is wrong, by kind.
+
+    The longest time in seconds in which an answer that had not come to its end sent nothing, not even a ping; and for how long
+    this process stood still at once, because it was stopped or the PC slept: then times are of no use.
+    """
 
     answers: int = 0
     tokens: int = 0
     refused: int = 0
     wrong: Counter[str] = field(default_factory=Counter)
+    longest_silence_s: float = 0.0
+    stood_still_s: float = 0.0
 
 
 async def soak(url: str, model: str, *, clients: int, seconds: float, tokens: int) -> Soaked:
@@ -53,13 +59,25 @@ async def soak(url: str, model: str, *, clients: int, seconds: float, tokens: in
                     return
                 await asyncio.sleep(min(pause, left))
 
-        await asyncio.gather(*(ask_on(number) for number in range(clients)))
+        looking = asyncio.create_task(_look_at_the_clock(found))
+        try:
+            await asyncio.gather(*(ask_on(number) for number in range(clients)))
+        finally:
+            looking.cancel()
     return found
+
+
+async def _look_at_the_clock(found: Soaked) -> None:
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(_LOOK_S)
+        found.stood_still_s = max(found.stood_still_s, time.monotonic() - before - _LOOK_S)
 
 
 async def _ask(http: httpx.AsyncClient, url: str, body: dict[str, Any], found: Soaked) -> float:
     """One answer, counted. Returns how many seconds to wait before the next."""
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    heard = time.monotonic()
     async with http.stream("POST", f"{url}/v1/completions", json=asked) as response:
         if response.status_code == 429:
             error = json.loads(await response.aread())["error"]
@@ -71,7 +89,12 @@ async def _ask(http: httpx.AsyncClient, url: str, body: dict[str, Any], found: S
             found.wrong[f"status {response.status_code}"] += 1
             return 1.0
         reason, counted, done = None, 0, False
-        async for data in _data(response):
+        async for line in response.aiter_lines():
+            before, heard = heard, time.monotonic()
+            found.longest_silence_s = max(found.longest_silence_s, heard - before)
+            if not line.startswith("data: "):
+                continue
+            data = line.removeprefix("data: ")
             if done := data == "[DONE]":
                 continue
             chunk = json.loads(data)
@@ -87,9 +110,3 @@ async def _ask(http: httpx.AsyncClient, url: str, body: dict[str, Any], found: S
     found.answers += 1
     found.tokens += counted
     return 0.0
-
-
-async def _data(response: httpx.Response) -> AsyncIterator[str]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: "):
-            yield line.removeprefix("data: ")

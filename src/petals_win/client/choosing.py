@@ -80,14 +80,19 @@ class Sampler:
         # Before the processors, some of which keep the likeliest tokens only.
         allowed = logits if forbidden is None else logits.masked_fill(forbidden, _NEVER)
         scores = self._processors(ids, allowed)  # pyright: ignore[reportArgumentType]
-        if forbidden is not None:
+        if forbidden is not None and self._processors:
             scores = scores.masked_fill(forbidden, _NEVER)  # some processors force a token
             if scores.max() == _NEVER:
                 scores = allowed  # and a model's own settings may forbid all that its answer can go on with
-        token = self._draw(scores)
+        token = self._draw(scores) if forbidden is None else self._draw_of_few(scores)
         if self._guide is not None:
             self._guide.took(token)
         return token
+
+    def _draw_of_few(self, scores: torch.Tensor) -> int:
+        """As `_draw`; a random number for each token of a vocabulary takes as long as all the rest, and most are left out here."""
+        kept = (scores[0] != _NEVER).nonzero()[:, 0]
+        return int(kept[self._draw(scores[:, kept])])
 
     def _draw(self, scores: torch.Tensor) -> int:
         if self._generator is None:

@@ -23,6 +23,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.hf import from_tokenizer
 
 from petals_win.engines.base import Constraint
+from petals_win.engines.json_bounds import JsonBounds, JsonTokens
 from petals_win.engines.tokens import Language
 from petals_win.errors import UserError
 
@@ -35,12 +36,15 @@ _RULES = 1000  # of a grammar
 _STACK = 2**24  # bytes
 _LEXER_STATES = 50_000  # up to 2 kB each
 _LONGEST_REASON = 300  # characters
-# Between the parts of JSON. Some models would go on with blanks for ever.
-_BLANKS = r"[ \t]?|\n[ \t]{0,40}"
+# JSON in one line, as OpenAI's servers write it: whatever else stands between its parts says nothing, each token of it takes a
+# step, and small models go on with it.
+_OPTIONS: Any = {"whitespace_pattern": " ?"}
 _THOUGHTS_BEGIN, _THOUGHTS_END = "<think>", "</think>"
 _TAIL = 8  # tokens; enough for either of those
 _VALUES = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 _FORMATS = "date date-time duration email hostname ipv4 ipv6 time uri uuid".split()  # that llguidance knows
+# How long a text can be that means something: a fraction of a second has nine digits, and names on the Internet have limits.
+_LONGEST_OF_FORMAT = {"date-time": 40, "duration": 40, "time": 40, "email": 254, "hostname": 253}
 
 _WHAT = {
     "json_schema": "The JSON schema cannot be used",
@@ -74,7 +78,9 @@ class Constraints:
             raise UserError(f"{what}: {_sentence(str(e))}") from e
         tokenizer = self._language.tokenizer
         thinks = tokenizer.decode(end, skip_special_tokens=False).rstrip().endswith(_THOUGHTS_BEGIN)
-        return AnswerGuide(matcher, self._language, what, tokenizer if thinks else None)
+        is_json = constraint.kind == "json_schema" or constraint.kind == "grammar" and "%json" in constraint.text
+        bounds = JsonBounds(self._json_tokens) if is_json else None
+        return AnswerGuide(matcher, self._language, what, tokenizer if thinks else None, bounds)
 
     def _matcher(self, constraint: Constraint) -> LLMatcher:
         """Raises ValueError."""
@@ -84,14 +90,17 @@ class Constraints:
         table = self._table
         if constraint.kind == "json_schema":
             schema = as_understood(_parsed(text))
-            options: Any = {"whitespace_pattern": _BLANKS}
-            return _matcher_of(table, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+            return _matcher_of(table, LLMatcher.grammar_from_json_schema(json.dumps(schema)))
         if constraint.kind == "regex":
             return _matcher_of(table, LLMatcher.grammar_from_regex(text))
         lark = _as_lark(text)
         for schema in _schemas_within(lark):
             _check_depth(schema)
         return _matcher_of(table, LLMatcher.grammar_from_lark(lark))
+
+    @functools.cached_property
+    def _json_tokens(self) -> JsonTokens:
+        return JsonTokens(self._table, self._language.vocabulary)
 
     @functools.cached_property
     def _table(self) -> LLTokenizer:
@@ -109,9 +118,11 @@ class Constraints:
 class AnswerGuide:
     """Implements Guide for one answer: what may come next is computed in another thread while a step is away."""
 
-    def __init__(self, matcher: LLMatcher, language: Language, what: str, thinking: Any | None) -> None:
+    def __init__(
+        self, matcher: LLMatcher, language: Language, what: str, thinking: Any | None, bounds: JsonBounds | None
+    ) -> None:
         """`thinking` is the tokenizer, if the answer begins with thoughts. Raises UserError if nothing can be the answer."""
-        self._matcher, self._vocabulary, self._what = matcher, language.vocabulary, what
+        self._matcher, self._vocabulary, self._what, self._bounds = matcher, language.vocabulary, what, bounds
         self._thinking, self._thoughts = thinking, list[int]()
         self._next: Future[torch.Tensor] = Future()
         self._next.set_result(self._forbidden())
@@ -130,6 +141,8 @@ class AnswerGuide:
 
     def _follow(self, token: int) -> torch.Tensor:
         self._matcher.consume_token(token)
+        if self._bounds is not None:
+            self._bounds.took(token)
         return self._forbidden()
 
     def _forbidden(self) -> torch.Tensor:
@@ -139,7 +152,11 @@ class AnswerGuide:
         if self._matcher.is_error():
             dead = self._matcher.stop_reason() == "NoExtensionBias"
             raise UserError(f"{self._what}: {_sentence('NoExtensionBias' if dead else self._matcher.get_error())}")
-        return torch.frombuffer(bias, dtype=torch.uint8)[: self._vocabulary] == 0
+        forbidden = torch.frombuffer(bias, dtype=torch.uint8)[: self._vocabulary] == 0
+        for unwanted in self._bounds.unwanted() if self._bounds is not None else ():
+            if not (more := forbidden | unwanted).all():
+                return more
+        return forbidden
 
 
 @functools.cache
@@ -177,14 +194,16 @@ def _parsed(text: str) -> Any:
 
 
 def as_understood(schema: Any) -> Any:
-    """A JSON schema without formats that are not known here: by JSON Schema's rules those say nothing about what is valid.
+    """A JSON schema as llguidance is to read it, which says how the JSON is written, too.
 
+    Formats that are not known here are left out: by JSON Schema's rules those say nothing about what is valid. Texts of those
+    that are known get a bound where they have none.
     Raises ValueError for what is no object, or too deep.
     """
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
     _check_depth(schema)
-    return _with_known_formats(schema)
+    return {**_with_known_formats(schema), "x-guidance": _OPTIONS}
 
 
 def _with_known_formats(schema: Any) -> Any:
@@ -192,11 +211,18 @@ def _with_known_formats(schema: Any) -> Any:
         return [_with_known_formats(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
+    understood = {
         key: value if key in _VALUES else _with_known_formats(value)
         for key, value in schema.items()
         if key != "format" or not isinstance(value, str) or value in _FORMATS
     }
+    if (longest := _longest_of(schema.get("format"))) and not schema.keys() & {"minLength", "maxLength"}:
+        understood["maxLength"] = longest
+    return understood
+
+
+def _longest_of(format_name: Any) -> int | None:
+    return _LONGEST_OF_FORMAT.get(format_name) if isinstance(format_name, str) else None
 
 
 def _check_depth(schema: Any) -> None:
