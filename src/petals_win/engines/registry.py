@@ -22,6 +22,7 @@ AUTO = "auto"
 
 # As in pyproject.toml, so that they are there in a checkout whose installation is older than itself.
 _OURS = {
+    "command": "petals_win.engines.command:open_engine",
     "local": "petals_win.engines.local:open_engine",
     "petals": "petals_win.engines.petals:open_engine",
 }
