@@ -7,10 +7,11 @@ from typing import Any
 
 from petals_win.engines.base import GenerationRequest
 from petals_win.engines.outside import asked_for
+from petals_win.errors import UserError
 
 
 def path_and_body(request: GenerationRequest) -> tuple[str, dict[str, Any]]:
-    """Where the request goes, below the server's base URL, and its body."""
+    """Where the request goes, below the server's base URL, and its body. Raises UserError for what other servers are not asked."""
     asked = dict(asked_for(request))
     body: dict[str, Any] = {"model": request.model, "stream": True, "stream_options": {"include_usage": True}}
     if request.count_along or request.stop:  # at a stop string we leave before the counts of the end
@@ -54,7 +55,8 @@ def _constraint(asked: dict[str, Any], request: GenerationRequest) -> dict[str, 
         schema = json.loads(request.constraint.text)
         named = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": named}}
-    return {f"guided_{request.constraint.kind}": request.constraint.text}
+    # Servers understand these in different ways, or pass over them without a word.
+    raise UserError(f"{request.constraint.kind}: {request.model} is on another server, which is asked for JSON schemas only.")
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:
