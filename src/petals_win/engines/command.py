@@ -99,8 +99,8 @@ class CommandEngine:
     def status(self) -> SwarmStatus:
         if self._closed:
             return SwarmStatus(False, "petals-win is ending.")
-        if self._link is None:
-            return SwarmStatus(False, self._down)
+        if self._link is None or self._link.why is not None:
+            return SwarmStatus(False, self._down or f"{self._described.named.capitalize()} is being ended.")
         return SwarmStatus(True, f"{self._described.named.capitalize()} runs.")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
