@@ -219,7 +219,13 @@ def test_a_program_that_is_not_there(tmp_path):
 
 
 def test_messages_that_are_none_are_not_repeated():
-    for line in (b"secret", b"{}", b'{"type": "secret"}', b'{"type": "token", "id": 5, "text": "secret"}', b"[" * 9999):
+    for line in (
+        b"secret",
+        b"{}",
+        b'{"type": "secret"}',
+        b'{"type": "token", "id": 5, "text": "secret"}',
+        b"[" * 9999,
+    ):
         with pytest.raises(Violation) as caught:
             read_message(line)
         assert "secret" not in str(caught.value)

@@ -203,7 +203,11 @@ def test_what_is_passed_on(server, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     server.answer = streaming(delta("stop", content="x"), DONE)
     tool = {"type": "function", "function": {"name": "clock", "parameters": {}}}
-    called = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": {}}}]}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": {}}}],
+    }
     ask(server, "sk-secret", messages=({"role": "user", "content": "x"}, called), tools=(tool,), tool_choice="clock",
         temperature=0.5, seed=7, presence_penalty=0.5, max_tokens=5, logprobs=2)  # fmt: skip
     path, body, headers = server.asked[0]

@@ -100,7 +100,14 @@ def api(
     log_to_file("api")
     stop = stop_event()
     wanted = EngineSettings(
-        model, tuple(peers or ()), read_token(token_file), device, dtype, quant, base_url, _upstream_key(upstream_key_file)
+        model,
+        tuple(peers or ()),
+        read_token(token_file),
+        device,
+        dtype,
+        quant,
+        base_url,
+        _upstream_key(upstream_key_file),
     )
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)

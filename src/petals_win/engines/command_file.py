@@ -132,7 +132,9 @@ def read_description(path: str) -> Described:
             raise UserError(f"{path} is too large for the description of a runtime.")
         content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}. Give --model the TOML file that describes the runtime.") from e
+        raise UserError(
+            f"{path} cannot be read: {e.strerror}. Give --model the TOML file that describes the runtime."
+        ) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is no TOML file: {e}. docs/command-engine.md has an example.") from e
     content.pop("home", None)
@@ -142,7 +144,9 @@ def read_description(path: str) -> Described:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {where + ': ' if where else ''}{said}. docs/command-engine.md says what there is.") from e
+        raise UserError(
+            f"{path}: {where + ': ' if where else ''}{said}. docs/command-engine.md says what there is."
+        ) from e
     if not described.working_folder.is_dir():
         raise UserError(f"{path}: there is no folder {described.working_folder}.")
     return described

@@ -75,12 +75,16 @@ class Link:
                     raise Violation(f"it loaded {printable(loaded.model)!r} instead of {model.name!r}")
                 known = [length for length in (model.context_length, loaded.context_length) if length is not None]
                 if not known:
-                    raise Violation(f"it does not tell the context_length of {model.name}, and the file does not either")
+                    raise Violation(
+                        f"it does not tell the context_length of {model.name}, and the file does not either"
+                    )
                 contexts[model.name] = min(known)
             return hello, contexts
         except Violation as e:
             self.fail(str(e))
-            raise UserError(f"{self.described.named.capitalize()} cannot be used: {e}. Its log lines tell more.") from None
+            raise UserError(
+                f"{self.described.named.capitalize()} cannot be used: {e}. Its log lines tell more."
+            ) from None
         except BaseException:
             self._program.kill()
             raise

@@ -30,7 +30,6 @@ from petals_win.engines.base import (
     ModelCard,
     ModelNotFound,
     SwarmStatus,
-    Usage,
 )
 from petals_win.engines.openai_requests import path_and_body
 from petals_win.engines.openai_stream import StreamEvents
@@ -52,7 +51,12 @@ _IN_CONTEXT = re.compile(r"has (\d+) tokens, but prompt and answer together may 
 
 def open_engine(settings: EngineSettings) -> OpenAIEngine:
     """Look at the server's models. Raises UserError if it cannot be reached, or has no such model."""
-    unused = {"--peers": settings.peers, "--device": settings.device, "--dtype": settings.dtype, "--quant": settings.quant}
+    unused = {
+        "--peers": settings.peers,
+        "--device": settings.device,
+        "--dtype": settings.dtype,
+        "--quant": settings.quant,
+    }
     if given := [name for name, value in unused.items() if value]:
         raise UserError(f"{given[0]} is of no use to the engine 'openai', whose models another server computes.")
     if not settings.base_url:
@@ -117,7 +121,9 @@ class OpenAIEngine:
                         break
                 else:
                     if events.reason is None:
-                        raise ProgramFailed(f"The server at {self._host} broke off its answer in the middle. Try again.")
+                        raise ProgramFailed(
+                            f"The server at {self._host} broke off its answer in the middle. Try again."
+                        )
         finally:
             self.running -= 1
         for event in events.flush():
@@ -155,7 +161,9 @@ class OpenAIEngine:
                     if self._closed:
                         raise EngineClosed()
                 if time.monotonic() - event > _EVENT_S:
-                    raise ProgramFailed(f"The server at {self._host} has sent no piece of this answer for {_EVENT_S:.0f} s.")
+                    raise ProgramFailed(
+                        f"The server at {self._host} has sent no piece of this answer for {_EVENT_S:.0f} s."
+                    )
 
     async def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
         card = self._card(request.model)
@@ -251,7 +259,9 @@ class OpenAIEngine:
         name = printable(told["id"])
         if context is None and name not in self._told:
             self._told.add(name)
-            logger.warning("The server does not tell the context of %s; clients are told %d tokens", name, _ASSUMED_CONTEXT)
+            logger.warning(
+                "The server does not tell the context of %s; clients are told %d tokens", name, _ASSUMED_CONTEXT
+            )
         created = told.get("created")
         # The time only tells models apart; one that says none is as old as its server's first answer.
         since = created if type(created) is int and 0 < created < 2**40 else int(time.time())
@@ -268,7 +278,9 @@ class OpenAIEngine:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise ProgramFailed(f"What the server at {self._host} says to {what} is no JSON object. Is --base-url right?")
+            raise ProgramFailed(
+                f"What the server at {self._host} says to {what} is no JSON object. Is --base-url right?"
+            )
         return reply
 
     @contextlib.asynccontextmanager
@@ -333,7 +345,9 @@ class OpenAIEngine:
         """What a status other than success means."""
         status = response.status_code
         if 300 <= status < 400:
-            return UserError(f"The server at {self._host} answers from another address. Give --base-url with that one.")
+            return UserError(
+                f"The server at {self._host} answers from another address. Give --base-url with that one."
+            )
         told: Any = {}
         with contextlib.suppress(ValueError, RecursionError):
             told = json.loads(await self._read(response, _LONGEST_ERROR, _SHORT_S))
@@ -344,9 +358,13 @@ class OpenAIEngine:
             return _TooLong(said, cast(dict[str, Any], error), card)
         match status:
             case 401 | 403:
-                return UserError(f"The server at {self._host} wants another key ({said}). Give it by --upstream-key-file.")
+                return UserError(
+                    f"The server at {self._host} wants another key ({said}). Give it by --upstream-key-file."
+                )
             case 404 | 405 if what != "answers":
-                return UserError(f"The server at {self._host} has no {what}, which tells token ids or vectors of a text.")
+                return UserError(
+                    f"The server at {self._host} has no {what}, which tells token ids or vectors of a text."
+                )
             case 404:
                 return UserError(f"The server at {self._host} does not know this model or path: {said}")
             case 429 | 503:

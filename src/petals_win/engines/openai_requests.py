@@ -56,7 +56,9 @@ def _constraint(asked: dict[str, Any], request: GenerationRequest) -> dict[str, 
         named = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": named}}
     # Servers understand these in different ways, or pass over them without a word.
-    raise UserError(f"{request.constraint.kind}: {request.model} is on another server, which is asked for JSON schemas only.")
+    raise UserError(
+        f"{request.constraint.kind}: {request.model} is on another server, which is asked for JSON schemas only."
+    )
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Model:
         with open(path, encoding="utf-8") as file:
             self.words = file.read().split()
         self.next = defaultdict(list)
-        for one, other in zip(self.words, self.words[1:] + self.words[:1]):
+        for one, other in zip(self.words, self.words[1:] + self.words[:1], strict=True):
             self.next[one].append(other)
 
     def first(self, prompt):
@@ -105,7 +105,14 @@ def main():
         match message["type"]:
             case "hello":
                 options = ["seed", "min_tokens"]
-                send(type="hello", version=version, inputs=["messages", "text"], options=options, at_once=4, news="later")
+                send(
+                    type="hello",
+                    version=version,
+                    inputs=["messages", "text"],
+                    options=options,
+                    at_once=4,
+                    news="later",
+                )
             case "load":
                 if message["settings"].get("missing"):
                     send(type="error", kind="failed", message="there is no such file")
