@@ -162,7 +162,9 @@ async def portions(
                         ended = reason != "length" or not asked.stop_sequence
             told += new
             if whole and not told:
-                raise ApiError(400, f"{session.model} is answered by text alone, of which no session can be made here.")
+                raise ApiError(
+                    400, f"{session.model} is answered by text alone, of which no session can be made here."
+                )
             if asked.stop_sequence and told and told[-1] == stop and not whole.endswith(asked.stop_sequence):
                 text += asked.stop_sequence
             if ended or text:

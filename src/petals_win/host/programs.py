@@ -59,7 +59,7 @@ class Program:
         self._tree = ProcessTree()
         self._failed: OSError | None = None
         self._started, self._ended = threading.Event(), threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
         # The thread that starts the program lives as long as the program: on Linux one ends with the other.
         threading.Thread(target=self._run, name=f"program {Path(argv[0]).name}", daemon=True).start()
         self._started.wait()
@@ -103,7 +103,7 @@ class Program:
             options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
         pipe = subprocess.PIPE
         try:
-            self._process = process = subprocess.Popen(
+            process: subprocess.Popen[Any] = subprocess.Popen(
                 die_with_this_thread(self._argv),
                 cwd=self._folder,
                 env=self._env,
@@ -113,12 +113,13 @@ class Program:
                 bufsize=0,
                 **options,
             )
-        except OSError as e:
-            self._failed = e
+        except (OSError, ValueError) as e:  # such as a zero byte in an argument
+            self._failed = e if isinstance(e, OSError) else OSError(str(e))
             self._tree.close()
-            return
-        finally:
             self._started.set()
+            return
+        self._process = process
+        self._started.set()
         try:
             self._tree.add(process.pid)
         except OSError as e:
