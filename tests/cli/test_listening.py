@@ -105,3 +105,20 @@ def test_the_commands_heed_them(command):
     ):
         refused = CliRunner().invoke(app, [*command, *options])
         assert isinstance(refused.exception, UserError) and message in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Which model?"),
+        (["--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "are for --engine openai"),
+        (["--engine", "openai"], "Which server?"),
+        (
+            ["--engine", "openai", "--base-url", "http://127.0.0.1:1/v1", "--upstream-key-file", "none.txt"],
+            "cannot be read",
+        ),
+    ],
+)
+def test_which_engine_needs_what(options, message):
+    result = CliRunner().invoke(app, ["api", "--port", "0", *options])
+    assert isinstance(result.exception, UserError) and message in str(result.exception)

@@ -39,11 +39,13 @@ class Subject:
 
     held: how much it holds for answers, in any unit; 0 if nothing runs.
     full: within it, the engine has no room for one answer more, and nobody waits long for it.
+    filling: a prompt of so many tokens.
     """
 
     engine: Engine
     held: Callable[[], int]
     full: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+    filling: Callable[[int], str | tuple[int, ...]] = lambda length: (5,) * length
 
     def asked(self, text: str = "count 5000", **settings: Any) -> GenerationRequest:
         """A question; the answer to the one that is there by default has as many tokens as fit."""
@@ -108,7 +110,13 @@ async def refusal(engine: Engine, request: GenerationRequest) -> UserError:
 
 
 class EngineContract:
-    """The suite. `subject` opens and starts an engine of its own for each test, and closes it."""
+    """The suite. `subject` opens and starts an engine of its own for each test, and closes it.
+
+    lacks: what this engine cannot do, of "tools", "logprobs", "token ids", "embeddings" and "counts along": it has to refuse
+    that in a sentence. With "told ids", answers come without ids.
+    """
+
+    lacks: frozenset[str] = frozenset()
 
     def subject(self) -> contextlib.AbstractAsyncContextManager[Subject]:
         raise NotImplementedError
@@ -168,7 +176,11 @@ class EngineContract:
 
         async def ask(subject: Subject):
             tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
-            return await whole(subject.engine, subject.asked(max_tokens=5, tools=(tool,), tool_choice=choice))
+            asked = subject.asked(max_tokens=5, tools=(tool,), tool_choice=choice)
+            if "tools" in self.lacks and choice == "auto":
+                assert "tools" in str(await refusal(subject.engine, asked))
+                asked = replace(asked, tools=())
+            return await whole(subject.engine, asked)
 
         answer = self.use(ask)
         assert (answer.reason, answer.usage.completion_tokens, answer.calls) == ("length", 5, ())
@@ -188,6 +200,9 @@ class EngineContract:
         assert first.text != other.text
 
     def test_log_probabilities_are_those_of_the_text(self):
+        if "logprobs" in self.lacks:
+            return self.refuses("logprobs", logprobs=0)
+
         async def ask(subject: Subject):
             def drawn(**settings: Any) -> Awaitable[Whole]:
                 return whole(
@@ -211,6 +226,9 @@ class EngineContract:
         assert len(stopped.chosen) < len(told.chosen)
 
     def test_tokens_are_counted_along_if_asked_for(self):
+        if "counts along" in self.lacks:
+            return self.refuses("continuous_usage_stats", count_along=True)
+
         async def ask(subject: Subject):
             return [event async for event in subject.engine.generate(subject.asked(max_tokens=5, count_along=True))]
 
@@ -289,12 +307,12 @@ class EngineContract:
         async def ask(subject: Subject):
             context = subject.engine.models()[0].context_length
             by_ids = dict(messages=None, max_tokens=1)
-            fits = await whole(subject.engine, subject.asked(**by_ids, prompt=(5,) * (context - 1)))
+            fits = await whole(subject.engine, subject.asked(**by_ids, prompt=subject.filling(context - 1)))
             return (
                 context,
                 fits,
                 [
-                    await refusal(subject.engine, subject.asked(**by_ids, prompt=(5,) * length))
+                    await refusal(subject.engine, subject.asked(**by_ids, prompt=subject.filling(length)))
                     for length in (context, context + 1)
                 ],
             )
@@ -318,10 +336,15 @@ class EngineContract:
         assert answer.usage.completion_tokens == 5
 
     def test_the_ids_of_an_answer_are_told(self):
+        if "token ids" in self.lacks:
+            return self.refuses("token", messages=None, prompt=(5, 6))
+        if "told ids" in self.lacks:
+            return self.use(self._tells_no_ids)
+
         async def ask(subject: Subject):
             asked = subject.asked(max_tokens=20, messages=None, prompt="count 50")
             events = [event async for event in subject.engine.generate(asked)]
-            prompt = subject.engine.tokenize(asked)
+            prompt = await subject.engine.tokenize(asked)
             ids = [token for event in events if isinstance(event, Token | Finished) for token in event.ids]
             halves = [(), ()]
             for end, half in ((8, 0), (12, 1)):
@@ -340,36 +363,66 @@ class EngineContract:
         """Asked for the rest by the tokens so far, an engine says the same as at once."""
         assert [token for half in halves for token in half] == ids
 
+    async def _tells_no_ids(self, subject: Subject) -> None:
+        events = [event async for event in subject.engine.generate(subject.asked(max_tokens=5))]
+        assert not any(event.ids for event in events if isinstance(event, Token | Finished))
+
+    def refuses(self, named: str, **settings: Any) -> None:
+        """A request with these settings gets a sentence that names what cannot be done."""
+
+        async def ask(subject: Subject):
+            return str(await refusal(subject.engine, subject.asked(**settings)))
+
+        assert named in self.use(ask)
+
+    async def _knows_text_alone(self, subject: Subject) -> None:
+        model = subject.engine.models()[0].id
+        for name, error in ((model, "token"), ("gpt-5", "no model")):
+            with pytest.raises(UserError, match=error):
+                await subject.engine.tokenize(GenerationRequest(model=name, prompt="text"))
+            with pytest.raises(UserError, match=error):
+                await subject.engine.detokenize(name, [5])
+
+    async def _has_no_embeddings(self, subject: Subject) -> None:
+        with pytest.raises(UserError, match="embeddings"):
+            await subject.engine.embed(subject.engine.models()[0].id, [5])
+
     def test_text_to_tokens_and_back(self):
+        if "token ids" in self.lacks:
+            return self.use(self._knows_text_alone)
+
         async def ask(subject: Subject):
             model, text = subject.engine.models()[0].id, "count 50 and  more"
             plain = GenerationRequest(model=model, prompt=text)
-            tokens = subject.engine.tokenize(plain, special=False)
-            chat = subject.engine.tokenize(subject.asked(text))
+            tokens = await subject.engine.tokenize(plain, special=False)
+            chat = await subject.engine.tokenize(subject.asked(text))
             usage = (await whole(subject.engine, subject.asked(text, max_tokens=1))).usage
-            empty = subject.engine.tokenize(GenerationRequest(model=model, prompt=""), special=False)
+            empty = await subject.engine.tokenize(GenerationRequest(model=model, prompt=""), special=False)
             with pytest.raises(ModelNotFound):
-                subject.engine.tokenize(replace(plain, model="gpt-5"))
+                await subject.engine.tokenize(replace(plain, model="gpt-5"))
             with pytest.raises(ModelNotFound):
-                subject.engine.detokenize("gpt-5", tokens)
+                await subject.engine.detokenize("gpt-5", tokens)
             with pytest.raises(UserError, match="token"):
-                subject.engine.detokenize(model, [2**31 - 1])
-            return text, subject.engine.detokenize(model, tokens), len(chat), usage.prompt_tokens, empty
+                await subject.engine.detokenize(model, [2**31 - 1])
+            return text, await subject.engine.detokenize(model, tokens), len(chat), usage.prompt_tokens, empty
 
         text, back, chat, counted, empty = self.use(ask)
         assert back == text and chat == counted and empty == []
 
     def test_embeddings(self):
+        if "embeddings" in self.lacks:
+            return self.use(self._has_no_embeddings)
+
         async def ask(subject: Subject):
             card = subject.engine.models()[0]
 
             async def embedded(text: str) -> list[float]:
-                tokens = subject.engine.tokenize(GenerationRequest(model=card.id, prompt=text))
+                tokens = await subject.engine.tokenize(GenerationRequest(model=card.id, prompt=text))
                 return await subject.engine.embed(card.id, tokens)
 
             alone = [await embedded(text) for text in ("count 50", "and more")]
             beside = await asyncio.gather(embedded("count 50"), whole(subject.engine, subject.asked(max_tokens=5)))
-            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="count"))[-1]
+            token = (await subject.engine.tokenize(GenerationRequest(model=card.id, prompt="count")))[-1]
             longest = await subject.engine.embed(card.id, [token] * card.context_length)
             with pytest.raises(ContextTooLong):
                 await subject.engine.embed(card.id, [token] * (card.context_length + 1))
@@ -385,9 +438,12 @@ class EngineContract:
         assert all(sum(number * number for number in vector) == pytest.approx(1) for vector in (one, other, longest))
 
     def test_an_embedding_that_is_given_up_frees_what_was_held(self):
+        if "embeddings" in self.lacks:
+            return self.use(self._has_no_embeddings)
+
         async def ask(subject: Subject):
             card = subject.engine.models()[0]
-            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait"))[-1]
+            token = (await subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait")))[-1]
             working = asyncio.create_task(subject.engine.embed(card.id, [token] * card.context_length))
             assert await soon(lambda: subject.held() > 0)
             working.cancel()

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 from api.fake_engine import FakeEngine
+from api.serving import serving
 from contract import EngineContract, Subject, started
 from nodes_here import NodeHere, nodes_here
 from tiny_chat import tiny_chat_model
+from words_runtime import described
 
 from petals_win.engines import local_blocks
+from petals_win.engines.command import CommandEngine
 from petals_win.engines.local import LocalEngine
+from petals_win.engines.openai import OpenAIEngine
 from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
 from petals_win.node.budget import CacheBudget, Share
@@ -75,6 +79,58 @@ class TestLocal(EngineContract):
 
         async with started(opened):
             yield Subject(opened, lambda: budget.total_bytes - budget.bytes_left + len(blocks._open), full)
+
+
+class TestCommand(EngineContract):
+    lacks = frozenset({"tools", "logprobs", "token ids", "embeddings"})
+
+    @pytest.fixture(autouse=True)
+    def _prepared(self, tmp_path):
+        self.path = described(tmp_path)
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        opened = await asyncio.to_thread(find_engine("command"), EngineSettings(self.path))
+        assert isinstance(opened, CommandEngine)
+        places = opened._places
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            async with contextlib.AsyncExitStack() as taken:
+                for _ in range(4):
+                    await taken.enter_async_context(places.one())
+                places.patience_s = 0.2
+                yield
+            places.patience_s = 30
+
+        async with started(opened):
+            yield Subject(opened, lambda: opened.running, full, lambda length: "word " * length)
+
+
+class TestOpenAI(EngineContract):
+    """In front of another petals-win, whose answers are scripted."""
+
+    lacks = frozenset({"told ids"})
+
+    def goes_on_with(self, ids: list[int], halves: list[tuple[int, ...]]) -> None:
+        assert list(halves[0]) == ids[:8]
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        fake = FakeEngine()
+        with serving(fake, max_running=64) as served:
+            settings = EngineSettings("", base_url=f"{served.url}/v1")
+            opened = await asyncio.to_thread(find_engine("openai"), settings)
+            assert isinstance(opened, OpenAIEngine)
+
+            @contextlib.asynccontextmanager
+            async def full() -> AsyncIterator[None]:
+                fake.full = True
+                yield
+                fake.full = False
+
+            async with started(opened):
+                yield Subject(opened, lambda: opened.running + fake.running, full)
 
 
 class TestPetals(EngineContract):

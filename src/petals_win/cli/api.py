@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -18,6 +19,7 @@ from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
 
 _LAST_WORDS_S = 1.0
+UPSTREAM_KEY_VARIABLE = "PETALS_WIN_UPSTREAM_KEY"
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
     from petals_win.api.server import ApiServer
@@ -45,7 +47,7 @@ EngineName = Annotated[
     str,
     typer.Option(
         help="What computes: 'petals' is a swarm, 'local' this PC alone, 'auto' what suits: the swarm that --peers names, or else "
-        "this PC, if the model fits."
+        "this PC, if the model fits; 'openai' another server (--base-url), 'command' the program that --model describes."
     ),
 ]
 
@@ -53,7 +55,13 @@ EngineName = Annotated[
 @listening.with_listening
 def api(
     *,
-    model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hugging Face id, folder of safetensors, or .gguf file; with --engine openai a model of the other server, default "
+            "all; with --engine command the .toml file that describes the program."
+        ),
+    ] = "",
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
     ] = None,
@@ -66,6 +74,13 @@ def api(
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of the server for --engine openai, e.g. http://127.0.0.1:11434/v1.")
+    ] = None,
+    upstream_key_file: Annotated[
+        Path | None,
+        typer.Option(help=f"File with that server's key; default: the environment variable {UPSTREAM_KEY_VARIABLE}."),
+    ] = None,
 ) -> None:
     """Answer OpenAI-style requests, from a swarm or from this PC alone, for which --device, --dtype and --quant are.
 
@@ -77,10 +92,23 @@ def api(
 
     settings = listen.settings()
     check_engine_name(engine)
+    if not model and engine != "openai":
+        raise UserError("Which model? Give --model; only --engine openai offers all that there are without it.")
+    if engine != "openai" and (base_url or upstream_key_file):
+        raise UserError("--base-url and --upstream-key-file are for --engine openai. Leave them out.")
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
-    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
+    wanted = EngineSettings(
+        model,
+        tuple(peers or ()),
+        read_token(token_file),
+        device,
+        dtype,
+        quant,
+        base_url,
+        _upstream_key(upstream_key_file),
+    )
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
         listening.tell_certificate(settings, typer.echo)
@@ -134,6 +162,14 @@ def answer_until(
     asyncio.run(serve())
     if lost:
         raise lost[0]
+
+
+def _upstream_key(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(UPSTREAM_KEY_VARIABLE) or None
+    from petals_win.engines.openai import read_key
+
+    return read_key(file)
 
 
 def read_token(file: Path | None) -> str | None:

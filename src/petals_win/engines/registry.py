@@ -22,7 +22,9 @@ AUTO = "auto"
 
 # As in pyproject.toml, so that they are there in a checkout whose installation is older than itself.
 _OURS = {
+    "command": "petals_win.engines.command:open_engine",
     "local": "petals_win.engines.local:open_engine",
+    "openai": "petals_win.engines.openai:open_engine",
     "petals": "petals_win.engines.petals:open_engine",
 }
 
@@ -32,6 +34,7 @@ class EngineSettings:
     """What the user asked of an engine: a model, the swarm that it is in, and a token for the Hugging Face hub.
 
     `device`, `dtype` and `quant` are for an engine that computes blocks on this PC, each None where the user left it to us.
+    `base_url` and `upstream_key` are of another server that computes; with it, an empty `model` means all that it has.
     """
 
     model: str
@@ -40,6 +43,8 @@ class EngineSettings:
     device: str | None = None
     dtype: str | None = None
     quant: str | None = None
+    base_url: str | None = None
+    upstream_key: str | None = field(default=None, repr=False)
 
 
 # What an entry point names. Takes its time, in a thread without an event loop: when it returns, the model is loaded.

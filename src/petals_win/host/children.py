@@ -64,11 +64,9 @@ async def start_child(
     On Linux it also ends with the thread of the running event loop. What keeps the program from starting raises
     OSError, or on Linux is the child's last line of output.
     """
-    command = [os.fspath(arg) for arg in argv]
+    command = die_with_this_thread([os.fspath(arg) for arg in argv])
     options: dict[str, Any] = {}
-    if sys.platform == "linux":
-        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_THREAD, str(os.getpid()), *command]
-    elif sys.platform == "win32" and isinstance(asyncio.get_running_loop(), asyncio.ProactorEventLoop):
+    if sys.platform == "win32" and isinstance(asyncio.get_running_loop(), asyncio.ProactorEventLoop):
         # In this process's console the child would end with it when its window is closed, before this process can leave
         # in order; without a console, as a service, it would open a window. winloop cannot ask for that.
         options["creationflags"] = subprocess.CREATE_NO_WINDOW
@@ -78,6 +76,13 @@ async def start_child(
     if sys.platform == "win32":
         _join(_tree_of_this_process(), process.pid)
     return process
+
+
+def die_with_this_thread(command: list[str]) -> list[str]:
+    """On Linux, the command that starts `command` so that it ends with the thread that starts it; elsewhere `command`."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_THREAD, str(os.getpid()), *command]
 
 
 class Child:
