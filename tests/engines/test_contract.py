@@ -13,10 +13,14 @@ from contract import EngineContract, Subject, started
 from nodes_here import NodeHere, nodes_here
 from tiny_chat import tiny_chat_model
 
-from petals_win.engines import local_blocks
+from petals_win.engines import local_blocks, onnx_turns
 from petals_win.engines.local import LocalEngine
+from petals_win.engines.onnx import OnnxEngine
+from petals_win.engines.onnx_steps import BatchedSteps
 from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
+from petals_win.errors import UserError
+from petals_win.models.onnx_conversion import convert_to_onnx
 from petals_win.node.budget import CacheBudget, Share
 
 CONTEXT = 512
@@ -75,6 +79,49 @@ class TestLocal(EngineContract):
 
         async with started(opened):
             yield Subject(opened, lambda: budget.total_bytes - budget.bytes_left + len(blocks._open), full)
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(folder, tmp_path_factory) -> Path:
+    return convert_to_onnx(str(folder), tmp_path_factory.mktemp("onnx") / "tiny", precision="fp32", device="cpu")
+
+
+class TestOnnx(EngineContract):
+    """By batches, and by a Generator for each answer, as on cards."""
+
+    @pytest.fixture(autouse=True, params=["batches", "one by one"])
+    def _prepared(self, request, onnx_folder, monkeypatch):
+        self.folder, self.monkeypatch = onnx_folder, monkeypatch
+        if request.param == "one by one":
+            monkeypatch.setattr(BatchedSteps, "of", lambda *_: None)
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        opened = await asyncio.to_thread(find_engine("onnx"), EngineSettings(str(self.folder)))
+        assert isinstance(opened, TextEngine) and isinstance(opened.tokens, OnnxEngine)
+        engine, steps = opened.tokens, opened.tokens.steps
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            with self.monkeypatch.context() as within:
+                within.setattr(onnx_turns, "PATIENCE_S", 0.5)
+                within.setattr(steps, "budget", 0)
+                yield
+
+        async with started(opened):
+            yield Subject(opened, lambda: engine.held, full)
+
+    def test_embeddings(self):
+        """What was converted gives logits, and no hidden states."""
+
+        async def ask(subject: Subject):
+            with pytest.raises(UserError, match="no embeddings of it. Take --engine local"):
+                await subject.engine.embed(subject.engine.models()[0].id, [5])
+
+        self.use(ask)
+
+    def test_an_embedding_that_is_given_up_frees_what_was_held(self):
+        self.test_embeddings()
 
 
 class TestPetals(EngineContract):

@@ -23,6 +23,7 @@ AUTO = "auto"
 # As in pyproject.toml, so that they are there in a checkout whose installation is older than itself.
 _OURS = {
     "local": "petals_win.engines.local:open_engine",
+    "onnx": "petals_win.engines.onnx:open_engine",
     "petals": "petals_win.engines.petals:open_engine",
 }
 
