@@ -42,10 +42,10 @@ def installed(monkeypatch):
 
 def test_ours_are_there_whatever_is_installed(installed):
     installed()
-    for name in ("auto", "local", "petals"):
+    for name in ("auto", "local", "onnx", "petals"):
         check_engine_name(name)
     assert callable(find_engine("local")) and callable(find_engine("petals"))
-    with pytest.raises(UserError, match="no engine 'nope'. Use one of: auto, local, petals."):
+    with pytest.raises(UserError, match="no engine 'nope'. Use one of: auto, local, onnx, petals."):
         check_engine_name("nope")
 
 

@@ -105,9 +105,7 @@ class BatchedSteps:
         """None if the graph wants more than tokens and plain caches, or computes a batch otherwise than its rows alone."""
         session = _session(folder, threads)
         inputs = {each.name: each for each in session.get_inputs()}
-        caches = [
-            f"past_key_values.{layer}.{what}" for layer in range(folder.num_layers) for what in ("key", "value")
-        ]
+        caches = [f"past_key_values.{layer}.{what}" for layer in range(folder.num_layers) for what in ("key", "value")]
         if set(inputs) != {"input_ids", "attention_mask", *caches}:
             return None
         shapes = [inputs[name].shape for name in caches]
@@ -153,7 +151,9 @@ class BatchedSteps:
 
     def read(self, row: Row, tokens: Sequence[int]) -> torch.Tensor:
         assert isinstance(row, CacheRow)
-        logits = self._run(row.caches, slice(row.number, row.number + 1), np.array([tokens]), [row.length + len(tokens)])
+        logits = self._run(
+            row.caches, slice(row.number, row.number + 1), np.array([tokens]), [row.length + len(tokens)]
+        )
         row.length += len(tokens)
         return logits
 

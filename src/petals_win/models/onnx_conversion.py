@@ -97,7 +97,13 @@ def _plain_folder(source: ModelSource, model: str, scratch: Path, precision: str
 
 
 def _build(
-    source: ModelSource, plain: Path, made: Path, precision: str, device: str, cache: Path, detail: Callable[[str], None]
+    source: ModelSource,
+    plain: Path,
+    made: Path,
+    precision: str,
+    device: str,
+    cache: Path,
+    detail: Callable[[str], None],
 ) -> None:
     def show(line: str) -> None:
         if line.startswith(("Reading ", "Saving ONNX")):

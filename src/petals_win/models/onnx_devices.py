@@ -22,16 +22,16 @@ class Device:
 
 DEVICES = {
     "cpu": Device(("int4", "fp32"), "any PC's processor", "CPUExecutionProvider", "onnxruntime-genai"),
-    "cuda": Device(
-        ("int4", "fp16", "fp32"), "NVIDIA cards", "CUDAExecutionProvider", "onnxruntime-genai-cuda"
-    ),
+    "cuda": Device(("int4", "fp16", "fp32"), "NVIDIA cards", "CUDAExecutionProvider", "onnxruntime-genai-cuda"),
     "dml": Device(
         ("int4", "fp16"),
         "DirectML: cards of AMD, Intel and NVIDIA under Windows",
         "DmlExecutionProvider",
         "onnxruntime-genai-directml",
     ),
-    "webgpu": Device(("int4",), "cards of any maker by WebGPU", "WebGpuExecutionProvider", "onnxruntime-genai with WebGPU"),
+    "webgpu": Device(
+        ("int4",), "cards of any maker by WebGPU", "WebGpuExecutionProvider", "onnxruntime-genai with WebGPU"
+    ),
 }
 PRECISIONS = ("int4", "fp16", "fp32")
 

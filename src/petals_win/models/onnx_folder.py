@@ -163,7 +163,9 @@ def _generation(path: Path, model: dict[str, Any], search: dict[str, Any]) -> Ge
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"{path / 'generation_config.json'} is damaged. {_ANEW}") from e
     else:
-        wanted = {name: search.get(name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")}
+        wanted = {
+            name: search.get(name) for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+        }
         ends = {name: model.get(name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
         config = GenerationConfig(**{name: value for name, value in {**wanted, **ends}.items() if value is not None})
     one_answer_at_a_time(path.name, config)
