@@ -15,12 +15,15 @@ from nodes_here import NodeHere, nodes_here
 from tiny_chat import tiny_chat_model
 from words_runtime import described
 
-from petals_win.engines import local_blocks
+from petals_win.engines import local_blocks, onnx_turns
 from petals_win.engines.command import CommandEngine
 from petals_win.engines.local import LocalEngine
+from petals_win.engines.onnx import OnnxEngine
+from petals_win.engines.onnx_steps import BatchedSteps
 from petals_win.engines.openai import OpenAIEngine
 from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
+from petals_win.models.onnx_conversion import convert_to_onnx
 from petals_win.node.budget import CacheBudget, Share
 
 CONTEXT = 512
@@ -131,6 +134,37 @@ class TestOpenAI(EngineContract):
 
             async with started(opened):
                 yield Subject(opened, lambda: opened.running + fake.running, full)
+@pytest.fixture(scope="module")
+def onnx_folder(folder, tmp_path_factory) -> Path:
+    return convert_to_onnx(str(folder), tmp_path_factory.mktemp("onnx") / "tiny", precision="fp32", device="cpu")
+
+
+class TestOnnx(EngineContract):
+    """By batches, and by a Generator for each answer, as on cards. What was converted gives logits, and no hidden states."""
+
+    lacks = frozenset({"embeddings"})
+
+    @pytest.fixture(autouse=True, params=["batches", "one by one"])
+    def _prepared(self, request, onnx_folder, monkeypatch):
+        self.folder, self.monkeypatch = onnx_folder, monkeypatch
+        if request.param == "one by one":
+            monkeypatch.setattr(BatchedSteps, "of", lambda *_: None)
+
+    @contextlib.asynccontextmanager
+    async def subject(self) -> AsyncIterator[Subject]:
+        opened = await asyncio.to_thread(find_engine("onnx"), EngineSettings(str(self.folder)))
+        assert isinstance(opened, TextEngine) and isinstance(opened.tokens, OnnxEngine)
+        engine, steps = opened.tokens, opened.tokens.steps
+
+        @contextlib.asynccontextmanager
+        async def full() -> AsyncIterator[None]:
+            with self.monkeypatch.context() as within:
+                within.setattr(onnx_turns, "PATIENCE_S", 0.5)
+                within.setattr(steps, "budget", 0)
+                yield
+
+        async with started(opened):
+            yield Subject(opened, lambda: engine.held, full)
 
 
 class TestPetals(EngineContract):

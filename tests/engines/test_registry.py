@@ -42,10 +42,10 @@ def installed(monkeypatch):
 
 def test_ours_are_there_whatever_is_installed(installed):
     installed()
-    for name in ("auto", "command", "local", "openai", "petals"):
+    for name in ("auto", "command", "local", "onnx", "openai", "petals"):
         check_engine_name(name)
     assert callable(find_engine("local")) and callable(find_engine("petals"))
-    with pytest.raises(UserError, match="no engine 'nope'. Use one of: auto, command, local, openai, petals."):
+    with pytest.raises(UserError, match="no engine 'nope'. Use one of: auto, command, local, onnx, openai, petals."):
         check_engine_name("nope")
 
 

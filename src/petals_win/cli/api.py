@@ -46,8 +46,9 @@ QuantName = Annotated[
 EngineName = Annotated[
     str,
     typer.Option(
-        help="What computes: 'petals' is a swarm, 'local' this PC alone, 'auto' what suits: the swarm that --peers names, or else "
-        "this PC, if the model fits; 'openai' another server (--base-url), 'command' the program that --model describes."
+        help="What computes: 'petals' is a swarm, 'local' this PC alone, 'onnx' this PC by ONNX Runtime with what 'convert' made, 'auto' "
+        "what suits: the swarm that --peers names, or else this PC, if the model fits; 'openai' another server (--base-url), 'command' "
+        "the program that --model describes."
     ),
 ]
 

@@ -45,7 +45,7 @@ def up(
     ] = "SmolLM2-135M-Instruct",
     listen: listening.Listening,
     engine: Annotated[
-        str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' no swarm at all.")
+        str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' and 'onnx' no swarm at all.")
     ] = "petals",
     threads: Threads = None,
     check: Annotated[
@@ -79,18 +79,21 @@ def up(
         with importing():
             from petals_win.models.source import open_model
 
-        source = open_model(model)
-        # Downloads a model of one file, for which the nodes would not have the time.
-        progress.detail(f"{source.name} is {source.content_id}")
-        swarm = _two_nodes(source, model, threads, progress, stop, held) if engine == "petals" else None
-        progress.step("Loading the model's embeddings and head" if swarm else f"Loading {source.name}")
+        swarm = None
+        if engine == "petals":
+            source = open_model(model)
+            # Downloads a model of one file, for which the nodes would not have the time.
+            progress.detail(f"{source.name} is {source.content_id}")
+            swarm = _two_nodes(source, model, threads, progress, stop, held)
+        progress.step("Loading the model's embeddings and head" if swarm else f"Loading {model}")
         opened = open_chosen_engine(engine, EngineSettings(model, tuple(swarm.peers) if swarm else ()), progress.note)
+        name = opened.models()[0].id
         if swarm is not None:
             progress.step("Waiting for the nodes to load their blocks")
             swarm.wait_until_serving()
 
         def ask() -> None:
-            result.ask(server.url, source.name, settings.api_keys[-1:])
+            result.ask(server.url, name, settings.api_keys[-1:])
             stop.set()
 
         def ready() -> None:
@@ -99,7 +102,7 @@ def up(
                     target=_watch, args=(swarm, stop, progress), name="watch the nodes", daemon=True
                 )
                 watching.start()
-            progress.done(f"{source.name} answers at {server.url}")
+            progress.done(f"{name} answers at {server.url}")
             listening.tell_certificate(settings, typer.echo)
             if check:
                 threading.Thread(target=ask, name="check", daemon=True).start()

@@ -31,7 +31,10 @@ def choose_engine(asked: str, settings: EngineSettings) -> Choice:
         return Choice("petals", "since --peers names a swarm")
     with importing():
         from petals_win.engines.local import whole_model_here
+        from petals_win.models.onnx_folder import is_onnx_folder
 
+    if is_onnx_folder(settings.model):
+        return Choice("onnx", "since the model was converted for it")
     here = whole_model_here(settings)
     if here.fits:
         return Choice("local", f"since {here.source.name} fits into this PC and no --peers name a swarm: {here.sizes}")

@@ -25,6 +25,7 @@ _OURS = {
     "command": "petals_win.engines.command:open_engine",
     "local": "petals_win.engines.local:open_engine",
     "openai": "petals_win.engines.openai:open_engine",
+    "onnx": "petals_win.engines.onnx:open_engine",
     "petals": "petals_win.engines.petals:open_engine",
 }
 

@@ -38,11 +38,11 @@ def model_to_fill(source: ModelSource, dtype: torch.dtype, auto_class: Any = Aut
     model = empty_model(source.config, dtype, auto_class)
     if model.can_generate():
         model.generation_config = source.generation_config() or model.generation_config
-        _one_answer_at_a_time(source.name, model.generation_config)
+        one_answer_at_a_time(source.name, model.generation_config)
     return model
 
 
-def _one_answer_at_a_time(name: str, config: GenerationConfig) -> None:
+def one_answer_at_a_time(name: str, config: GenerationConfig) -> None:
     """Take out what no swarm does unless a call of generate() asks for it: the default is one sequence, token by token."""
     asked = {key: getattr(config, key, None) for key in _MANY_ANSWERS}
     asked = {key: value for key, value in asked.items() if value not in (None, _MANY_ANSWERS[key])}

@@ -120,21 +120,7 @@ class ModelSource:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, with its chat template if it has one."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._place, **self._hub_arguments)
-        except (OSError, ValueError, ImportError) as e:
-            reason = str(e).strip().splitlines()[0]
-            if re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
-                raise UserError(_NO_FAST_TOKENIZER.format(name=self.name)) from e
-            raise UserError(
-                f"The tokenizer of {self.name} cannot be loaded: {reason} Download the model again, with all of its files."
-            ) from e
-        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
-            raise UserError(
-                f"The tokenizer of {self.name} has no words: its files, such as tokenizer.json, are missing. "
-                "Download the model again, with all of its files."
-            )
-        return tokenizer
+        return load_tokenizer(self.name, self._place, **self._hub_arguments)
 
     def generation_config(self) -> GenerationConfig | None:
         """How the model's makers want it to generate (end tokens, sampling), if they say."""
@@ -146,6 +132,25 @@ class ModelSource:
     def whole_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model as transformers has it, complete and in this process."""
         return load_whole_model(self, dtype or self.dtype)
+
+
+def load_tokenizer(name: str, place: str, **hub_arguments: Any) -> Any:
+    """The tokenizer of the model `name`, which from_pretrained() finds at `place`. Raises UserError if there is none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **hub_arguments)
+    except (OSError, ValueError, ImportError) as e:
+        reason = str(e).strip().splitlines()[0]
+        if re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
+            raise UserError(_NO_FAST_TOKENIZER.format(name=name)) from e
+        raise UserError(
+            f"The tokenizer of {name} cannot be loaded: {reason} Download the model again, with all of its files."
+        ) from e
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise UserError(
+            f"The tokenizer of {name} has no words: its files, such as tokenizer.json, are missing. "
+            "Download the model again, with all of its files."
+        )
+    return tokenizer
 
 
 def open_model(
