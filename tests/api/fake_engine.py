@@ -149,7 +149,7 @@ class FakeEngine:
         """Those of the last line of a text; with ids that are no words, what stands for these."""
         if any(token < BEGIN for token in tokens):
             return [f"#{token}" for token in tokens]
-        return self.detokenize(MODEL, tokens).removeprefix("<s>").rpartition("\n")[2].split()
+        return self.text_of(tokens).removeprefix("<s>").rpartition("\n")[2].split()
 
     async def _speak(self, words: list[str], request: GenerationRequest, usage: Usage) -> AsyncGenerator[Event, None]:
         stops = StopStrings(request.stop)
@@ -183,7 +183,7 @@ class FakeEngine:
         yield Finished("stop" if whole else "length", stops.met, tuple(untold))
         yield replace(usage, completion_tokens=count)
 
-    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+    async def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
         """One token for each word, with the blank before it; there are no special ones."""
         self._check(request.model)
         self.tokenized.append((request, special))
@@ -192,8 +192,11 @@ class FakeEngine:
         text = request.messages[-1]["content"] if request.messages else request.prompt
         return [self._id(word) for word in _WORDS.findall(str(text))]
 
-    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         self._check(model)
+        return self.text_of(tokens)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
         if unknown := [token for token in tokens if not 0 <= token - BEGIN < len(self._texts)]:
             raise UserError(f"{MODEL} has no token {unknown[0]}.")
         return "".join(self._texts[token - BEGIN] for token in tokens)

@@ -64,7 +64,7 @@ def chatting(served: Served, **opening: Any) -> Iterator[Chat]:
 
 def said(served: Served, request: int = -1) -> str:
     """What the engine was given."""
-    return served.engine.detokenize(MODEL, served.engine.requests[request].prompt)
+    return served.engine.text_of(served.engine.requests[request].prompt)
 
 
 def test_one_answer_without_a_stop_sequence(served):

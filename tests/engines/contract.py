@@ -321,7 +321,7 @@ class EngineContract:
         async def ask(subject: Subject):
             asked = subject.asked(max_tokens=20, messages=None, prompt="count 50")
             events = [event async for event in subject.engine.generate(asked)]
-            prompt = subject.engine.tokenize(asked)
+            prompt = await subject.engine.tokenize(asked)
             ids = [token for event in events if isinstance(event, Token | Finished) for token in event.ids]
             halves = [(), ()]
             for end, half in ((8, 0), (12, 1)):
@@ -344,17 +344,17 @@ class EngineContract:
         async def ask(subject: Subject):
             model, text = subject.engine.models()[0].id, "count 50 and  more"
             plain = GenerationRequest(model=model, prompt=text)
-            tokens = subject.engine.tokenize(plain, special=False)
-            chat = subject.engine.tokenize(subject.asked(text))
+            tokens = await subject.engine.tokenize(plain, special=False)
+            chat = await subject.engine.tokenize(subject.asked(text))
             usage = (await whole(subject.engine, subject.asked(text, max_tokens=1))).usage
-            empty = subject.engine.tokenize(GenerationRequest(model=model, prompt=""), special=False)
+            empty = await subject.engine.tokenize(GenerationRequest(model=model, prompt=""), special=False)
             with pytest.raises(ModelNotFound):
-                subject.engine.tokenize(replace(plain, model="gpt-5"))
+                await subject.engine.tokenize(replace(plain, model="gpt-5"))
             with pytest.raises(ModelNotFound):
-                subject.engine.detokenize("gpt-5", tokens)
+                await subject.engine.detokenize("gpt-5", tokens)
             with pytest.raises(UserError, match="token"):
-                subject.engine.detokenize(model, [2**31 - 1])
-            return text, subject.engine.detokenize(model, tokens), len(chat), usage.prompt_tokens, empty
+                await subject.engine.detokenize(model, [2**31 - 1])
+            return text, await subject.engine.detokenize(model, tokens), len(chat), usage.prompt_tokens, empty
 
         text, back, chat, counted, empty = self.use(ask)
         assert back == text and chat == counted and empty == []
@@ -364,12 +364,12 @@ class EngineContract:
             card = subject.engine.models()[0]
 
             async def embedded(text: str) -> list[float]:
-                tokens = subject.engine.tokenize(GenerationRequest(model=card.id, prompt=text))
+                tokens = await subject.engine.tokenize(GenerationRequest(model=card.id, prompt=text))
                 return await subject.engine.embed(card.id, tokens)
 
             alone = [await embedded(text) for text in ("count 50", "and more")]
             beside = await asyncio.gather(embedded("count 50"), whole(subject.engine, subject.asked(max_tokens=5)))
-            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="count"))[-1]
+            token = (await subject.engine.tokenize(GenerationRequest(model=card.id, prompt="count")))[-1]
             longest = await subject.engine.embed(card.id, [token] * card.context_length)
             with pytest.raises(ContextTooLong):
                 await subject.engine.embed(card.id, [token] * (card.context_length + 1))
@@ -387,7 +387,7 @@ class EngineContract:
     def test_an_embedding_that_is_given_up_frees_what_was_held(self):
         async def ask(subject: Subject):
             card = subject.engine.models()[0]
-            token = subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait"))[-1]
+            token = (await subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait")))[-1]
             working = asyncio.create_task(subject.engine.embed(card.id, [token] * card.context_length))
             assert await soon(lambda: subject.held() > 0)
             working.cancel()

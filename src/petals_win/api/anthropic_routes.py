@@ -55,6 +55,6 @@ def anthropic_routes(engine: Engine, generations: Generations) -> APIRouter:
     async def count_tokens(body: AnthropicPrompt) -> dict[str, int]:
         """How many tokens the prompt has that a conversation makes."""
         card = find_model(body.model, engine.models())
-        return {"input_tokens": len(engine.tokenize(body.request(card.id)))}
+        return {"input_tokens": len(await engine.tokenize(body.request(card.id)))}
 
     return router

@@ -120,7 +120,9 @@ def embedding_routes(engine: Engine, generations: Generations) -> APIRouter:
         if not 0 < len(inputs) <= MAX_INPUTS:
             raise ApiError(400, f"input: 1 to {MAX_INPUTS} texts in one request, not {len(inputs)}.", param="input")
         texts = [
-            engine.tokenize(GenerationRequest(model=model, prompt=text if isinstance(text, str) else tuple(text)))
+            await engine.tokenize(
+                GenerationRequest(model=model, prompt=text if isinstance(text, str) else tuple(text))
+            )
             for text in inputs
         ]
         if truncate:

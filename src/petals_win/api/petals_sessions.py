@@ -134,8 +134,8 @@ async def portions(
     Whoever consumes this may stop at any point by `aclose()`. Raises ApiError, UserError.
     """
     with session.in_use():
-        begun = _begun(engine, session, asked)
-        stop = _stop_token(engine, session.model, asked)
+        begun = await _begun(engine, session, asked)
+        stop = await _stop_token(engine, session.model, asked)
         step, limit = _lengths(asked, len(begun), session.max_length)
         answer = generations.start([_request(session.model, begun, limit, asked, stop)])
         whole, text = "", ""
@@ -177,22 +177,22 @@ async def portions(
                 session.tokens = array("i", (*begun, *told))
 
 
-def _begun(engine: Engine, session: Session, asked: Generate) -> tuple[int, ...]:
+async def _begun(engine: Engine, session: Session, asked: Generate) -> tuple[int, ...]:
     """The chat so far, with what is new. The tokens that begin a text come once."""
     begun = tuple(session.tokens)
     if asked.inputs:
         request = GenerationRequest(model=session.model, prompt=asked.inputs)
-        begun += tuple(engine.tokenize(request, special=not begun))
+        begun += tuple(await engine.tokenize(request, special=not begun))
     if not begun:
         raise ApiError(400, "inputs: there is nothing to go on from yet. Send some text.", param="inputs")
     return begun
 
 
-def _stop_token(engine: Engine, model: str, asked: Generate) -> int | None:
+async def _stop_token(engine: Engine, model: str, asked: Generate) -> int | None:
     """The token that the stop sequence is, if it is one. Raises ApiError where it would have to be."""
     tokens: list[int] = []
     if asked.stop_sequence:
-        tokens = engine.tokenize(GenerationRequest(model=model, prompt=asked.stop_sequence), special=False)
+        tokens = await engine.tokenize(GenerationRequest(model=model, prompt=asked.stop_sequence), special=False)
     if asked.extra_stop_sequences and len(tokens) != 1:
         raise ApiError(
             400,

@@ -81,14 +81,14 @@ def tokenizing_routes(engine: Engine) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """The tokens of a text or of a conversation, as the model would read it."""
         card = _model(engine, body.model)
-        tokens = engine.tokenize(body.request(card.id), special=body.add_special_tokens is not False)
-        texts = [engine.detokenize(card.id, [token]) for token in tokens] if body.return_token_strs else None
+        tokens = await engine.tokenize(body.request(card.id), special=body.add_special_tokens is not False)
+        texts = [await engine.detokenize(card.id, [token]) for token in tokens] if body.return_token_strs else None
         return Tokens(count=len(tokens), max_model_len=card.context_length, tokens=tokens, token_strs=texts)
 
     @router.post("/detokenize", response_model=Detokenized, responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Detokenized:
         """The text of tokens."""
-        text = engine.detokenize(_model(engine, body.model).id, body.tokens)
+        text = await engine.detokenize(_model(engine, body.model).id, body.tokens)
         return Detokenized(prompt=text, content=text)
 
     return router

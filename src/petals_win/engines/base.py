@@ -247,7 +247,7 @@ class Engine(Protocol):
         """
         ...
 
-    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+    async def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
         """The token ids of the request's prompt, as `generate` would read them; none for an empty text.
 
         special: whether a plain text gets the tokens that the tokenizer puts around one. Answers without computing.
@@ -255,7 +255,7 @@ class Engine(Protocol):
         """
         ...
 
-    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         """The text of token ids, with that of special tokens. Raises ModelNotFound, UserError for ids that it does not have."""
         ...
 

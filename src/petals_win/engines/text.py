@@ -92,13 +92,13 @@ class TextEngine:
             raise ContextTooLong(len(prompt.tokens), card.context_length)
         return prompt, min(request.max_tokens or room, room)
 
-    def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
+    async def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
         self._card(request.model)
         if isinstance(request.prompt, str):
             return self._prompts.plain(request.prompt, special=special)
         return self._prompts.encode(request).tokens
 
-    def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         self._card(model)
         self._prompts.check(tokens)
         return self.tokens.language.tokenizer.decode(list(tokens), skip_special_tokens=False)
