@@ -53,9 +53,23 @@ EngineName = Annotated[
 @listening.with_listening
 def api(
     *,
-    model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face id, folder of safetensors, or .gguf file. Not with --workers: they have theirs."
+        ),
+    ] = None,
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
+    ] = None,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Addresses of workers that answer, as 'petals-win worker' prints them, with commas between."
+        ),
+    ] = None,
+    workers_key_file: Annotated[
+        Path | None, typer.Option(help="Copy of the workers' key file; default: where 'petals-win worker' makes it.")
     ] = None,
     listen: listening.Listening,
     engine: EngineName = AUTO,
@@ -67,7 +81,7 @@ def api(
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
 ) -> None:
-    """Answer OpenAI-style requests, from a swarm or from this PC alone, for which --device, --dtype and --quant are.
+    """Answer OpenAI-style requests: from a swarm, from workers, or from this PC alone, for which --device, --dtype and --quant are.
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
@@ -77,16 +91,32 @@ def api(
 
     settings = listen.settings()
     check_engine_name(engine)
+    if (model is None) == (not workers):
+        raise UserError(
+            "Give either --model, or --workers with the addresses of PCs that answer with a model of theirs."
+        )
+    if workers and (peers or engine != AUTO):
+        raise UserError(
+            "With --workers it is the workers that compute, so --engine and --peers are theirs. Leave them out here."
+        )
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
-    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
+
+    def open_engine() -> Engine:
+        if model is None:
+            from petals_win.jobs.opening import open_workers
+
+            return open_workers(workers or (), workers_key_file)
+        wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
+        return open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True))
+
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
         listening.tell_certificate(settings, typer.echo)
         answer_until(
             stop,
-            open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True)),
+            open_engine(),
             server,
             settings,
             on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"),
