@@ -75,6 +75,7 @@ class Child:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
+        assert self.process.stdout is not None and self.process.stdout.readline() == "done\n"
 
 
 @pytest.fixture

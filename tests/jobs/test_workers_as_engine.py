@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
-from engines.contract import EngineContract, Subject, soon, started
+from engines.contract import EngineContract, Subject, started
 from jobs.conftest import Here, routed
 
 from petals_win.jobs import links
@@ -69,7 +69,6 @@ class _InAChild(_Scripted):
         @contextlib.asynccontextmanager
         async def full() -> AsyncIterator[None]:
             self.child.order("full 1")
-            assert await soon(lambda: True, 0.2)
             yield
             self.child.order("full 0")
 

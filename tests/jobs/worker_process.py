@@ -1,6 +1,7 @@
 """A worker in a process of its own, whose engine follows a script (api.fake_engine): python worker_process.py SCHEME [PORT].
 
-Its first line is its address. Each line of its standard input sets the engine: "full 1", "full 0", "pace SECONDS". Its end ends it.
+Its first line is its address. Each line of its standard input sets the engine: "full 1", "full 0", "pace SECONDS", and is
+answered by a line. Its end ends it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ async def main(scheme: str, port: int) -> None:
         for line in sys.stdin:
             name, value = line.split()
             setattr(engine, name, type(getattr(engine, name))(float(value)))
+            print("done", flush=True)
         loop.call_soon_threadsafe(ended.set)
 
     door = links.new_door(scheme, OwnSecrets.kept(shared_key(None, make=True)))

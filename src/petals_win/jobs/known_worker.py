@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Literal
 
@@ -36,7 +35,7 @@ Connect = Callable[[Address], Awaitable[Link]]
 class KnownWorker:
     """`follow` keeps the connection; the rest answers from memory, but for the calls.
 
-    running: answers that this API has asked it for, and not seen the end of.
+    running: what this API has asked it for, and not seen the end of.
     """
 
     def __init__(self, address: Address, connect: Connect):
@@ -126,9 +125,13 @@ class KnownWorker:
 
     async def once(self, method: str, request: bytes) -> bytes:
         """The one reply to anything else. Raises LinkLost."""
-        async with contextlib.aclosing(self._linked().call(method, request, _ONCE_S)) as replies:
-            async for reply in replies:
-                return reply
+        self.running += 1
+        try:
+            async with contextlib.aclosing(self._linked().call(method, request, _ONCE_S)) as replies:
+                async for reply in replies:
+                    return reply
+        finally:
+            self.running -= 1
         raise LinkLost(f"{self.address} did not answer.")
 
     def _linked(self) -> Link:
@@ -159,12 +162,20 @@ async def _heartbeats(link: Link) -> AsyncGenerator[model.WorkerState, None]:
     """What the worker says of itself. Raises LinkLost when it says nothing any more."""
     async with contextlib.aclosing(link.call("Watch", model.hello(), _ANSWER_S)) as replies:
         while True:
-            began = time.monotonic()
-            try:
-                reply = await asyncio.wait_for(anext(replies, None), SILENCE_S)
-            except TimeoutError:
-                silent = time.monotonic() - began
-                raise LinkLost(f"It has said nothing for {silent:.0f} s.") from None
+            reply = await _within(asyncio.ensure_future(anext(replies, None)))
             if reply is None:
                 return
             yield model.state_in(reply)
+
+
+async def _within(saying: asyncio.Future[bytes | None]) -> bytes | None:
+    """What the worker says next. In steps, so that a PC that slept hears what came meanwhile before it takes the worker for gone."""
+    try:
+        for _ in range(int(SILENCE_S)):
+            if (await asyncio.wait({saying}, timeout=1.0))[0]:
+                return await saying
+        raise LinkLost(f"The worker has said nothing for {SILENCE_S:.0f} s.")
+    finally:
+        if not saying.done():  # nobody may close the generator while it runs
+            saying.cancel()
+            await asyncio.wait({saying})

@@ -21,7 +21,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -39,7 +38,8 @@ from petals_win.jobs.zmq_pump import Frames, Pump
 logger = logging.getLogger(__name__)
 
 _WINDOW = 64  # replies under way to a caller, for each call
-_PING_S, _SILENCE_S = 1.0, 6.0
+_PING_S = 1.0
+_MOST_SILENT = 6  # pings; counted, so that a PC that slept does not take its callers for gone
 _MOST_STRANGERS = 256
 _HANDSHAKES = {
     zmq.Event.HANDSHAKE_SUCCEEDED: "",
@@ -81,7 +81,7 @@ class ZmqDoor:
         self._secrets = secrets
         self._pump: Pump | None = None
         self._calls: dict[tuple[bytes, bytes], _Served] = {}
-        self._seen: dict[bytes, float] = {}
+        self._silent: dict[bytes, int] = {}  # pings that each caller has left out
         self._strangers: set[str] = set()
 
     async def open(self, host: str, port: int, answer: Answer) -> int:
@@ -125,7 +125,7 @@ class ZmqDoor:
 
     def _came(self, batch: list[tuple[Frames, str]]) -> None:
         for (caller, *frames), address in batch:
-            self._seen[caller] = time.monotonic()
+            self._silent[caller] = 0
             match frames:
                 case [b"Q", number, method, request] if len(number) == 8 and (caller, number) not in self._calls:
                     self._begin(caller, number, method, request, address)
@@ -153,7 +153,7 @@ class ZmqDoor:
             call.task.cancel()
 
     def _forget(self, caller: bytes) -> None:
-        self._seen.pop(caller, None)
+        self._silent.pop(caller, None)
         for which in [which for which in self._calls if which[0] == caller]:
             self._give_up(which)
 
@@ -161,9 +161,10 @@ class ZmqDoor:
         """End the calls of callers that are silent."""
         while True:
             await asyncio.sleep(_PING_S)
-            too_old = time.monotonic() - _SILENCE_S
-            for caller in [caller for caller, seen in self._seen.items() if seen < too_old]:
-                self._forget(caller)
+            for caller in list(self._silent):
+                self._silent[caller] += 1
+                if self._silent[caller] > _MOST_SILENT:
+                    self._forget(caller)
 
     async def drain(self) -> None:
         """The state that callers watch says it."""
