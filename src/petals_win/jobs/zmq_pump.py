@@ -16,7 +16,9 @@ from typing import Any
 
 import zmq
 
-from petals_win.jobs.links import CLOSE_S
+from petals_win.errors import printable
+from petals_win.jobs.links import CLOSE_S, HANDSHAKE_S
+from petals_win.jobs.model import MOST_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -126,3 +128,23 @@ class Pump(threading.Thread):
             self._deliver(batch)
         finally:
             self._ahead.release()
+
+
+def new_socket(context: zmq.Context, kind: int) -> zmq.Socket:
+    """A socket that takes no more of a stranger than it must."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.LINGER, 0)
+    return socket
+
+
+def tcp(host: str, port: int | str) -> str:
+    """An address as ZeroMQ has it."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def plain(address: str) -> str:
+    """For people: an IPv4 address comes in the form of IPv6."""
+    return printable(address).removeprefix("::ffff:")[:64]

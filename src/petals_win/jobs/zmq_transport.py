@@ -31,9 +31,9 @@ from petals_win.errors import UserError, printable
 from petals_win.host.ports import check_port_free
 from petals_win.jobs.failures import LinkLost, LinkRefused
 from petals_win.jobs.keys import OwnSecrets, curve_of_callers, curve_public
-from petals_win.jobs.links import CLOSE_S, CONNECT_S, HANDSHAKE_S, MOST_CALLS, Address, Answer
-from petals_win.jobs.model import METHODS, MOST_BYTES
-from petals_win.jobs.zmq_pump import Frames, Pump
+from petals_win.jobs.links import CLOSE_S, CONNECT_S, MOST_CALLS, Address, Answer
+from petals_win.jobs.model import METHODS
+from petals_win.jobs.zmq_pump import Frames, Pump, new_socket, plain, tcp
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +55,6 @@ def new_door(secrets: OwnSecrets) -> ZmqDoor:
     return ZmqDoor(secrets)
 
 
-def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
-    socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.LINGER, 0)
-    return socket
-
-
-def _where(host: str, port: int | str) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def _plain(address: str) -> str:
-    """For people: an IPv4 address comes in the form of IPv6."""
-    return printable(address).removeprefix("::ffff:")[:64]
-
-
 class ZmqDoor:
     """A Door."""
 
@@ -88,7 +70,7 @@ class ZmqDoor:
         if port:
             check_port_free(host, port)
         context = zmq.Context()
-        socket = _socket(context, zmq.ROUTER)
+        socket = new_socket(context, zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, 0)  # windows bound what is sent
         socket.setsockopt(zmq.RCVHWM, 16)
@@ -96,7 +78,7 @@ class ZmqDoor:
         gate = context.socket(zmq.REP)
         gate.bind("inproc://zeromq.zap.01")
         try:
-            socket.bind(_where(host, port or "*"))
+            socket.bind(tcp(host, port or "*"))
         except zmq.ZMQError as e:
             context.destroy(0)
             raise UserError(
@@ -118,7 +100,7 @@ class ZmqDoor:
         status = (b"200", b"OK", b"caller", b"") if right else (b"400", b"wrong key", b"", b"")
         gate.send_multipart([version, number, *status])
         if not right:
-            stranger = _plain(address.decode(errors="replace"))
+            stranger = plain(address.decode(errors="replace"))
             if stranger not in self._strangers and len(self._strangers) < _MOST_STRANGERS:
                 self._strangers.add(stranger)
                 logger.warning("%s is refused: it has no key, or a wrong one. Said once for each address.", stranger)
@@ -144,7 +126,7 @@ class ZmqDoor:
             reason = f"{len(self._calls)} calls run already" if name in METHODS else "it does not know the call"
             self._pump.send([caller, b"E", number, reason.encode()])
             return
-        replies = self._answer(name, request, _plain(address))
+        replies = self._answer(name, request, plain(address))
         call = self._calls[caller, number] = _Served(self._pump, caller, number, replies)
         call.task.add_done_callback(lambda _: self._calls.pop((caller, number), None))
 
@@ -230,7 +212,7 @@ class ZmqLink:
         self._calls: dict[bytes, asyncio.Queue[bytes | LinkLost | None]] = {}
         self._lost: LinkLost | None = None
         context = zmq.Context()
-        socket = _socket(context, zmq.DEALER)
+        socket = new_socket(context, zmq.DEALER)
         private = curve_of_callers(key)
         socket.curve_secretkey, socket.curve_publickey = private, curve_public(private)
         socket.curve_serverkey = bytes.fromhex(address.pin or "00" * 32)
@@ -242,7 +224,7 @@ class ZmqLink:
         self._pump.others[monitor] = lambda: self._pump.tell(
             self._happened, parse_monitor_message(monitor.recv_multipart())
         )
-        socket.connect(_where(address.host, address.port))
+        socket.connect(tcp(address.host, address.port))
         self._pump.start()
         self._pinging = asyncio.create_task(self._ping())
 
