@@ -23,7 +23,7 @@ from petals_win.engines.base import (
     SwarmUnavailable,
 )
 from petals_win.errors import UserError
-from petals_win.jobs import model
+from petals_win.jobs import model as job_model
 from petals_win.jobs.failures import BadMessage, Draining, LinkLost, NoWorker, WorkerFailed
 from petals_win.jobs.known_worker import Connect, KnownWorker
 from petals_win.jobs.links import Address
@@ -72,7 +72,7 @@ class RoutedEngine:
         return SwarmStatus(ready > 0, detail, workers=workers)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        question = model.put_question(request)
+        question = job_model.put_question(request)
         prompt = Prompt(request)
         begun = False
         failures = _Failures(self, request.model)
@@ -81,7 +81,7 @@ class RoutedEngine:
             try:
                 async with contextlib.aclosing(replies):
                     async for reply in replies:
-                        event = model.event_in(reply)
+                        event = job_model.event_in(reply)
                         if not begun:
                             begun = True
                             self._prefixes.answered(prompt, worker.address)
@@ -98,20 +98,22 @@ class RoutedEngine:
         raise failures.worst()
 
     async def tokenize(self, request: GenerationRequest, *, special: bool = True) -> list[int]:
-        return model.ids_in(await self._once("Tokenize", request.model, model.put_question(request, special=special)))
+        return job_model.ids_in(
+            await self._once("Tokenize", request.model, job_model.put_question(request, special=special))
+        )
 
-    async def detokenize(self, name: str, tokens: Sequence[int]) -> str:
-        return model.text_in(await self._once("Detokenize", name, model.put_tokens(name, tokens)))
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        return job_model.text_in(await self._once("Detokenize", model, job_model.put_tokens(model, tokens)))
 
-    async def embed(self, name: str, tokens: Sequence[int]) -> list[float]:
-        return model.vector_in(await self._once("Embed", name, model.put_tokens(name, tokens)))
+    async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
+        return job_model.vector_in(await self._once("Embed", model, job_model.put_tokens(model, tokens)))
 
     async def _once(self, method: str, name: str, request: bytes) -> bytes:
         failures = _Failures(self, name)
         for worker in self._soonest(GenerationRequest(model=name, prompt=""), None, failures):
             try:
                 reply = await worker.once(method, request)
-                model.check_reply(reply)
+                job_model.check_reply(reply)
                 return reply
             except UserError as error:
                 if self._closed:

@@ -84,7 +84,7 @@ class ZmqDoor:
             raise UserError(
                 f"Nothing can listen on {host}, port {port}: {e.strerror}. Choose another with --listen."
             ) from e
-        bound = int(socket.last_endpoint.rpartition(b":")[2])
+        bound = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._answer = answer
         self._pump = Pump(context, socket, self._came, self._forget)
         known = curve_public(curve_of_callers(self._secrets.key))
