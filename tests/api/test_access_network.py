@@ -16,10 +16,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from api.serving import Served, eventually, serving
-from petals_win.api import tls
 from petals_win.api.settings import Settings
-from petals_win.api.tls import Tls, own_names, self_signed
 from petals_win.errors import UserError
+from petals_win.host import tls
+from petals_win.host.tls import Tls, own_names, self_signed
 
 
 @pytest.fixture

@@ -134,6 +134,8 @@ class TestOpenAI(EngineContract):
 
             async with started(opened):
                 yield Subject(opened, lambda: opened.running + fake.running, full)
+
+
 @pytest.fixture(scope="module")
 def onnx_folder(folder, tmp_path_factory) -> Path:
     return convert_to_onnx(str(folder), tmp_path_factory.mktemp("onnx") / "tiny", precision="fp32", device="cpu")

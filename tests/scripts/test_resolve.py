@@ -38,7 +38,7 @@ def resolve(minor: int) -> str:
         ":all:",
     ]
     command += [word for name in SOURCES for word in ("--no-binary", name)]
-    command += [word for extra in ("quant", "speed", "test") for word in ("--extra", extra)]
+    command += [word for extra in ("jobs", "quant", "speed", "test") for word in ("--extra", extra)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selenium.webdriver import Chrome
 
-from petals_win.api.tls import Tls
+from petals_win.host.tls import Tls
 
 # The browser fixture resolves this name to 127.0.0.1; it stands for the domain where the front-end lives.
 SITE_HOST = "frontend.test"

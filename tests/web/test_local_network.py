@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from api.fake_engine import MODEL
 from api.serving import serving
 
-from petals_win.api.tls import self_signed
+from petals_win.host.tls import self_signed
 from web.frontend import ask_from, site
 
 

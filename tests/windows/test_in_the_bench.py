@@ -42,7 +42,7 @@ WITH_THE_WHEEL = {
     "upstream",
     "windows",
 }
-WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
+WITH_THE_DAEMON = {"api", "e2e", "engines", "jobs", "p2pd", "web"}
 LEFT_OUT = [  # for their time
     "api/test_litellm_client.py",  # it and llm bring 270 MB along, and say nothing about Windows
     "api/test_llm_client.py",

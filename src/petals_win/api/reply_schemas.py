@@ -41,6 +41,20 @@ class Peer(_Reply):
     relayed: bool | None = Field(description="whether it is reached through another PC")
 
 
+class Worker(_Reply):
+    """A PC that answers questions by itself."""
+
+    address: str
+    state: Literal["ready", "waiting", "draining", "gone", "refused"]
+    detail: str = Field(description="a sentence for people")
+    name: str | None
+    models: list[str]
+    running: int
+    waiting: int
+    slots: int = Field(description="answers that it computes at once")
+    tokens_per_s: float | None = Field(description="of one answer alone, as far as it was measured")
+
+
 class Readiness(_Reply):
     ready: bool
     detail: str = Field(description="a sentence for people")
@@ -48,6 +62,7 @@ class Readiness(_Reply):
     peers: list[Peer]
     num_blocks: int
     cache_usage: float | None = Field(description="of the memory for conversations, where this PC computes alone")
+    workers: list[Worker] = Field(description="with --workers")
 
 
 class Block(_Reply):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from petals_win.api.created_keys import CreatedKeys
-from petals_win.api.tls import Tls
 from petals_win.errors import UserError
+from petals_win.host.tls import Tls
 
 logger = logging.getLogger(__name__)
 

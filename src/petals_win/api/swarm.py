@@ -88,5 +88,6 @@ def _state(engine: Engine) -> dict[str, Any]:
         }
         for block in range(status.num_blocks)
     ]
-    # An engine has one swarm, that of its model.
-    return {"object": "swarm", "model": engine.models()[0].id, **asdict(status), "blocks": blocks}
+    # An engine has one swarm, that of its model; workers have several models, or none before the first one is there.
+    model = next((card.id for card in engine.models()), "")
+    return {"object": "swarm", "model": model, **asdict(status), "blocks": blocks}

@@ -60,11 +60,20 @@ def api(
         str,
         typer.Option(
             help="Hugging Face id, folder of safetensors, or .gguf file; with --engine openai a model of the other server, default "
-            "all; with --engine command the .toml file that describes the program."
+            "all; with --engine command the .toml file that describes the program. Not with --workers: they have theirs."
         ),
     ] = "",
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
+    ] = None,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Addresses of workers that answer, as 'petals-win worker' prints them, with commas between."
+        ),
+    ] = None,
+    workers_key_file: Annotated[
+        Path | None, typer.Option(help="Copy of the workers' key file; default: where 'petals-win worker' makes it.")
     ] = None,
     listen: listening.Listening,
     engine: EngineName = AUTO,
@@ -83,7 +92,7 @@ def api(
         typer.Option(help=f"File with that server's key; default: the environment variable {UPSTREAM_KEY_VARIABLE}."),
     ] = None,
 ) -> None:
-    """Answer OpenAI-style requests, from a swarm or from this PC alone, for which --device, --dtype and --quant are.
+    """Answer OpenAI-style requests: from a swarm, from workers, or from this PC alone, for which --device, --dtype and --quant are.
 
     Example: petals-win api --model meta-llama/Llama-2-70b-hf --peers /ip4/192.168.1.5/tcp/31330/p2p/12D3KooW…
     """
@@ -93,29 +102,36 @@ def api(
 
     settings = listen.settings()
     check_engine_name(engine)
-    if not model and engine != "openai":
-        raise UserError("Which model? Give --model; only --engine openai offers all that there are without it.")
+    if workers and (model or peers or engine != AUTO):
+        raise UserError(
+            "With --workers it is the workers that compute, so --model, --engine and --peers are theirs. Leave them out here."
+        )
+    if not (model or workers or engine == "openai"):
+        raise UserError(
+            "Which model? Give --model, or --workers with the addresses of PCs that answer with a model of theirs; only --engine openai "
+            "offers all that there are without it."
+        )
     if engine != "openai" and (base_url or upstream_key_file):
         raise UserError("--base-url and --upstream-key-file are for --engine openai. Leave them out.")
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
-    wanted = EngineSettings(
-        model,
-        tuple(peers or ()),
-        read_token(token_file),
-        device,
-        dtype,
-        quant,
-        base_url,
-        _upstream_key(upstream_key_file),
-    )
+
+    def open_engine() -> Engine:
+        if workers:
+            from petals_win.jobs.opening import open_workers
+
+            return open_workers(workers, workers_key_file)
+        swarm, hub_token, key = tuple(peers or ()), read_token(token_file), _upstream_key(upstream_key_file)
+        wanted = EngineSettings(model, swarm, hub_token, device, dtype, quant, base_url, key)
+        return open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True))
+
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
         listening.tell_certificate(settings, typer.echo)
         answer_until(
             stop,
-            open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True)),
+            open_engine(),
             server,
             settings,
             on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"),

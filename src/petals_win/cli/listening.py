@@ -78,7 +78,7 @@ class Listening:
         """Raises UserError for what the options must not say together, and for files that are none."""
         from petals_win.api.created_keys import CreatedKeys
         from petals_win.api.settings import KeyFile, Settings, is_loopback
-        from petals_win.api.tls import Tls, self_signed
+        from petals_win.host.tls import Tls, self_signed
 
         if self.tls not in (None, _SELF_SIGNED):
             raise UserError(f"--tls {self.tls} is unknown. Give --tls {_SELF_SIGNED}, or --tls-cert and --tls-key.")
@@ -143,7 +143,7 @@ def with_listening(command: Callable[..., None]) -> Callable[..., None]:
 
 def tell_certificate(settings: Settings, tell: Callable[[str], None]) -> None:
     """Say by what the certificate of HTTPS is known, if it signs itself: whoever connects has nothing else to trust it by."""
-    from petals_win.api.tls import own_names
+    from petals_win.host.tls import own_names
 
     tls = settings.tls
     if tls is None or not tls.self_signed:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from petals_win import __version__
-from petals_win.cli import api, bench, convert, doctor, firewall, key, logs, p2pd, patches, plan, serve, up
+from petals_win.cli import api, bench, convert, doctor, firewall, key, logs, p2pd, patches, plan, serve, up, worker
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("api")(api.api)
+app.command("worker")(worker.worker)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)

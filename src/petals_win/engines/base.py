@@ -46,6 +46,26 @@ class PeerStatus:
 
 
 @dataclass(frozen=True)
+class WorkerStatus:
+    """One of several workers that answer questions by themselves, where there are such.
+
+    address: as the user named it. state: "waiting" for what its own engine lacks; "gone", "refused" and "draining" take no
+    questions. detail: a sentence. running, waiting: its answers, and those in line; slots: how many it computes at once.
+    tokens_per_s: of one answer alone. None is unknown.
+    """
+
+    address: str
+    state: Literal["ready", "waiting", "draining", "gone", "refused"]
+    detail: str
+    name: str | None = None
+    models: tuple[str, ...] = ()
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class SwarmStatus:
     """Whether a prompt could be answered now, and if not, what is missing. `detail` is one sentence for people.
 
@@ -59,6 +79,7 @@ class SwarmStatus:
     peers: tuple[PeerStatus, ...] = ()
     num_blocks: int = 0
     cache_usage: float | None = None
+    workers: tuple[WorkerStatus, ...] = ()
 
 
 @dataclass(frozen=True)
