@@ -110,7 +110,7 @@ def test_the_commands_heed_them(command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Which model),
+        ([], "Which model"),
         (["--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "are for --engine openai"),
         (["--engine", "openai"], "Which server?"),
         (

@@ -263,14 +263,15 @@ class OneByOneSteps:
             import onnxruntime_genai
         except ImportError as e:
             raise UserError(MISSING) from e
-        self._genai, self._vocabulary, self._longest = onnxruntime_genai, folder.vocabulary, folder.context_length
-        onnxruntime_genai.disable_telemetry_events()
+        genai: Any = onnxruntime_genai  # it has no types
+        self._genai, self._vocabulary, self._longest = genai, folder.vocabulary, folder.context_length
+        genai.disable_telemetry_events()
         try:
-            config = onnxruntime_genai.Config(str(folder.path))
+            config = genai.Config(str(folder.path))
             if folder.device == "cpu":
                 sessions = f'{{"intra_op_num_threads": {threads}}}'
                 config.overlay(f'{{"model": {{"decoder": {{"session_options": {sessions}}}}}}}')
-            self._model = onnxruntime_genai.Model(config)
+            self._model = genai.Model(config)
         except Exception as e:
             raise _cannot_load(folder, e) from e
         self.token_bytes = folder.cache_numbers * (4 if folder.device == "cpu" else 2)
