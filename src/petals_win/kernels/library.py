@@ -57,20 +57,16 @@ class Held(Structure):
 
 
 class Row(Structure):
-    """A token: a Held for each block, its position, and where in the rotary tables it is found."""
+    """A token: where a Held for each block begins, its position, and where in the rotary tables it is found."""
 
-    _fields_: ClassVar[Any] = [("held", POINTER(Held)), ("position", c_int64), ("angle", c_int64)]
+    _fields_: ClassVar[Any] = [("held", c_void_p), ("position", c_int64), ("angle", c_int64)]
 
 
 class Step(Structure):
-    """A step of some rows through some blocks, a layer behind them, or both."""
+    """A step of some rows through some blocks, a layer behind them, or both: addresses, of what the caller keeps alive."""
 
     _fields_: ClassVar[Any] = [
-        ("blocks", POINTER(Block)),
-        ("rows", POINTER(Row)),
-        *((name, c_void_p) for name in ("cosines", "sines", "hidden", "work")),
-        ("head", POINTER(Linear)),
-        ("outputs", c_void_p),
+        *((name, c_void_p) for name in ("blocks", "rows", "cosines", "sines", "hidden", "work", "head", "outputs")),
         *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside")),
         ("stages", c_void_p),
     ]
@@ -94,7 +90,7 @@ class Kernels:
         outputs, stages = torch.empty(len(inputs), layer.outputs), (c_int32 * 2)()
         step = Step(
             hidden=inputs.data_ptr(),
-            head=ctypes.pointer(layer),
+            head=ctypes.addressof(layer),
             outputs=outputs.data_ptr(),
             row_count=len(inputs),
             threads=torch.get_num_threads(),

@@ -43,7 +43,7 @@ class NativeBlocks:
         self._work = torch.empty(max(library.floats(block, MOST_ROWS, self._width) for block in made))
         self._rows = (Row * MOST_ROWS)()
         self._step = Step(
-            rows=self._rows,
+            rows=ctypes.addressof(self._rows),
             work=self._work.data_ptr(),
             width=self._width,
             stages=ctypes.addressof(self._stages),
@@ -75,16 +75,14 @@ class NativeBlocks:
             for row in range(batch):
                 for position in range(cache.position, cache.position + tokens):
                     one = self._rows[count]
-                    one.held = ctypes.cast(ctypes.addressof(held[row]), ctypes.POINTER(Held))
+                    one.held = ctypes.addressof(held[row])
                     one.position, one.angle = position, count if by_row else position
                     count += 1
         tables = self._tables
         if by_row:
             tables = self._angles(torch.tensor([row.position for row in self._rows[:count]]))
         step = self._step
-        step.blocks = ctypes.cast(
-            ctypes.byref(self._blocks, (start - self._start) * ctypes.sizeof(Block)), ctypes.POINTER(Block)
-        )
+        step.blocks = ctypes.addressof(self._blocks) + (start - self._start) * ctypes.sizeof(Block)
         step.cosines, step.sines, step.turning = tables[0].data_ptr(), tables[1].data_ptr(), tables.shape[-1]
         step.hidden, step.row_count, step.count = hidden.data_ptr(), count, end - start
         step.threads = torch.get_num_threads()
