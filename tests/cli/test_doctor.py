@@ -29,6 +29,7 @@ from petals_win.doctor.peers import check_peers, judge_clock
 from petals_win.errors import UserError
 from petals_win.host.children import spawn
 from petals_win.host.gpu import GpuError, NvidiaDriver, NvidiaGpu
+from petals_win.kernels import library
 
 # A member of a DHT whose clock is so many seconds ahead of this PC's.
 PEER = """
@@ -291,3 +292,18 @@ def test_a_gated_model(tmp_path: Path):
     gated, room = of(json.loads(done.stdout)["findings"], "model")
     assert gated["level"] == "error" and "gated" in gated["text"] and "token" in gated["fix"]
     assert "of 80 blocks" in room["text"], "its size is known all the same"
+
+
+@pytest.mark.parametrize(
+    ("variant", "loaded", "level", "said"),
+    [
+        ("avx2", True, "ok", "kernels for avx2"),
+        ("avx2", False, "warning", "the kernels for avx2 cannot be loaded"),
+        (None, False, "ok", "no kernels for this processor"),
+    ],
+)
+def test_kernels(monkeypatch, variant, loaded, level, said):
+    monkeypatch.setattr(library, "variant", lambda: variant)
+    monkeypatch.setattr(library, "kernels", lambda: object() if loaded else None)
+    (found,) = computer.check_kernels(Asked())
+    assert found.level == level and said in found.text and bool(found.fix) == (level == "warning")

@@ -95,6 +95,20 @@ def _other_torch(driver: NvidiaDriver | None) -> str:
     return f"Type: {python} -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{suiting[0].name}"
 
 
+def check_kernels(_asked: Asked) -> Iterator[Finding]:
+    """Whether there are kernels of ours for this processor."""
+    from petals_win.kernels.library import kernels, variant  # it imports torch
+
+    name = variant()
+    if name is None:
+        yield Finding("ok", "there are no kernels for this processor: torch computes alone")
+    elif kernels() is None:
+        text = f"the kernels for {name} cannot be loaded: torch computes alone, which takes longer"
+        yield Finding("warning", text, "Reinstall petals-win; the log says why.")
+    else:
+        yield Finding("ok", f"kernels for {name}")
+
+
 def check_bitsandbytes(_asked: Asked) -> Iterator[Finding]:
     """Whether weights can be kept in 4 or 8 bits."""
     try:

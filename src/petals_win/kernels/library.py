@@ -117,17 +117,22 @@ class Kernels:
             self._help(self._wanted.get())
 
 
+def variant() -> str | None:
+    """Which kernels this processor takes: avx2, avx512 or arm64; None if there are none for it."""
+    return _VARIANTS.get(torch.backends.cpu.get_cpu_capability())
+
+
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels for this processor; None if there are none."""
-    variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability())
-    if variant is None:
+    """The kernels for this processor; None if there are none, or they cannot be loaded."""
+    name = variant()
+    if name is None:
         return None
-    path = _folder() / f"blocks-{variant}{_ENDINGS.get(sys.platform, '.so')}"
+    path = _folder() / f"blocks-{name}{_ENDINGS.get(sys.platform, '.so')}"
     try:
         return Kernels(path)
     except OSError as e:
-        logger.info("Blocks are computed by torch alone, since the kernels cannot be loaded: %s", e)
+        logger.warning("Blocks are computed by torch alone, which takes longer: the kernels cannot be loaded (%s)", e)
         return None
 
 
