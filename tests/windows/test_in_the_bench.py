@@ -34,6 +34,7 @@ WITH_THE_WHEEL = {
     "dht",
     "hivemind",
     "host",
+    "kernels",
     "models",
     "node",
     "scripts",
