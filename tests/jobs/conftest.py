@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 from api.fake_engine import FakeEngine
 
-pytest.importorskip("grpc", reason="pip install petals-win[jobs]")
-pytest.importorskip("zmq", reason="pip install petals-win[jobs]")
-
-from petals_win.jobs import links  # noqa: E402
-from petals_win.jobs.keys import OwnSecrets  # noqa: E402
-from petals_win.jobs.router import RoutedEngine  # noqa: E402
-from petals_win.jobs.worker import Worker  # noqa: E402
+from petals_win.jobs import links
+from petals_win.jobs.keys import OwnSecrets
+from petals_win.jobs.router import RoutedEngine
+from petals_win.jobs.worker import Worker
 
 KEY = "the-key-of-these-tests"
 SCHEMES = ("grpc", "zmq")

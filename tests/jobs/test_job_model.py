@@ -6,13 +6,11 @@ import os
 
 import pytest
 
-pytest.importorskip("google.protobuf")
-
-from petals_win.engines import base  # noqa: E402
-from petals_win.errors import UserError  # noqa: E402
-from petals_win.jobs import model  # noqa: E402
-from petals_win.jobs.failures import BadMessage, Draining, WorkerFailed  # noqa: E402
-from petals_win.jobs.schema import described  # noqa: E402
+from petals_win.engines import base
+from petals_win.errors import UserError
+from petals_win.jobs import model
+from petals_win.jobs.failures import BadMessage, Draining, WorkerFailed
+from petals_win.jobs.schema import described
 
 CHOSEN = base.ChosenToken(7, b"\xc3", -0.5, (base.TokenProbability(1, b"x", float("-inf")),))
 EVENTS = [

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from petals_win.api import callers
 from petals_win.api.callers import Caller
 from petals_win.api.errors import ApiError
-from petals_win.api.settings import Settings, is_address, is_loopback
+from petals_win.api.settings import Settings, is_address
+from petals_win.host.addresses import is_loopback_host
 
 BODY_DEADLINE_S = 60.0
 _MOST_HEADERS = 100
@@ -70,9 +71,9 @@ class TrustedPages:
             await self._app(scope, receive, _with_header(send, "X-Content-Type-Options", "nosniff"))
 
     def _host_is_ours(self, name: str) -> bool:
-        if is_loopback(name) or name in self._named or name in _CONTAINER_HOSTS:
+        if is_loopback_host(name) or name in self._named or name in _CONTAINER_HOSTS:
             return True
-        if is_loopback(self._settings.host):
+        if is_loopback_host(self._settings.host):
             return False
         # Open to the local network by --insecure: an address or a local name cannot be a stranger's domain.
         return is_address(name) or "." not in name or name.endswith(_LOCAL_DOMAINS)

@@ -19,8 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from petals_win.api.errors import ApiError
 from petals_win.api.guards import BODY_DEADLINE_S
-from petals_win.api.settings import Settings, is_loopback
+from petals_win.api.settings import Settings
 from petals_win.errors import UserError
+from petals_win.host.addresses import is_loopback_host
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class _Connection(H11Protocol):
         if len(self.connections) > self._settings.max_connections:
             return True
         address = self.client[0] if self.client else ""
-        if is_loopback(address) or self._settings.trusts(address):
+        if is_loopback_host(address) or self._settings.trusts(address):
             return False
         others = (getattr(each, "client", None) for each in self.connections)
         same = sum(1 for other in others if other and other[0] == address)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from petals_win.api.created_keys import CreatedKeys
 from petals_win.errors import UserError
+from petals_win.host.addresses import is_loopback_host
 from petals_win.host.tls import Tls
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Settings:
     blanks_ahead: bool = False
 
     def __post_init__(self) -> None:
-        if not (is_loopback(self.host) or self.needs_key or self.insecure):
+        if not (is_loopback_host(self.host) or self.needs_key or self.insecure):
             raise UserError(
                 f"On {self.host} everybody in your network could use this API. Give --api-key-file FILE "
                 "(one key a line), make keys with 'petals-win key create NAME', or --insecure if that is what you want, "
@@ -151,16 +152,6 @@ class KeyFile:
             return f"The key file {self._path} holds no key any more: nobody can use the API."
         self._read_at = time.monotonic()
         return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the name or address can only mean this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:

@@ -77,7 +77,8 @@ class Listening:
     def settings(self) -> Settings:
         """Raises UserError for what the options must not say together, and for files that are none."""
         from petals_win.api.created_keys import CreatedKeys
-        from petals_win.api.settings import KeyFile, Settings, is_loopback
+        from petals_win.api.settings import KeyFile, Settings
+        from petals_win.host.addresses import is_loopback_host
         from petals_win.host.tls import Tls, self_signed
 
         if self.tls not in (None, _SELF_SIGNED):
@@ -85,7 +86,7 @@ class Listening:
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls and self.tls_cert):
             raise UserError(f"For HTTPS give --tls-cert together with --tls-key, or --tls {_SELF_SIGNED} alone.")
         from_environment = _keys_in(os.environ.get(KEYS_VARIABLE, ""))
-        said = bool(from_environment or self.api_key_file or self.insecure or is_loopback(self.host))
+        said = bool(from_environment or self.api_key_file or self.insecure or is_loopback_host(self.host))
         created = CreatedKeys() if self.keys or not said else None
         if created is not None and not created.all():
             if self.keys:

@@ -43,13 +43,7 @@ _KNOWN_OPTIONS = frozenset(Option.__args__)
 
 def open_engine(settings: EngineSettings) -> CommandEngine:
     """Start the runtime that the file describes, and let it load its models. Raises UserError."""
-    unused = {
-        "--peers": settings.peers,
-        "--device": settings.device,
-        "--dtype": settings.dtype,
-        "--quant": settings.quant,
-    }
-    if given := [name for name, value in unused.items() if value]:
+    if given := settings.for_blocks():
         raise UserError(f"{given[0]} is of no use to the engine 'command': its TOML file says what the runtime needs.")
     described = read_description(settings.model)
     link = Link(described)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import math
@@ -36,6 +35,7 @@ from petals_win.engines.openai_stream import StreamEvents
 from petals_win.engines.outside import ProgramFailed, ProgramUnavailable
 from petals_win.engines.registry import EngineSettings
 from petals_win.errors import UserError, printable
+from petals_win.host.addresses import is_loopback_host
 from petals_win.host.programs import Lines
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,7 @@ _IN_CONTEXT = re.compile(r"has (\d+) tokens, but prompt and answer together may 
 
 def open_engine(settings: EngineSettings) -> OpenAIEngine:
     """Look at the server's models. Raises UserError if it cannot be reached, or has no such model."""
-    unused = {
-        "--peers": settings.peers,
-        "--device": settings.device,
-        "--dtype": settings.dtype,
-        "--quant": settings.quant,
-    }
-    if given := [name for name, value in unused.items() if value]:
+    if given := settings.for_blocks():
         raise UserError(f"{given[0]} is of no use to the engine 'openai', whose models another server computes.")
     if not settings.base_url:
         raise UserError("Which server? Give --base-url with its address, such as http://127.0.0.1:11434/v1.")
@@ -75,7 +69,7 @@ class OpenAIEngine:
         self._host, self._only = parts.netloc, model
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
         # A proxy, of the environment or of Windows' settings, would look for this PC on its own.
-        self._trust_env = not _is_loopback(parts.hostname or "")
+        self._trust_env = not is_loopback_host(parts.hostname or "")
         self._cards: list[ModelCard] = []
         self._told: set[str] = set()
         self._problem = ""
@@ -416,12 +410,3 @@ def _checked(base_url: str) -> Any:
     if parts.username or parts.password:
         raise UserError("--base-url holds a password, which others can read there. Give a key by --upstream-key-file.")
     return parts
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

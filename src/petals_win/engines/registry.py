@@ -47,6 +47,11 @@ class EngineSettings:
     base_url: str | None = None
     upstream_key: str | None = field(default=None, repr=False)
 
+    def for_blocks(self) -> list[str]:
+        """The options that the user gave of those that say how blocks are computed, and where."""
+        options = {"--peers": self.peers, "--device": self.device, "--dtype": self.dtype, "--quant": self.quant}
+        return [name for name, value in options.items() if value]
+
 
 # What an entry point names. Takes its time, in a thread without an event loop: when it returns, the model is loaded.
 # Raises UserError for settings that the engine cannot do anything with.

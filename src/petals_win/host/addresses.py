@@ -54,6 +54,16 @@ def is_loopback(maddr: str) -> bool:
     return address is not None and address.is_loopback
 
 
+def is_loopback_host(host: str) -> bool:
+    """Whether the name or address can only mean this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def most_useful(maddrs: Sequence[str]) -> list[str]:
     """Multiaddrs of this PC, the one first by which other PCs most likely reach it; without those by which none does."""
     return order(maddrs, default=default_addresses(), adapters=adapters())

@@ -18,14 +18,15 @@ from typing import Any, ClassVar
 import torch
 
 import petals_win
+from petals_win.daemon.build import this_target
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 STAGES = 6  # of a block
 
-# By torch's names of what a processor can do. Others compute by torch alone.
-_VARIANTS = {"AVX512": "avx512", "AVX2": "avx2", "SVE256": "arm64", "DEFAULT": "arm64"}
+# By torch's names of what a processor of AMD's or Intel's can do. Others than these and ARM's compute by torch alone.
+_VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 _ENDINGS = {"win32": ".dll", "darwin": ".dylib"}
 
 
@@ -119,6 +120,8 @@ class Kernels:
 
 def variant() -> str | None:
     """Which kernels this processor takes: avx2, avx512 or arm64; None if there are none for it."""
+    if this_target().endswith("/arm64"):
+        return "arm64"
     return _VARIANTS.get(torch.backends.cpu.get_cpu_capability())
 
 
