@@ -126,7 +126,9 @@ def test_a_swarm_without_peers():
 
 def test_an_engine_that_there_is_not():
     for command in ("api", "up"):
-        assert_sentence(run(command, "--model", DEFAULT_MODEL, "--engine", "nope"), "auto, command, local, onnx, openai, petals")
+        assert_sentence(
+            run(command, "--model", DEFAULT_MODEL, "--engine", "nope"), "auto, command, local, onnx, openai, petals"
+        )
 
 
 def test_wrong_usage_is_exit_status_2():
