@@ -23,6 +23,7 @@ from petals_win.models.default_model import default_model_path
 from petals_win.models.source import open_model
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.layouts import lay_out_linears
+from petals_win.span.native import suits
 from petals_win.span.quantized_linear import Quant, quantize_linears
 from petals_win.span.span import Span
 
@@ -44,8 +45,11 @@ def random_span(blocks: int, quant: Quant, **shape: int) -> Span:
             parameter.uniform_(-0.02, 0.02)
         if quant != "none":
             quantize_linears(layer, quant, CPU, torch.bfloat16)
-        lay_out_linears([layer])
-    return Span(config, CutDecoder(model, 0, blocks), shapes, CPU, quant, 0)
+        if not suits(layer, config.model_type, torch.bfloat16, CPU):
+            lay_out_linears([layer])
+    span = Span(config, CutDecoder(model, 0, blocks), shapes, CPU, quant, 0)
+    span.try_out()
+    return span
 
 
 def step_ms(spans: Sequence[Span], rows: int, rounds: int) -> list[list[float]]:

@@ -1,4 +1,4 @@
-/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), in float32.
+/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), computed in float32 from weights in 32, 16 or 4 bits.
 
    One call computes all blocks. Between the operations of a step a general library runs code that the weights have driven out of the
    processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row.
@@ -60,25 +60,41 @@ __declspec(dllimport) int __stdcall SwitchToThread(void);
 #define COMPLETE -1      /* a stage, and what one thread alone does behind it */
 
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4)));
 #define always static inline __attribute__((always_inline))
+#define apart static __attribute__((noinline)) /* so that no frame of the stack exceeds a page, for which Windows wants a library's help */
 
-/* A weight [outputs, inputs], and a bias [outputs] or NULL. */
+/* How numbers lie in memory. */
+enum { FLOAT32, BFLOAT16, INT4 };
+
+/* In INT4: GROUP inputs of PANEL outputs, that is level * scale + least. A byte has the levels of two inputs, that of the first half in its
+   lower bits. A weight is [panels, groups] of them; outputs that the last panel has too many are of no account. */
+#define GROUP 32
+#define PANEL 16
 typedef struct {
-    const float *weight, *bias;
-    int64_t outputs, inputs;
+    _Float16 scales[PANEL], leasts[PANEL];
+    uint8_t levels[GROUP / 2][PANEL];
+} Panel;
+
+/* A weight [outputs, inputs] of a kind, and a bias [outputs] or NULL. */
+typedef struct {
+    const void *weight;
+    const float *bias;
+    int64_t outputs, inputs, kind;
 } Linear;
 
-/* One block. Norms are RMS norms; those of queries and keys are NULL where there are none. turns: whether positions are rotated in. */
+/* One block. Norms are RMS norms; those of queries and keys are NULL where there are none. turns: whether positions are rotated in. kept: the
+   kind of what sessions hold, FLOAT32 or BFLOAT16. */
 typedef struct {
     Linear queries, keys, values, out, gate, up, down;
     const float *norm, *mlp_norm, *query_norm, *key_norm;
     float eps, mlp_eps, query_eps, key_eps, scale;
-    int32_t query_heads, key_heads, size, turns;
+    int32_t query_heads, key_heads, size, turns, kept;
 } Block;
 
 /* Where a session keeps keys and values of one block: [heads, slots, size] each, of the tokens from `first` on. window: 0 is none. */
 typedef struct {
-    float *keys, *values;
+    void *keys, *values;
     int64_t slots, first, window, chunked;
 } Held;
 
@@ -137,27 +153,56 @@ always four four_sums(const lanes values[4]) {
     return shuffle(ab, cd, 0, 1, 4, 5) + shuffle(ab, cd, 2, 3, 6, 7);
 }
 
-always float dot(const float *a, const float *b, int64_t size) {
-    lanes sums = {0};
+/* LANES numbers from the index `i` on, of a kind that is known when it is compiled. */
+always lanes numbers(const void *from, int64_t i, int kind) {
+    if (kind == FLOAT32) return load((const float *)from + i);
+    typedef uint16_t upper_halves __attribute__((vector_size(LANES * 2), aligned(2)));
+    typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4)));
+    upper_halves upper;
+    __builtin_memcpy(&upper, (const uint16_t *)from + i, sizeof upper);
+    union { words bits; lanes value; } both = {.bits = __builtin_convertvector(upper, words) << 16};
+    return both.value;
+}
+
+always float number(const void *from, int64_t i, int kind) {
+    if (kind == FLOAT32) return ((const float *)from)[i];
+    union { uint32_t bits; float value; } both = {.bits = (uint32_t)((const uint16_t *)from)[i] << 16};
+    return both.value;
+}
+
+always const void *row_of(const void *weight, int64_t row, int64_t size, int kind) {
+    return (const char *)weight + row * size * (kind == FLOAT32 ? 4 : 2);
+}
+
+/* One output of one row. Weights come as one stream, which is fetched as fast as memory gives it. */
+always float stream(const void *weight, int64_t size, const float *input, int kind) {
+    const int64_t width = kind == FLOAT32 ? 4 : 2, line = 64, ahead = 8192; /* bytes */
+    lanes sums[4] = {0};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) sums += load(a + i) * load(b + i);
-    float total = sum(sums);
-    for (; i < size; i++) total += a[i] * b[i];
+    for (; i + 4 * LANES <= size; i += 4 * LANES) {
+        for (int part = 0; part < 4; part++) sums[part] += numbers(weight, i + part * LANES, kind) * load(input + i + part * LANES);
+        for (int64_t at = 0; at < 4 * LANES * width; at += line) __builtin_prefetch((const char *)weight + i * width + at + ahead);
+    }
+    for (; i + LANES <= size; i += LANES) sums[0] += numbers(weight, i, kind) * load(input + i);
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < size; i++) total += number(weight, i, kind) * input[i];
     return total;
 }
 
-/* results[row][output] = inputs[row] . weight[output] for OUTPUTS outputs and `rows` rows, which are known when it is compiled. ahead: fetch
-   the weights of the next outputs meanwhile. */
-always void tile(const float *weight, int64_t size, const float *inputs, int rows, float results[][OUTPUTS], int ahead) {
+/* results[row * stride + output] = inputs[row] . weight[output] for OUTPUTS outputs and `rows` rows of a kind, both known when it is compiled.
+   ahead: fetch the weights of the next outputs meanwhile. */
+always void tile(const void *weight, int64_t size, const float *inputs, int kind, int rows, float *results, int64_t stride, int ahead) {
     lanes sums[MOST_AT_ONCE][OUTPUTS];
+    const char *of[OUTPUTS];
+    int64_t next = (const char *)row_of(weight, OUTPUTS, size, kind) - (const char *)weight, i = 0;
+    for (int output = 0; output < OUTPUTS; output++) of[output] = row_of(weight, output, size, kind);
     for (int row = 0; row < rows; row++)
         for (int output = 0; output < OUTPUTS; output++) sums[row][output] = (lanes){0};
-    int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         lanes part[OUTPUTS];
         for (int output = 0; output < OUTPUTS; output++) {
-            part[output] = load(weight + output * size + i);
-            if (ahead) __builtin_prefetch(weight + (OUTPUTS + output) * size + i);
+            part[output] = numbers(of[output], i, kind);
+            if (ahead) __builtin_prefetch(of[output] + next + i * (kind == FLOAT32 ? 4 : 2));
         }
         for (int row = 0; row < rows; row++) {
             lanes input = load(inputs + row * size + i);
@@ -166,45 +211,151 @@ always void tile(const float *weight, int64_t size, const float *inputs, int row
     }
     for (int row = 0; row < rows; row++) {
         four totals = four_sums(sums[row]);
-        __builtin_memcpy(results[row], &totals, sizeof totals);
+        __builtin_memcpy(results + row * stride, &totals, sizeof totals);
         for (int64_t rest = i; rest < size; rest++)
-            for (int output = 0; output < OUTPUTS; output++) results[row][output] += weight[output * size + rest] * inputs[row * size + rest];
+            for (int output = 0; output < OUTPUTS; output++) results[row * stride + output] += number(of[output], rest, kind) * inputs[row * size + rest];
     }
 }
 
 /* The same for any numbers up to MOST_ROWS and OUTPUTS. */
-static void products(const float *weight, int64_t size, const float *all_inputs, int64_t rows, int64_t outputs, float all_results[][OUTPUTS]) {
+always void products_of(const void *weight, int64_t size, const float *all_inputs, int64_t rows, int64_t outputs, float *all_results, int64_t stride, int kind) {
     for (int64_t done = 0; done < rows;) {
         int64_t parts = (rows - done + MOST_AT_ONCE - 1) / MOST_AT_ONCE, now = (rows - done + parts - 1) / parts;
         const float *inputs = all_inputs + done * size;
-        float (*results)[OUTPUTS] = all_results + done;
+        float *results = all_results + done * stride;
         done += now;
-        for (int64_t output = 0; outputs < OUTPUTS && output < outputs; output++)
-            for (int64_t row = 0; row < now; row++)
-                results[row][output] = dot(weight + output * size, inputs + row * size, size);
-        if (outputs < OUTPUTS) continue;
+        if (now == 1 || outputs < OUTPUTS) {
+            for (int64_t output = 0; output < outputs; output++)
+                for (int64_t row = 0; row < now; row++)
+                    results[row * stride + output] = stream(row_of(weight, output, size, kind), size, inputs + row * size, kind);
+            continue;
+        }
         int last = done == rows;
         switch (now) {
-            case 1: tile(weight, size, inputs, 1, results, last); break;
-            case 2: tile(weight, size, inputs, 2, results, last); break;
-            case 3: tile(weight, size, inputs, 3, results, last); break;
+            case 2: tile(weight, size, inputs, kind, 2, results, stride, last); break;
+            case 3: tile(weight, size, inputs, kind, 3, results, stride, last); break;
 #if MOST_AT_ONCE > 3
-            case 4: tile(weight, size, inputs, 4, results, last); break;
+            case 4: tile(weight, size, inputs, kind, 4, results, stride, last); break;
 #endif
 #if MOST_AT_ONCE > 4
-            case 5: tile(weight, size, inputs, 5, results, last); break;
-            case 6: tile(weight, size, inputs, 6, results, last); break;
+            case 5: tile(weight, size, inputs, kind, 5, results, stride, last); break;
+            case 6: tile(weight, size, inputs, kind, 6, results, stride, last); break;
 #endif
         }
     }
 }
 
+static void products(const void *weight, int64_t kind, int64_t size, const float *inputs, int64_t rows, int64_t outputs, float *results, int64_t stride) {
+    if (kind == FLOAT32) products_of(weight, size, inputs, rows, outputs, results, stride, FLOAT32);
+    else products_of(weight, size, inputs, rows, outputs, results, stride, BFLOAT16);
+}
+
+always whole levels(const uint8_t *from) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+    bytes pairs;
+    __builtin_memcpy(&pairs, from, sizeof pairs);
+    return __builtin_convertvector(pairs, whole);
+}
+
+always lanes halves(const _Float16 *from) {
+    typedef _Float16 half __attribute__((vector_size(LANES * 2), aligned(2)));
+    half value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, lanes);
+}
+
+#define MOST_OF_PANEL (LANES == 8 ? 4 : 8) /* rows whose sums are kept in registers */
+
+/* results[row][output] of the outputs of a panel, for `rows` rows, which are known when it is compiled. sums: of each group of inputs. */
+always void panel_of(const Panel *weight, int64_t size, const float *inputs, const float *sums, int rows, float results[][PANEL]) {
+    const int chains = rows == 1 ? 4 : 2; /* sums that do not wait for one another */
+    int64_t groups = size / GROUP;
+    for (int part = 0; part < PANEL; part += LANES) {
+        lanes totals[MOST_OF_PANEL];
+        for (int row = 0; row < rows; row++) totals[row] = (lanes){0};
+        for (int64_t group = 0; group < groups; group++) {
+            const Panel *panel = weight + group;
+            const float *input = inputs + group * GROUP;
+            lanes of_group[4][MOST_OF_PANEL];
+            for (int chain = 0; chain < chains; chain++)
+                for (int row = 0; row < rows; row++) of_group[chain][row] = (lanes){0};
+#pragma unroll
+            for (int i = 0; i < GROUP / 2; i++) {
+                whole pairs = levels(panel->levels[i] + part);
+                lanes low = __builtin_convertvector(pairs & 15, lanes), high = __builtin_convertvector(pairs >> 4, lanes);
+                for (int row = 0; row < rows; row++) {
+                    of_group[2 * i % chains][row] += low * input[row * size + i];
+                    of_group[(2 * i + 1) % chains][row] += high * input[row * size + i + GROUP / 2];
+                }
+            }
+            lanes scale = halves(panel->scales + part), least = halves(panel->leasts + part);
+            for (int row = 0; row < rows; row++) {
+                lanes sum = of_group[0][row];
+                for (int chain = 1; chain < chains; chain++) sum += of_group[chain][row];
+                totals[row] += sum * scale + least * sums[row * groups + group];
+            }
+        }
+        for (int row = 0; row < rows; row++) __builtin_memcpy(results[row] + part, &totals[row], sizeof totals[row]);
+    }
+}
+
+apart void panel(const Panel *weight, int64_t size, const float *inputs, const float *sums, int64_t rows, float results[][PANEL]) {
+    for (int64_t done = 0; done < rows;) {
+        int64_t parts = (rows - done + MOST_OF_PANEL - 1) / MOST_OF_PANEL, now = (rows - done + parts - 1) / parts;
+        const float *these = inputs + done * size, *their_sums = sums + done * (size / GROUP);
+        switch (now) {
+            case 1: panel_of(weight, size, these, their_sums, 1, results + done); break;
+            case 2: panel_of(weight, size, these, their_sums, 2, results + done); break;
+            case 3: panel_of(weight, size, these, their_sums, 3, results + done); break;
+            case 4: panel_of(weight, size, these, their_sums, 4, results + done); break;
+#if LANES != 8
+            case 5: panel_of(weight, size, these, their_sums, 5, results + done); break;
+            case 6: panel_of(weight, size, these, their_sums, 6, results + done); break;
+            case 7: panel_of(weight, size, these, their_sums, 7, results + done); break;
+            case 8: panel_of(weight, size, these, their_sums, 8, results + done); break;
+#endif
+        }
+        done += now;
+    }
+}
+
+/* Of each group of inputs, [rows, size / GROUP]. */
+static void sum_groups(const float *inputs, int64_t rows, int64_t size, float *sums) {
+    for (int64_t group = 0; group < rows * (size / GROUP); group++, inputs += GROUP) {
+        lanes total = {0};
+        for (int i = 0; i < GROUP; i += LANES) total += load(inputs + i);
+        sums[group] = sum(total);
+    }
+}
+
+/* Of outputs of a layer from the first on, `count` of one panel, without its bias. sums: of groups of inputs, for a weight in INT4. */
+static void of_layer(const Linear *layer, int64_t first, const float *inputs, const float *sums, int64_t rows, int64_t count, float results[][PANEL]) {
+    int64_t size = layer->inputs, before = first % PANEL;
+    if (layer->kind == INT4) {
+        float all[MOST_ROWS][PANEL];
+        panel((const Panel *)layer->weight + first / PANEL * (size / GROUP), size, inputs, sums, rows, all);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < count; i++) results[row][i] = all[row][before + i];
+        return;
+    }
+    for (int64_t i = 0; i < count; i += OUTPUTS) {
+        const void *weight = row_of(layer->weight, first + i, size, (int)layer->kind);
+        products(weight, layer->kind, size, inputs, rows, count - i < OUTPUTS ? count - i : OUTPUTS, results[0] + i, PANEL);
+    }
+}
+
+/* How many outputs from the first on, before the last, are in one panel. */
+always int64_t of_panel(int64_t first, int64_t last) {
+    int64_t left = PANEL - first % PANEL;
+    return last - first < left ? last - first : left;
+}
+
 /* Outputs [from, to) of a layer, for all rows: to[row * stride + output] = or += . */
-static void linear(const Linear *layer, const float *inputs, int64_t rows, int64_t from, int64_t to, float *outputs, int64_t stride, int add) {
-    float results[MOST_ROWS][OUTPUTS];
-    for (int64_t first = from; first < to; first += OUTPUTS) {
-        int64_t count = to - first < OUTPUTS ? to - first : OUTPUTS;
-        products(layer->weight + first * layer->inputs, layer->inputs, inputs, rows, count, results);
+apart void linear(const Linear *layer, const float *inputs, const float *sums, int64_t rows, int64_t from, int64_t to, float *outputs, int64_t stride, int add) {
+    float results[MOST_ROWS][PANEL];
+    for (int64_t first = from, count; first < to; first += count) {
+        count = of_panel(first, to);
+        of_layer(layer, first, inputs, sums, rows, count, results);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < count; i++) {
                 float value = results[row][i] + (layer->bias ? layer->bias[first + i] : 0);
@@ -215,7 +366,7 @@ static void linear(const Linear *layer, const float *inputs, int64_t rows, int64
 }
 
 static void rms_norm(const float *inputs, const float *weight, float eps, int64_t size, float *outputs) {
-    float factor = 1 / __builtin_sqrtf(dot(inputs, inputs, size) / (float)size + eps);
+    float factor = 1 / __builtin_sqrtf(stream(inputs, size, inputs, FLOAT32) / (float)size + eps);
     for (int64_t i = 0; i < size; i++) outputs[i] = weight[i] * (inputs[i] * factor);
 }
 
@@ -231,7 +382,6 @@ static void turn(float *head, const float *cosines, const float *sines, int64_t 
 
 /* e^x to a few units in the last place: 2^n e^r, with r within half of ln 2. */
 always lanes exponential(lanes x) {
-    typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4)));
     const lanes least = (lanes){0} - 87, most = (lanes){0} + 88;
     x = __builtin_elementwise_min(__builtin_elementwise_max(x, least), most);
     lanes shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* 1.5 x 2^23: what is behind the point falls off */
@@ -251,16 +401,15 @@ always lanes exponential(lanes x) {
 /* Queries [count, size], at most MOST_ROWS, that share keys and values [tokens, size]; a softmax that is corrected as larger scores come. */
 #define AT_ONCE 32
 #define LOWEST -3e38f /* of scores */
-static void attend(const float *queries, int64_t count, const float *keys, const float *values, int64_t tokens, int64_t size, float scale, float *out) {
-    float most[MOST_ROWS], total[MOST_ROWS], scores[MOST_ROWS][AT_ONCE], four_scores[MOST_ROWS][OUTPUTS];
+always void attend_to(const float *queries, int64_t count, const void *keys, const void *values, int64_t tokens, int64_t size, float scale, float *out, int kind) {
+    float most[MOST_ROWS], total[MOST_ROWS], scores[MOST_ROWS][AT_ONCE];
     for (int64_t query = 0; query < count; query++) most[query] = LOWEST, total[query] = 0;
     __builtin_memset(out, 0, count * size * sizeof *out);
     for (int64_t first = 0; first < tokens; first += AT_ONCE) {
         int64_t now = tokens - first < AT_ONCE ? tokens - first : AT_ONCE;
         for (int64_t i = 0; i < now; i += OUTPUTS) {
             int64_t of = now - i < OUTPUTS ? now - i : OUTPUTS;
-            products(keys + (first + i) * size, size, queries, count, of, four_scores);
-            for (int64_t query = 0; query < count; query++) __builtin_memcpy(scores[query] + i, four_scores[query], of * sizeof(float));
+            products(row_of(keys, first + i, size, kind), kind, size, queries, count, of, scores[0] + i, AT_ONCE);
         }
         for (int64_t query = 0; query < count; query++) {
             float highest = most[query], *shares = scores[query], *sums = out + query * size;
@@ -278,22 +427,32 @@ static void attend(const float *queries, int64_t count, const float *keys, const
             }
             for (int64_t i = 0; i < now; i++) total[query] += shares[i];
             for (int64_t d = 0; d < size; d++) sums[d] *= shrink;
-            const float *value = values + first * size;
             int64_t i = 0;
-            for (; i + 4 <= now; i += 4, value += 4 * size)
+            for (; i + 4 <= now; i += 4) {
+                const void *value = row_of(values, first + i, size, kind);
                 for (int64_t d = 0; d < size; d++)
-                    sums[d] += shares[i] * value[d] + shares[i + 1] * value[size + d] + shares[i + 2] * value[2 * size + d] + shares[i + 3] * value[3 * size + d];
-            for (; i < now; i++, value += size)
-                for (int64_t d = 0; d < size; d++) sums[d] += shares[i] * value[d];
+                    sums[d] += shares[i] * number(value, d, kind) + shares[i + 1] * number(value, size + d, kind) +
+                               shares[i + 2] * number(value, 2 * size + d, kind) + shares[i + 3] * number(value, 3 * size + d, kind);
+            }
+            for (; i < now; i++)
+                for (int64_t d = 0; d < size; d++) sums[d] += shares[i] * number(row_of(values, first + i, size, kind), d, kind);
         }
     }
     for (int64_t query = 0; query < count; query++)
         for (int64_t d = 0; d < size; d++) out[query * size + d] /= total[query];
 }
 
+apart void attend_float32(const float *queries, int64_t count, const void *keys, const void *values, int64_t tokens, int64_t size, float scale, float *out) {
+    attend_to(queries, count, keys, values, tokens, size, scale, out, FLOAT32);
+}
+
+apart void attend_bfloat16(const float *queries, int64_t count, const void *keys, const void *values, int64_t tokens, int64_t size, float scale, float *out) {
+    attend_to(queries, count, keys, values, tokens, size, scale, out, BFLOAT16);
+}
+
 /* What a stage works on, in floats behind one another in `work`. */
 typedef struct {
-    float *normed, *states, *attended, *activated;
+    float *normed, *states, *attended, *activated, *sums;
     int64_t states_width, attended_width, activated_width;
 } Work;
 
@@ -305,11 +464,14 @@ static Work work_of(const Step *step, const Block *block) {
     work.states = work.normed + rows * step->width;
     work.attended = work.states + rows * work.states_width;
     work.activated = work.attended + rows * work.attended_width;
+    work.sums = work.activated + rows * work.activated_width;
     return work;
 }
 
 EXPORT int64_t petals_step_floats(const Block *block, int64_t rows, int64_t width) {
-    return rows * (width + (block->query_heads * 2 + 2 * (int64_t)block->key_heads) * block->size + block->gate.outputs);
+    int64_t attended = (int64_t)block->query_heads * block->size, activated = block->gate.outputs, most = width > attended ? width : attended;
+    most = most > activated ? most : activated;
+    return rows * (width + 2 * attended + 2 * (int64_t)block->key_heads * block->size + activated + most / GROUP);
 }
 
 /* [from, to) of what a stage has to do; the whole is as petals_stage_size says. */
@@ -319,7 +481,7 @@ static void project(const Step *step, const Block *block, Work work, int64_t fro
     for (int i = 0; i < 3; i++) {
         int64_t end = begin + layers[i]->outputs, low = from > begin ? from : begin, high = to < end ? to : end;
         if (low < high)
-            linear(layers[i], work.normed, step->row_count, low - begin, high - begin, work.states + begin, work.states_width, 0);
+            linear(layers[i], work.normed, work.sums, step->row_count, low - begin, high - begin, work.states + begin, work.states_width, 0);
         begin = end;
     }
 }
@@ -335,9 +497,24 @@ static void look(const Step *step, const Block *block, Work work, int64_t index,
         int64_t begin = head * held->slots + visible - held->first, tokens = position - visible + 1;
         for (int64_t i = 0; i < shared; i += MOST_ROWS) {
             int64_t query = head * shared + i, count = shared - i < MOST_ROWS ? shared - i : MOST_ROWS;
-            attend(work.states + row * work.states_width + query * size, count, held->keys + begin * size, held->values + begin * size,
-                   tokens, size, block->scale, work.attended + row * work.attended_width + query * size);
+            (block->kept == FLOAT32 ? attend_float32 : attend_bfloat16)(
+                work.states + row * work.states_width + query * size, count, row_of(held->keys, begin, size, block->kept),
+                row_of(held->values, begin, size, block->kept), tokens, size, block->scale,
+                work.attended + row * work.attended_width + query * size);
         }
+    }
+}
+
+/* Puts numbers where a session holds them, from an index on; in 16 bits to the nearest, of two the even one. */
+static void keep(const float *from, int64_t size, void *to, int64_t index, int kind) {
+    if (kind == FLOAT32) {
+        __builtin_memcpy((float *)to + index, from, size * sizeof *from);
+        return;
+    }
+    for (int64_t i = 0; i < size; i++) {
+        union { float value; uint32_t bits; } one = {.value = from[i]};
+        uint32_t rounded = (one.bits + 0x7fff + (one.bits >> 16 & 1)) >> 16;
+        ((uint16_t *)to)[index + i] = from[i] == from[i] ? (uint16_t)rounded : 0x7fc0;
     }
 }
 
@@ -356,28 +533,29 @@ static void settle(const Step *step, const Block *block, Work work, int64_t inde
         if (head >= queries) {
             const Held *held = step->rows[row].held + index;
             int64_t place = ((head - queries) * held->slots + step->rows[row].position - held->first) * size;
-            __builtin_memcpy(held->keys + place, one, size * sizeof *one);
-            __builtin_memcpy(held->values + place, one + (int64_t)block->key_heads * size, size * sizeof *one);
+            keep(one, size, held->keys, place, block->kept);
+            keep(one + (int64_t)block->key_heads * size, size, held->values, place, block->kept);
         }
     }
 }
 
-static void gate_and_up(const Step *step, const Block *block, Work work, int64_t from, int64_t to) {
-    float gates[MOST_ROWS][OUTPUTS], ups[MOST_ROWS][OUTPUTS];
-    int64_t size = block->gate.inputs;
-    for (int64_t first = from; first < to; first += OUTPUTS) {
-        int64_t count = to - first < OUTPUTS ? to - first : OUTPUTS;
-        products(block->gate.weight + first * size, size, work.normed, step->row_count, count, gates);
-        products(block->up.weight + first * size, size, work.normed, step->row_count, count, ups);
+apart void gate_and_up(const Step *step, const Block *block, Work work, int64_t from, int64_t to) {
+    float gates[MOST_ROWS][PANEL], ups[MOST_ROWS][PANEL];
+    for (int64_t first = from, count; first < to; first += count) {
+        count = of_panel(first, to);
+        of_layer(&block->gate, first, work.normed, work.sums, step->row_count, count, gates);
+        of_layer(&block->up, first, work.normed, work.sums, step->row_count, count, ups);
         for (int64_t row = 0; row < step->row_count; row++) {
-            float gate[LANES] = {0}, up[OUTPUTS], shares[LANES];
+            float gate[PANEL] = {0}, up[PANEL];
             for (int64_t i = 0; i < count; i++) {
                 gate[i] = gates[row][i] + (block->gate.bias ? block->gate.bias[first + i] : 0);
                 up[i] = ups[row][i] + (block->up.bias ? block->up.bias[first + i] : 0);
             }
-            lanes value = load(gate), active = value / (1 + exponential(-value));
-            __builtin_memcpy(shares, &active, sizeof active);
-            for (int64_t i = 0; i < count; i++) work.activated[row * work.activated_width + first + i] = shares[i] * up[i];
+            for (int i = 0; i < PANEL; i += LANES) {
+                lanes value = load(gate + i), active = value / (1 + exponential(-value));
+                __builtin_memcpy(gate + i, &active, sizeof active);
+            }
+            for (int64_t i = 0; i < count; i++) work.activated[row * work.activated_width + first + i] = gate[i] * up[i];
         }
     }
 }
@@ -398,7 +576,7 @@ static int64_t stage_size(const Step *step, int64_t index, int stage) {
 
 static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to) {
     if (stage == HEAD) {
-        linear(step->head, step->hidden, step->row_count, from, to, step->outputs, step->head->outputs, 0);
+        linear(step->head, step->hidden, step->work, step->row_count, from, to, step->outputs, step->head->outputs, 0);
         return;
     }
     const Block *block = step->blocks + index;
@@ -407,20 +585,26 @@ static void compute(const Step *step, int64_t index, int stage, int64_t from, in
         case 0: project(step, block, work, from, to); break;
         case 1: settle(step, block, work, index, from, to); break;
         case 2: look(step, block, work, index, from, to); break;
-        case 3: linear(&block->out, work.attended, step->row_count, from, to, step->hidden, step->width, 1); break;
+        case 3: linear(&block->out, work.attended, work.sums, step->row_count, from, to, step->hidden, step->width, 1); break;
         case 4: gate_and_up(step, block, work, from, to); break;
-        default: linear(&block->down, work.activated, step->row_count, from, to, step->hidden, step->width, 1);
+        default: linear(&block->down, work.activated, work.sums, step->row_count, from, to, step->hidden, step->width, 1);
     }
 }
 
 static void norm_rows(const Step *step, int64_t index, const float *weight, float eps) {
-    float *normed = work_of(step, step->blocks + index).normed;
+    Work work = work_of(step, step->blocks + index);
     for (int64_t row = 0; row < step->row_count; row++)
-        rms_norm(step->hidden + row * step->width, weight, eps, step->width, normed + row * step->width);
+        rms_norm(step->hidden + row * step->width, weight, eps, step->width, work.normed + row * step->width);
+    sum_groups(work.normed, step->row_count, step->width, work.sums);
 }
 
 /* What one thread alone does when a stage is complete, before the others go on. */
 static void between(const Step *step, int64_t index, int stage) {
+    if (stage == HEAD) return;
+    const Block *block = step->blocks + index;
+    Work work = work_of(step, block);
+    if (stage == 2 && block->out.kind == INT4) sum_groups(work.attended, step->row_count, work.attended_width, work.sums);
+    if (stage == 4 && block->down.kind == INT4) sum_groups(work.activated, step->row_count, work.activated_width, work.sums);
     if (stage == 3) norm_rows(step, index, step->blocks[index].mlp_norm, step->blocks[index].mlp_eps);
     if (stage == 5 && index + 1 < step->count) norm_rows(step, index + 1, step->blocks[index + 1].norm, step->blocks[index + 1].eps);
 }
@@ -428,7 +612,7 @@ static void between(const Step *step, int64_t index, int stage) {
 static void take_part_in(Step *step, int64_t index, int stage) {
     int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
     int64_t each = (size + pieces - 1) / pieces;
-    if (stage != 1 && stage != 2) each = (each + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+    if (stage != 1 && stage != 2) each = (each + PANEL - 1) / PANEL * PANEL;
     pieces = (size + each - 1) / each;
     _Atomic int32_t *taken = &step->stages[index * STAGES + stage % HEAD].taken, *done = &step->stages[index * STAGES + stage % HEAD].done;
     for (;;) {
@@ -463,8 +647,28 @@ EXPORT void petals_help(Step *step) {
 /* Computes the step. `stages` are all zero. */
 EXPORT void petals_step(Step *step) {
     if (step->count) norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
+    else if (step->head->kind == INT4) sum_groups(step->hidden, step->row_count, step->head->inputs, step->work);
     atomic_store(&step->open, 1);
     take_part(step);
     atomic_store(&step->open, 0);
     while (atomic_load(&step->inside)) give_way();
+}
+
+/* A weight in INT4 as numbers of another kind, [groups, GROUP, panels, PANEL]: its columns one after the other. */
+EXPORT void petals_unpack(const Panel *weight, int64_t panels, int64_t groups, void *to, int kind) {
+    for (int64_t which = 0; which < panels; which++)
+        for (int64_t group = 0; group < groups; group++, weight++) {
+            float values[GROUP][PANEL];
+            for (int part = 0; part < PANEL; part += LANES) {
+                lanes scale = halves(weight->scales + part), least = halves(weight->leasts + part);
+                for (int i = 0; i < GROUP / 2; i++) {
+                    whole pairs = levels(weight->levels[i] + part);
+                    lanes low = __builtin_convertvector(pairs & 15, lanes) * scale + least;
+                    lanes high = __builtin_convertvector(pairs >> 4, lanes) * scale + least;
+                    __builtin_memcpy(values[i] + part, &low, sizeof low);
+                    __builtin_memcpy(values[i + GROUP / 2] + part, &high, sizeof high);
+                }
+            }
+            for (int i = 0; i < GROUP; i++) keep(values[i], PANEL, to, ((group * GROUP + i) * panels + which) * PANEL, kind);
+        }
 }

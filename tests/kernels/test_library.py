@@ -12,7 +12,7 @@ from torch import nn
 from petals_win.daemon.build import this_target
 from petals_win.kernels import library
 from petals_win.kernels.build import library_names
-from petals_win.kernels.library import MOST_ROWS, Kernels, Linear, kernels
+from petals_win.kernels.library import FLOAT32, MOST_ROWS, Kernels, Linear, kernels
 
 ORDER = ("avx2", "avx512")  # a processor that has the later one has those before, too
 
@@ -27,7 +27,7 @@ def variants() -> list[str]:
 
 def layer_of(module: nn.Linear) -> Linear:
     bias = None if module.bias is None else module.bias.data_ptr()
-    return Linear(module.weight.data_ptr(), bias, module.out_features, module.in_features)
+    return Linear(module.weight.data_ptr(), bias, module.out_features, module.in_features, FLOAT32)
 
 
 @pytest.mark.parametrize("name", variants())

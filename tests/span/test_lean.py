@@ -23,8 +23,10 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
 
 
-def hidden_states(batch: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def hidden_states(
+    batch: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32, width: int = HIDDEN
+) -> torch.Tensor:
+    return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def usual(source, monkeypatch, start: int = 0, end: int = 4, **settings) -> Span:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from petals_win.models.source import open_model
+from petals_win.span.int4 import Int4Linear
 from petals_win.span.native import NativeBlocks, NativeLinear
+from petals_win.span.packed_linear import can_pack
 from petals_win.span.span import Span
 from span.families import FAMILIES
 from span.test_lean import PLAIN, WITH_IMAGES, hidden_states, usual
@@ -103,9 +105,40 @@ def test_sessions_that_come_and_go_together(checkpoint, monkeypatch, family, thr
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"quant": "int4"}])
-def test_what_it_is_not_for(checkpoint, settings):
-    span = Span.load(open_model(str(checkpoint("llama"))), 0, 4, **settings)
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "head_dim": 24,
+}  # that four bits take, and a head that is no whole panel
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2-half-windows", "qwen3"])
+def test_weights_in_16_bits_and_in_four(checkpoint, monkeypatch, family, dtype, quant):
+    """What transformers' code computes in 32 bits with the same weights."""
+    monkeypatch.setattr("petals_win.span.native.can_pack", lambda _dtype: False)
+    source = open_model(str(checkpoint(family, **SIZES)))
+    native, theirs = Span.load(source, 0, 4, dtype=dtype, quant=quant), usual(source, monkeypatch)
+    assert is_native(native)
+    for ours, other in zip(native._decoder.layers, theirs._decoder.layers, strict=True):
+        for name, module in ours.named_modules():
+            if isinstance(module, nn.Linear):
+                values = module.int4.dequantized() if isinstance(module, Int4Linear) else module.weight
+                other.get_submodule(name).weight = nn.Parameter(values.float(), requires_grad=False)
+    ours, other = native.open(2, 60), theirs.open(2, 60)
+    most = 1e-5 if dtype is torch.float32 else 0.02
+    for number, tokens in enumerate((1, 3, 1, 8, 2, 1, 4)):
+        hidden = hidden_states(2, tokens, number, dtype, 128)
+        expected = theirs.step(other, hidden.float())
+        output = native.step(ours, hidden)
+        assert output.dtype is dtype
+        assert (output.float() - expected).abs().max() <= most * expected.abs().max()
+
+
+def test_what_it_is_not_for(checkpoint, monkeypatch):
+    monkeypatch.setattr("petals_win.span.native.can_pack", lambda _dtype: True)
+    span = Span.load(open_model(str(checkpoint("llama"))), 0, 4, dtype=torch.bfloat16)
     assert not is_native(span) and span._joint.works
 
 
@@ -128,5 +161,7 @@ def test_a_layer(checkpoint):
     grads = [torch.autograd.grad(layer(inputs).sum(), inputs)[0] for layer in (native, plain)]
     torch.testing.assert_close(*grads)
     assert native(inputs.detach().double().float()[:0]).shape == (0, 1, 301)
-    for other in (nn.Linear(4, 4), plain.to(torch.bfloat16), nn.Identity()):
+    in_16_bits = NativeLinear.of(plain.to(torch.bfloat16))
+    assert (in_16_bits is None) == can_pack(torch.bfloat16)
+    for other in (nn.Linear(4, 4), plain.to(torch.float16), nn.Identity()):
         assert NativeLinear.of(other) is None

@@ -76,10 +76,9 @@ def test_what_cannot_be_quantized_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("quant", ERRORS)
 def test_what_is_many_times_slower_on_a_cpu_is_refused_and_the_fast_one_named(quant, monkeypatch):
-    monkeypatch.setattr(int4, "times_of_16_bits", lambda: 1.2)
     with pytest.raises(UserError, match="slower than 16 bits. Use --quant int4"):
         choose_quant(quant, torch.device("cpu"))
     assert choose_quant("int4", torch.device("cpu"), adapters=True) == "int4"
-    monkeypatch.setattr(int4, "times_of_16_bits", lambda: 7.0)
+    monkeypatch.setattr(int4, "kernels", lambda: None)
     with pytest.raises(UserError, match="slower than 16 bits. Use --quant none"):
         choose_quant(quant, torch.device("cpu"))

@@ -25,9 +25,9 @@ _ZIG = "0.17.1"
 _BUILD_S = 600
 
 # The processors that have a library of their own, by clang's names; then each system's, and what its libraries are linked with. On Windows
-# that is not the C library, which the compiler would have to build first.
-_AMD64 = {"avx2": "x86_64_v3", "avx512": "x86_64_v4"}
-_ARM64 = {"arm64": "generic"}
+# that is not the C library, which the compiler would have to build first. Clang parts vectors of 512 bits unless it is told not to.
+_AMD64 = {"avx2": "-mcpu=x86_64_v3", "avx512": "-mcpu=x86_64_v4 -mprefer-vector-width=512"}
+_ARM64 = {"arm64": "-mcpu=generic"}
 _SYSTEMS = {
     "windows/amd64": ("x86_64-windows-gnu", _AMD64, ".dll", "-nostdlib -lkernel32"),
     "windows/arm64": ("aarch64-windows-gnu", _ARM64, ".dll", "-nostdlib -lkernel32"),
@@ -65,7 +65,7 @@ def build_if_changed(target: str) -> list[Path]:
         with tempfile.TemporaryDirectory(dir=folder) as fresh:  # since another process may be at the same point
             for library, processor in zip(libraries, variants.values(), strict=True):
                 output = Path(fresh, library.name)
-                command = [zig, "cc", "-target", triple, f"-mcpu={processor}", *_FLAGS.split(), source, "-o", output]
+                command = [zig, "cc", "-target", triple, *processor.split(), *_FLAGS.split(), source, "-o", output]
                 cache = str(root / "build" / f"zig-{_ZIG}-cache")
                 caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
                 done = run([*map(str, command), *linked_with.split()], caches, folder, _BUILD_S)

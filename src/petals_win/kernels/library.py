@@ -11,7 +11,7 @@ import logging
 import queue
 import sys
 import threading
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 STAGES = 6  # of a block
+FLOAT32, BFLOAT16, INT4 = range(3)  # how weights lie in memory
+GROUP, PANEL = 32, 16  # in INT4: inputs that share a scale, and outputs that lie side by side
 
 # By torch's names of what a processor of AMD's or Intel's can do. Others than these and ARM's compute by torch alone.
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
@@ -31,19 +33,22 @@ _ENDINGS = {"win32": ".dll", "darwin": ".dylib"}
 
 
 class Linear(Structure):
-    """A layer's weight [outputs, inputs], and its bias [outputs] or NULL."""
+    """A layer's weight [outputs, inputs] of a kind, and its bias [outputs] in float32 or NULL."""
 
-    _fields_: ClassVar[Any] = [("weight", c_void_p), ("bias", c_void_p), ("outputs", c_int64), ("inputs", c_int64)]
+    _fields_: ClassVar[Any] = [
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs", "kind")),
+    ]
 
 
 class Block(Structure):
-    """A block's weights and settings. Norms of queries and keys are NULL where there are none."""
+    """A block's weights and settings. Norms, in float32, of queries and keys are NULL where there are none. kept: the kind of what sessions hold."""
 
     _fields_: ClassVar[Any] = [
         *((name, Linear) for name in ("queries", "keys", "values", "out", "gate", "up", "down")),
         *((name, c_void_p) for name in ("norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, c_float) for name in ("eps", "mlp_eps", "query_eps", "key_eps", "scale")),
-        *((name, c_int32) for name in ("query_heads", "key_heads", "size", "turns")),
+        *((name, c_int32) for name in ("query_heads", "key_heads", "size", "turns", "kept")),
     ]
 
 
@@ -82,6 +87,8 @@ class Kernels:
         self._step.argtypes = self._help.argtypes = [POINTER(Step)]
         self._step.restype = self._help.restype = None
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
+        self._unpack = library.petals_unpack
+        self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int64, c_int64, c_void_p, c_int], None
         self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._helpers = 0
 
@@ -89,8 +96,10 @@ class Kernels:
         """Of at most MOST_ROWS rows [rows, inputs] in float32."""
         inputs = inputs.contiguous()
         outputs, stages = torch.empty(len(inputs), layer.outputs), (c_int32 * 2)()
+        work = torch.empty(len(inputs) * (layer.inputs // GROUP))
         step = Step(
             hidden=inputs.data_ptr(),
+            work=work.data_ptr(),
             head=ctypes.addressof(layer),
             outputs=outputs.data_ptr(),
             row_count=len(inputs),
@@ -103,6 +112,11 @@ class Kernels:
     def floats(self, block: Block, rows: int, width: int) -> int:
         """How many floats of memory a step of so many rows [width] needs for its work on a block."""
         return self._floats(block, rows, width)
+
+    def unpack(self, panels: torch.Tensor, to: torch.Tensor) -> None:
+        """Of a weight in INT4, panels [count, groups, bytes], its columns [groups x GROUP, count x PANEL] in float32 or bfloat16."""
+        kind = FLOAT32 if to.dtype is torch.float32 else BFLOAT16
+        self._unpack(panels.data_ptr(), *panels.shape[:2], to.data_ptr(), kind)
 
     def run(self, step: Step) -> None:
         """Compute a step, with the help of `step.threads` - 1 threads as far as they come. Holds no lock of Python's meanwhile."""

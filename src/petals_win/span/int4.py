@@ -1,15 +1,12 @@
-"""Weights in groups of four bits, which torch's own kernels multiply with, on a CPU or an NVIDIA card.
+"""Weights in groups of four bits, which our own kernels multiply with on a CPU, and torch's on an NVIDIA card.
 
-A group is GROUP neighbours of a row: 16 levels between a scale and a zero of its own, both in bfloat16. Knows private operators of
-torch and the order in which the one for CPUs packs a weight, which is found out by trying. Does not know models.
+A group is GROUP neighbours of a row: 16 levels between a scale and a zero of its own, both in 16 bits. Knows how either kernel wants them,
+and private operators of torch. Does not know models.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from petals_win.host.threads import computing
+from petals_win.errors import UserError
+from petals_win.kernels.library import GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
+from petals_win.span.packed_linear import can_pack
 
-logger = logging.getLogger(__name__)
-
-GROUP = 32
-_UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest, which is packed in another order
+_UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
-_MIDDLE = 8  # the level that is the zero, in torch's kernels
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
-_TRIED_ROWS = 16
-_TRIED_SHAPE = (2048, 2048)
-_SLOWEST = 3.0  # times of 16 bits, whose weights lie in a cache here; between what good and bad kernels take
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
-
-_packed = torch.ops.aten
 
 
 def has_place(rows: int, columns: int) -> bool:
@@ -51,32 +41,42 @@ def why_not(device: torch.device) -> str:
         return "" if major >= 8 else f"this card has the compute capability {major}.{minor}, and 8.0 is needed"
     if device.type != "cpu":
         return f"it is for NVIDIA cards and CPUs, not for {device}"
-    if _order() is None:
-        return "this torch has no such kernel for CPUs"
-    slower = times_of_16_bits()
-    # Measured: 1.1 where torch's kernel uses the processor's vectors (0.4 for large layers), 10 where it was built without, as for Windows.
-    return (
-        "" if slower < _SLOWEST else f"this torch takes {slower:.1f} times as long with it as with 16 bits on this CPU"
-    )
+    return "" if kernels() is not None else "there are no kernels for this processor"
 
 
-def quantize(weight: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels, uint8 [rows, columns] of 0 to 15, and scales and zeros, float32 [rows, groups, 2] rounded to bfloat16.
+@dataclass(frozen=True)
+class Rounding:
+    """Of what a kernel keeps for a group: a scale, and the value of one level."""
 
-    A value is (level - 8) * scale + zero. For each group the best of several fits by squares is taken, so what already lies on 16
-    equal steps, as in a file of four bits, stays there.
+    dtype: torch.dtype
+    level: int
+
+
+ON_CPU, ON_CARD = Rounding(torch.float16, 0), Rounding(torch.bfloat16, 8)
+
+
+def quantize(weight: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels, uint8 [rows, columns] of 0 to 15, and scales and zeros, [rows, groups, 2] of the rounding's dtype.
+
+    A value is (level - the rounding's level) * scale + zero. For each group the best of several fits by squares is taken, so what already
+    lies on 16 equal steps, as in a file of four bits, stays there. Raises UserError for values beyond what the dtype holds.
     """
-    values = weight.detach().float().unflatten(1, (-1, group))
+    values = weight.detach().float().unflatten(1, (-1, GROUP))
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     # A file with levels on both sides of nothing has its value farthest from nothing at level 0.
     farthest = torch.where(high > -low, high, low)
-    tries = [((high - low) / steps, low) for steps in _STEPS_BETWEEN] + [(-farthest / _MIDDLE, farthest)]
-    best = _Fit.of(values, *tries[0])
+    tries = [((high - low) / steps, low) for steps in _STEPS_BETWEEN] + [(-farthest / 8, farthest)]
+    fit = functools.partial(_Fit.of, values, rounding)
+    best = fit(*tries[0])
     for scale, start in tries[1:]:
-        best = best.better(_Fit.of(values, scale, start))
+        best = best.better(fit(scale, start))
     for _ in range(2):
-        best = best.better(_Fit.of(values, *best.by_squares(values)))
-    return best.levels.flatten(1).to(torch.uint8), torch.cat([best.scale, best.zero], -1)
+        best = best.better(fit(*best.by_squares(values)))
+    if not best.error.isfinite().all():
+        raise UserError(
+            "The model has weights that four bits cannot stand for: too large, or no numbers. Use --quant none."
+        )
+    return best.levels.flatten(1).to(torch.uint8), torch.cat([best.scale, best.zero], -1).to(rounding.dtype)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,14 @@ class _Fit:
     error: torch.Tensor
 
     @classmethod
-    def of(cls, values: torch.Tensor, scale: torch.Tensor, start: torch.Tensor) -> _Fit:
+    def of(cls, values: torch.Tensor, rounding: Rounding, scale: torch.Tensor, start: torch.Tensor) -> _Fit:
         """With `start` as the value of level 0. Rounded to what is kept before the levels are chosen."""
-        scale = torch.where(scale == 0, 1.0, scale).bfloat16().float()
-        zero = (start + _MIDDLE * scale).bfloat16().float()
-        levels = ((values - zero) / scale + _MIDDLE).round_().clamp_(0, 15)
-        error = ((levels - _MIDDLE) * scale + zero - values).square_().sum(-1, keepdim=True)
+        dtype, level = rounding.dtype, rounding.level
+        scale = scale.to(dtype).float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        zero = (start + level * scale).to(dtype).float()
+        levels = ((values - zero) / scale + level).round_().clamp_(0, 15)
+        error = ((levels - level) * scale + zero - values).square_().sum(-1, keepdim=True)
         return cls(levels, scale, zero, error)
 
     def better(self, other: _Fit) -> _Fit:
@@ -117,71 +119,96 @@ class _Fit:
         return scale, mean - middle * scale
 
 
-class Int4Weight(nn.Module):
-    """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
+class Panels(nn.Module):
+    """A weight on the CPU as our kernels read it: uint8 [panels, groups, bytes], src/kernels/blocks.c says of what."""
+
+    panels: torch.Tensor
+    rounding = ON_CPU
+
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, of whole panels."""
+        super().__init__()
+        self.register_buffer("panels", torch.cat([_panels(*piece) for piece in pieces]), persistent=False)
+
+    def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
+        """[tokens, columns] to [tokens, rows], of the weight's first rows."""
+        library = _library()
+        if 0 < len(inputs) <= MOST_ROWS:
+            layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], INT4)
+            return library.linear(layer, inputs.float()).to(inputs.dtype)
+        # In 16 bits where the processor multiplies such numbers.
+        dtype = torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
+        output, inputs = inputs.new_empty(len(inputs), len(self.panels) * PANEL, dtype=dtype), inputs.to(dtype)
+        for which in _pieces(len(self.panels) * PANEL, inputs.shape[1]):
+            torch.mm(inputs, self._columns(which, dtype), out=output[:, which.start : which.stop])
+        return output[:, :rows]
+
+    def dequantized(self, rows: int) -> torch.Tensor:
+        """The values that stand for the weight's first rows, float32 [rows, columns]."""
+        return self._columns(range(len(self.panels) * PANEL), torch.float32).t()[:rows]
+
+    def _columns(self, rows: range, dtype: torch.dtype) -> torch.Tensor:
+        """Of these rows, [columns, rows]; they begin and end with a panel."""
+        panels = self.panels[rows.start // PANEL : rows.stop // PANEL]
+        values = torch.empty(panels.shape[1] * GROUP, len(rows), dtype=dtype)
+        _library().unpack(panels, values)
+        return values
+
+
+class Tiles(nn.Module):
+    """A weight on a card as torch's kernel reads it."""
 
     packed: torch.Tensor
     scales: torch.Tensor  # and zeros, bfloat16 [groups, padded rows, 2]
+    rounding = ON_CARD
+
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, packed on the card one by one."""
+        super().__init__()
+        packed, scales = zip(
+            *((_tiles(levels.to(device)), scales.transpose(0, 1)) for levels, scales in pieces), strict=True
+        )
+        self.register_buffer("packed", torch.cat(packed), persistent=False)
+        self.register_buffer("scales", torch.cat(scales, 1).contiguous().to(device), persistent=False)
+
+    def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
+        """[tokens, columns] to [tokens, rows], of the weight's first rows."""
+        return self._product(inputs.to(torch.bfloat16).contiguous())[:, :rows]
+
+    def dequantized(self, rows: int) -> torch.Tensor:
+        """The values that stand for the weight's first rows, bfloat16 [rows, columns]."""
+        columns = len(self.scales) * GROUP
+        return self._product(torch.eye(columns, dtype=torch.bfloat16, device=self.packed.device)).t()[:rows]
+
+    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm(inputs, self.packed, GROUP, self.scales)
+
+
+class Int4Weight(nn.Module):
+    """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
     def __init__(self, weight: torch.Tensor, device: torch.device) -> None:
-        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed on `device`."""
+        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`."""
         super().__init__()
         self.rows, self.columns = weight.shape
-        pack = _pack_for_cpu if device.type == "cpu" else functools.partial(_pack_on_card, device=device)
-        pieces = [_quantized(weight, rows) for rows in _pieces(_padded(self.rows), self.columns)]
-        self.register_buffer("packed", torch.cat([pack(levels) for levels, _ in pieces]), persistent=False)
-        self.register_buffer("scales", torch.cat([scales for _, scales in pieces], 1).to(device), persistent=False)
+        kept = Panels if device.type == "cpu" else Tiles
+        pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(_padded(self.rows), self.columns))
+        self.kept: Panels | Tiles = kept(pieces, device)
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes
+        return sum(buffer.nbytes for buffer in self.kept.buffers())
 
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows], of the same dtype."""
         if torch.is_grad_enabled() and inputs.requires_grad:
             return _Int4Function.apply(inputs, self)
-        flat = inputs.reshape(-1, self.columns).to(torch.bfloat16).contiguous()
-        return self._product(flat)[:, : self.rows].to(inputs.dtype).unflatten(0, inputs.shape[:-1])
-
-    def columns_of(self, rows: range) -> torch.Tensor:
-        """The unpacked values of these rows, each of which is a column of the result: bfloat16 [columns, rows]. CPU only.
-
-        `rows` begins and ends at a multiple of 64.
-        """
-        order = _order()
-        assert order is not None
-        taken = self.packed.view(-1, self.columns, order.block // 2)
-        taken = taken[rows.start // order.block : rows.stop // order.block]
-        levels = torch.stack((taken & 15, taken >> 4), order.dim).view(-1, self.columns, order.block)
-        # Apart from one another, or they would be read number by number.
-        scales, zeros = (
-            self.scales[:, rows.start : rows.stop].permute(2, 0, 1).contiguous().unflatten(2, (-1, order.block))
-        )
-        levels = (levels.view(torch.int8) - _MIDDLE).transpose(0, 1)
-        values = levels.to(torch.bfloat16, memory_format=torch.contiguous_format).view(-1, GROUP, *scales.shape[1:])
-        torch.addcmul(zeros.unsqueeze(1), values, scales.unsqueeze(1), out=values)
-        return values.view(self.columns, len(rows))
+        output = self.kept.multiply(inputs.reshape(-1, self.columns), self.rows)
+        return output.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
 
     def dequantized(self) -> torch.Tensor:
-        """The values that stand for the weight, bfloat16 [rows, columns]."""
-        if self.packed.device.type == "cpu":
-            parts = [self.columns_of(rows) for rows in _pieces(_padded(self.rows), self.columns)]
-            return torch.cat(parts, 1).t()[: self.rows]
-        unit = torch.eye(self.columns, dtype=torch.bfloat16, device=self.packed.device)
-        return self._product(unit).t()[: self.rows]
-
-    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.packed.device.type != "cpu":
-            return _packed._weight_int4pack_mm(inputs, self.packed, GROUP, self.scales)
-        if len(inputs) <= few_rows():
-            return _packed._weight_int4pack_mm_for_cpu(inputs, self.packed, GROUP, self.scales)
-        return self._unpacked_product(inputs)
-
-    def _unpacked_product(self, inputs: torch.Tensor) -> torch.Tensor:
-        output = inputs.new_empty(len(inputs), self.scales.shape[1])
-        for rows in _pieces(self.scales.shape[1], self.columns):
-            torch.mm(inputs, self.columns_of(rows), out=output[:, rows.start : rows.stop])
-        return output
+        """The values that stand for the weight, [rows, columns]."""
+        return self.kept.dequantized(self.rows)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -238,77 +265,8 @@ class _Int4Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad_outputs[0]
-        return (grad.to(torch.bfloat16) @ ctx.weight.dequantized()).to(grad.dtype), None
-
-
-@functools.lru_cache
-@torch.inference_mode()
-def few_rows() -> int:
-    """Up to how many rows of inputs the kernel for CPUs is faster than unpacking and multiplying in 16 bits."""
-    weight = _tried_weight()
-    inputs = torch.ones(_TRIED_ROWS, weight.columns, dtype=torch.bfloat16)
-    kernel = unpacking = math.inf
-    with computing():
-        for _ in range(8):
-            began = time.perf_counter()
-            _packed._weight_int4pack_mm_for_cpu(inputs, weight.packed, GROUP, weight.scales)
-            between = time.perf_counter()
-            weight._unpacked_product(inputs)
-            kernel = min(kernel, between - began)
-            unpacking = min(unpacking, time.perf_counter() - between)
-    found = int(_TRIED_ROWS * unpacking / kernel)
-    logger.debug("Up to %d rows are multiplied in four bits, more in 16", found)
-    return found
-
-
-@functools.lru_cache
-@torch.inference_mode()
-def times_of_16_bits() -> float:
-    """How long a product of one row takes on this CPU, in times of what it takes with weights in bfloat16."""
-    weight = _tried_weight()
-    plain, inputs = weight.dequantized().contiguous(), torch.ones(1, weight.columns, dtype=torch.bfloat16)
-    few_rows()
-    ours = theirs = math.inf
-    with computing():
-        for _ in range(12):
-            began = time.perf_counter()
-            weight.multiply(inputs)
-            between = time.perf_counter()
-            nn.functional.linear(inputs, plain)
-            ours, theirs = min(ours, between - began), min(theirs, time.perf_counter() - between)
-    return ours / theirs
-
-
-@functools.lru_cache
-def _tried_weight() -> Int4Weight:
-    return Int4Weight(torch.linspace(-1, 1, math.prod(_TRIED_SHAPE)).view(_TRIED_SHAPE), torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class _Order:
-    """Of packed levels: blocks of so many rows, in each of which a byte has two rows' levels of one column."""
-
-    block: int
-    dim: int  # -2: the second half's rows lie in the upper bits; -1: every other row
-
-
-@functools.lru_cache
-@torch.inference_mode()
-def _order() -> _Order | None:
-    """How this torch packs for this processor; None if it does not, or in a way that is not known."""
-    try:
-        levels = torch.arange(2 * _UNIT * GROUP).mul(7).remainder(61).remainder(16).view(2 * _UNIT, GROUP)
-        packed = _pack_for_cpu(levels)
-        for block in (64, 32, 16):
-            for dim in (-2, -1):
-                taken = packed.view(-1, GROUP, block // 2)
-                found = torch.stack((taken & 15, taken >> 4), dim).view(-1, GROUP, block).transpose(1, 2)
-                if torch.equal(found.reshape(2 * _UNIT, GROUP), levels.to(torch.uint8)):
-                    return _Order(block, dim)
-    except (AttributeError, RuntimeError, TypeError) as e:
-        logger.info("This torch does not multiply in four bits on a CPU: %s", e)
-    return None
+        grad, values = grad_outputs[0], ctx.weight.dequantized()
+        return (grad.to(values.dtype) @ values).to(grad.dtype), None
 
 
 def _padded(rows: int) -> int:
@@ -320,20 +278,26 @@ def _pieces(rows: int, columns: int) -> Iterator[range]:
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _quantized(weight: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of these rows, some of which may be padding: levels [rows, columns], and what is kept of scales and zeros."""
-    own = weight[rows.start : rows.stop]
-    own = nn.functional.pad(own.detach().cpu(), (0, 0, 0, len(rows) - len(own)))
-    levels, scales = quantize(own)
-    return levels, scales.transpose(0, 1).contiguous().bfloat16()
+def _quantized(weight: torch.Tensor, rows: range, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of these rows, some of which may be padding, as `quantize` returns it."""
+    own = weight[rows.start : rows.stop].detach().cpu()
+    return quantize(nn.functional.pad(own, (0, 0, 0, len(rows) - len(own))), rounding)
 
 
-def _pack_for_cpu(levels: torch.Tensor) -> torch.Tensor:
-    return _packed._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 1)
+def _library() -> Kernels:
+    library = kernels()
+    assert library is not None  # why_not() has asked
+    return library
 
 
-def _pack_on_card(levels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    columns = levels.shape[1]
-    tiles = next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
-    levels = levels.to(device)
-    return _packed._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], tiles)
+def _panels(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[panels, groups, bytes]: scales and least values of the panel's rows, then the levels, two columns in a byte."""
+    panels, groups = len(levels) // PANEL, scales.shape[1]
+    kept = scales.view(panels, PANEL, groups, 2).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    halves = levels.view(panels, PANEL, groups, 2, GROUP // 2).permute(3, 0, 2, 4, 1)
+    return torch.cat([kept.flatten(2), (halves[0] | halves[1] << 4).flatten(2)], -1)
+
+
+def _tiles(levels: torch.Tensor) -> torch.Tensor:
+    tiles = next(tiles for tiles in (8, 4, 2) if levels.shape[1] % (16 * tiles) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], tiles)

@@ -1,4 +1,4 @@
-"""Plain blocks in float32 on a CPU, as lean.py describes them, by one call of our kernels for a step of few tokens.
+"""Plain blocks on a CPU, as lean.py describes them, by one call of our kernels for a step of few tokens.
 
 Knows what kernels read: weights, rotary tables, and where sessions keep keys and values. Does not know whether the result may be trusted:
 span/joint.py tries that out.
@@ -13,27 +13,51 @@ from typing import Any
 import torch
 from torch import nn
 
-from petals_win.kernels.library import MOST_ROWS, STAGES, Block, Held, Kernels, Linear, Row, Step, kernels
+from petals_win.kernels.library import (
+    BFLOAT16,
+    FLOAT32,
+    INT4,
+    MOST_ROWS,
+    STAGES,
+    Block,
+    Held,
+    Kernels,
+    Linear,
+    Row,
+    Step,
+    kernels,
+)
 from petals_win.span.cache import SessionCache
 from petals_win.span.decoder import CutDecoder
+from petals_win.span.int4 import Int4Linear, Panels
 from petals_win.span.lean import is_dense, is_plain
+from petals_win.span.packed_linear import can_pack
 from petals_win.span.rotary import DeclaredRotary
 
 _ANGLES = 256  # positions by which the rotary tables grow
+_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 def suits(block: nn.Module, model_type: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether kernels can compute the block, if its weights stay as they are: row by row."""
-    if dtype is not torch.float32 or device.type != "cpu" or kernels() is None or not is_plain(block, model_type):
+    """Whether kernels can compute the block, and are the fastest, if its weights stay as they are: row by row, or in four bits."""
+    if dtype not in _KINDS or device.type != "cpu" or kernels() is None or not is_plain(block, model_type):
         return False
-    return is_dense(block) and all(type(module) is nn.Linear for module in _linears(block))
+    if not is_dense(block):
+        return False
+    kinds = {type(module) for module in _linears(block)}
+    return kinds <= {nn.Linear, Int4Linear} and (Int4Linear in kinds or _reads_fastest(dtype))
+
+
+def _reads_fastest(dtype: torch.dtype) -> bool:
+    """Whether our kernels are as fast for plain weights as what else this processor has: not where it multiplies numbers of 16 bits itself."""
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and not can_pack(dtype))
 
 
 class NativeBlocks:
     """The blocks of a decoder, all of which `suits`. Weights are the decoder's own."""
 
-    def __init__(self, decoder: CutDecoder, library: Kernels) -> None:
-        self._start, self._library = decoder.start, library
+    def __init__(self, decoder: CutDecoder, library: Kernels, dtype: torch.dtype) -> None:
+        self._start, self._library, self._dtype = decoder.start, library, dtype
         self._rotary: Any = decoder.part("rotary_emb")
         self._kept: list[torch.Tensor] = []  # that addresses lead to
         made = [self._block(layer) for layer in decoder.layers]
@@ -58,7 +82,7 @@ class NativeBlocks:
             return None
         if not all(suits(layer, model_type, dtype, device) for layer in decoder.layers):
             return None
-        return cls(decoder, library)
+        return cls(decoder, library, dtype)
 
     def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
         """As JointPass.run, for at most MOST_ROWS rows in all."""
@@ -88,7 +112,7 @@ class NativeBlocks:
         step.threads = torch.get_num_threads()
         ctypes.memset(self._stages, 0, ctypes.sizeof(self._stages))
         self._library.run(step)
-        rows = hidden.split([part.shape[0] * part.shape[1] for _, part in parts])
+        rows = hidden.to(self._dtype).split([part.shape[0] * part.shape[1] for _, part in parts])
         return [row.view(part.shape) for row, (_, part) in zip(rows, parts, strict=True)]
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
@@ -115,6 +139,7 @@ class NativeBlocks:
             query_heads=attention.q_proj.out_features // attention.head_dim,
             key_heads=attention.k_proj.out_features // attention.head_dim,
             turns=bool(getattr(attention, "use_rope", True)),
+            kept=_KINDS[self._dtype],
         )
         if hasattr(attention, "q_norm"):
             block.query_norm, block.query_eps = (
@@ -125,13 +150,19 @@ class NativeBlocks:
         return block
 
     def _linear(self, module: nn.Linear) -> Linear:
-        self._kept.extend(module.parameters())
-        return _layer(module)
+        weight = module.int4.kept if isinstance(module, Int4Linear) else module.weight
+        assert isinstance(weight, (torch.Tensor, Panels))
+        kept = weight if isinstance(weight, torch.Tensor) else weight.panels
+        assert kept.is_contiguous()
+        self._kept.append(kept)
+        bias = None if module.bias is None else self._address(module.bias)
+        kind = _KINDS[kept.dtype] if kept is weight else INT4
+        return Linear(kept.data_ptr(), bias, module.out_features, module.in_features, kind)
 
     def _address(self, tensor: torch.Tensor) -> int:
-        assert tensor.is_contiguous() and tensor.dtype is torch.float32
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+        """Of its values in float32."""
+        self._kept.append(tensor.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
 
 
 class NativeLinear(nn.Module):
@@ -140,7 +171,10 @@ class NativeLinear(nn.Module):
     def __init__(self, plain: nn.Linear, library: Kernels) -> None:
         super().__init__()
         self.plain, self._library = plain, library
-        self._layer = _layer(plain)
+        self._bias = None if plain.bias is None else plain.bias.detach().float()
+        bias = None if self._bias is None else self._bias.data_ptr()
+        kind = _KINDS[plain.weight.dtype]
+        self._layer = Linear(plain.weight.data_ptr(), bias, plain.out_features, plain.in_features, kind)
 
     @classmethod
     def of(cls, layer: nn.Module) -> NativeLinear | None:
@@ -148,11 +182,8 @@ class NativeLinear(nn.Module):
         library = kernels()
         if library is None or type(layer) is not nn.Linear or layer.weight.requires_grad:
             return None
-        if (
-            layer.weight.device.type != "cpu"
-            or layer.weight.dtype is not torch.float32
-            or not layer.weight.is_contiguous()
-        ):
+        weight = layer.weight
+        if weight.device.type != "cpu" or not _reads_fastest(weight.dtype) or not weight.is_contiguous():
             return None
         return cls(layer, library)
 
@@ -165,15 +196,9 @@ class NativeLinear(nn.Module):
         """[..., inputs] to [..., outputs]."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         learns = torch.is_grad_enabled() and inputs.requires_grad
-        if not 0 < len(rows) <= MOST_ROWS or learns or inputs.dtype is not torch.float32:
+        if not 0 < len(rows) <= MOST_ROWS or learns or inputs.dtype is not self.weight.dtype:
             return self.plain(inputs)
-        return self._library.linear(self._layer, rows).view(*inputs.shape[:-1], -1)
-
-
-def _layer(module: nn.Linear) -> Linear:
-    """Its tensors stay where they are for as long as the module has them."""
-    bias = None if module.bias is None else module.bias.data_ptr()
-    return Linear(module.weight.data_ptr(), bias, module.out_features, module.in_features)
+        return self._library.linear(self._layer, rows.float()).to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
 
 def _linears(block: Any) -> list[nn.Module]:

@@ -1,7 +1,6 @@
-"""Linear layers whose weights are kept in 4 or 8 bits: by torch's own kernels (span/int4.py), or by bitsandbytes on an NVIDIA GPU.
+"""Linear layers whose weights are kept in 4 or 8 bits: in int4 (span/int4.py), or by bitsandbytes on an NVIDIA GPU.
 
-Knows bitsandbytes, which is imported only when it is asked for, and the fused experts of mixture models, which torch's kernels alone
-can take. Does not know models.
+Knows bitsandbytes, which is imported only when it is asked for, and the fused experts of mixture models, which int4 alone can take. Does not know models.
 """
 
 from __future__ import annotations
@@ -140,8 +139,6 @@ def _in_int4(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and not parameter.is_meta and parameter.numel() >= _WORTH_A_WORD:
             logger.info("%s %s stays in 16 bits: int4 takes no such weight", name, list(parameter.shape))
-    if device.type == "cpu":
-        int4.few_rows()  # tried out now, and not in somebody's answer
 
 
 def _bitsandbytes() -> Any:

@@ -123,9 +123,7 @@ class Span:
             span._adapters = Adapters(decoder.layers, start, blocks.prefix, source.num_blocks)
             for name in adapters:
                 span._adapters.load(name, source.token, dtype, device)
-        with torch.inference_mode():
-            span._continues = continues(decoder, shapes, device)
-        span._joint.try_out(shapes, exact=dtype is torch.float32 and quant == "none")
+        span.try_out()
         seconds = time.perf_counter() - began
         logger.info(
             "Loaded the blocks %d:%d of %s: %.0f MiB in %.1f s",
@@ -136,6 +134,12 @@ class Span:
             seconds,
         )
         return span
+
+    def try_out(self) -> None:
+        """Find out what these blocks can do, and the fastest way through them. Without it, steps are computed one by one."""
+        with torch.inference_mode():
+            self._continues = continues(self._decoder, self._shapes, self.device)
+        self._joint.try_out(self._shapes, exact=self.dtype is torch.float32 and self.quant == "none")
 
     @property
     def num_blocks(self) -> int:
