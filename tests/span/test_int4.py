@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from petals_win.errors import UserError
+from petals_win.kernels.library import GROUP
 from petals_win.models.source import open_model
 from petals_win.span import int4
-from petals_win.kernels.library import GROUP
 from petals_win.span.int4 import ON_CARD, ON_CPU, Int4Linear, Int4Stack, Int4Weight, Rounding, int4_bytes, quantize
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import quantize_linears
