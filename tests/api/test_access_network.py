@@ -224,7 +224,7 @@ def test_connections_are_limited_in_all():
 
 def test_connections_are_limited_for_each_address(monkeypatch):
     """Loopback has no such limit, so that this PC stands for another one here."""
-    monkeypatch.setattr("petals_win.api.server.is_loopback", lambda address: False)
+    monkeypatch.setattr("petals_win.api.server.is_loopback_host", lambda address: False)
     for proxies, last in (((), 503), (("127.0.0.1",), 200)):
         with serving(max_connections_each=3, trusted_proxies=proxies) as served, ExitStack() as opened:
             for _ in range(3):

@@ -20,7 +20,7 @@ LENGTH = 32
 
 @pytest.fixture(autouse=True)
 def plain_computing(monkeypatch):
-    """Without packed weights and the short way through plain blocks, whose sums differ in the last bit, the model is to be exact."""
+    """Without packed weights and the short ways through plain blocks, which are tested by themselves."""
     monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
     monkeypatch.setattr(LeanBlocks, "of", lambda decoder: None)
     monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
@@ -58,7 +58,7 @@ def test_family(checkpoint, family):
     swarm.open(2)
     with torch.no_grad():
         logits = model(input_ids=ids, cache=RemoteCache(swarm.position), use_cache=True).logits
-        assert equal(family, logits, whole(ids).logits)
+        assert equal(logits, whole(ids).logits)
 
     swarm.open(1)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
@@ -69,4 +69,4 @@ def test_family(checkpoint, family):
     ]
     assert torch.equal(made[0].sequences, made[1].sequences)
     for mine, theirs in zip(made[0].logits, made[1].logits, strict=True):
-        assert equal(family, mine, theirs)
+        assert equal(mine, theirs)

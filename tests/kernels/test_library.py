@@ -12,7 +12,7 @@ from torch import nn
 from petals_win.daemon.build import this_target
 from petals_win.kernels import library
 from petals_win.kernels.build import library_names
-from petals_win.kernels.library import FLOAT32, MOST_ROWS, Kernels, Linear, kernels
+from petals_win.kernels.library import BFLOAT16, FLOAT32, GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
 
 ORDER = ("avx2", "avx512")  # a processor that has the later one has those before, too
 
@@ -39,6 +39,42 @@ def test_a_layer_for_any_number_of_rows(name, sizes, bias):
     for rows in range(1, MOST_ROWS + 1):
         inputs = torch.randn(rows, sizes[0])
         torch.testing.assert_close(ours.linear(layer_of(plain), inputs), plain(inputs), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("sizes", [(16, 8), (47, 301), (576, 1537)], ids=str)
+def test_weights_in_16_bits(name, sizes):
+    torch.manual_seed(0)
+    ours, weight = Kernels(library._folder() / name), torch.randn(sizes[1], sizes[0]).bfloat16()
+    layer = Linear(weight.data_ptr(), None, *weight.shape, BFLOAT16)
+    for rows in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(rows, sizes[0])
+        torch.testing.assert_close(ours.linear(layer, inputs), inputs @ weight.float().t(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("sizes", [(32, 1), (64, 301), (576, 1537)], ids=str)
+def test_weights_in_four_bits(name, sizes):
+    """Panels of PANEL outputs, in each of which a value is level * scale + least."""
+    torch.manual_seed(0)
+    inputs_size, outputs_size = sizes
+    ours, count, groups = Kernels(library._folder() / name), -(-outputs_size // PANEL), inputs_size // GROUP
+    scales, leasts = torch.rand(2, count, groups, PANEL).half()
+    levels = torch.randint(0, 16, (count, groups, GROUP, PANEL), dtype=torch.uint8)
+    pairs = levels[:, :, : GROUP // 2] | levels[:, :, GROUP // 2 :] << 4
+    kept = [part.contiguous().view(torch.uint8).flatten(2) for part in (scales, leasts, pairs)]
+    panels = torch.cat(kept, dim=-1)
+    values = (levels * scales[:, :, None].float() + leasts[:, :, None].float()).permute(1, 2, 0, 3)
+    columns = values.reshape(inputs_size, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        unpacked = torch.empty_like(columns, dtype=dtype)
+        ours.unpack(panels, unpacked)
+        assert torch.equal(unpacked, columns.to(dtype))
+    layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT4)
+    for rows in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(rows, inputs_size)
+        right = inputs @ columns[:, :outputs_size]
+        torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
 
 
 @pytest.fixture

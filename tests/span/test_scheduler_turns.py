@@ -51,6 +51,18 @@ def test_before_any_decode_was_measured_a_chunk_beside_it_stays_small():
     assert settled(Chunks(1024), Decodes.HERE, 1.0, 0.001) == Chunks(1024).tokens(Decodes.HERE) <= 32
 
 
+def test_a_chunk_that_hardly_costs_anything_is_taken_and_says_nothing_about_larger_ones():
+    chunks = Chunks(1024)
+    for _ in range(50):
+        chunks.took(Decodes.HERE, 0, 0.02, 0.0)
+        chunks.took(Decodes.HERE, chunks.tokens(Decodes.HERE, room=12), 0.022, 0.0)
+    assert chunks.tokens(Decodes.HERE, room=12) == 12 and chunks.tokens(Decodes.HERE, room=2) == 16
+    assert chunks.tokens(Decodes.NOWHERE, room=12) == 256
+    for _ in range(50):
+        chunks.took(Decodes.HERE, chunks.tokens(Decodes.HERE, room=12), 0.1, 0.0)
+    assert chunks.tokens(Decodes.HERE, room=12) == 8
+
+
 def test_a_turn_shorter_than_the_clock_can_tell():
     chunks = Chunks(1024)
     for decodes in Decodes:

@@ -12,6 +12,7 @@ _TURN_S = 0.4
 # Of what decodes take alone: what a chunk beside them may take, and one that is computed while they are away, even if that is shorter.
 _BESIDE, _BETWEEN = 0.7, 0.5
 _LEAST = 8
+_WORTH_ROOM = 4
 _RECENT = 0.3  # of the last turn in a mean of turns
 
 
@@ -32,9 +33,10 @@ class Chunks:
         self._sizes = {Decodes.NOWHERE: min(256, most), Decodes.ELSEWHERE: 32, Decodes.HERE: 16}
         self._decodes_s: float | None = None
 
-    def tokens(self, decodes: Decodes) -> int:
-        """The size of the next one."""
-        return self._sizes[decodes]
+    def tokens(self, decodes: Decodes, room: int | None = None) -> int:
+        """The size of the next one. `room`: so many tokens beside the decodes that are here hardly make their turn longer."""
+        size = self._sizes[decodes]
+        return min(size, room) if decodes is Decodes.HERE and room is not None and room >= _WORTH_ROOM else size
 
     def took(self, decodes: Decodes, tokens: int, seconds: float, away_s: float) -> None:
         """A turn has taken so long for decodes, if they were here, and so many tokens of prefills.
@@ -48,7 +50,10 @@ class Chunks:
             self._decodes_s = before + _RECENT * (seconds - before)
         elif self._decodes_s is not None:
             if decodes is Decodes.HERE:
-                self._change(decodes, _BESIDE * self._decodes_s, seconds - self._decodes_s)
+                beside = seconds - self._decodes_s
+                # That a few tokens take next to nothing says nothing about more.
+                if tokens >= self._sizes[decodes] or beside > _BESIDE * self._decodes_s:
+                    self._change(decodes, _BESIDE * self._decodes_s, beside)
             else:
                 self._change(decodes, min(max(_BETWEEN * self._decodes_s, away_s), _TURN_S), seconds)
 

@@ -71,6 +71,10 @@ class JointPass:
         """Whether a session that is alone has an advantage of it, too."""
         return self._lean is not None
 
+    def room_beside(self, rows: int) -> int | None:
+        """How many rows more a pass of so many takes without another way than the kernels'; None: it does not go their way."""
+        return None if self._native is None or rows >= MOST_ROWS else MOST_ROWS - rows
+
     def _agrees(self, shapes: Sequence[KvShape], exact: bool, otherwise: str) -> bool:
         try:
             with torch.inference_mode():

@@ -163,7 +163,8 @@ class Scheduler:
         chosen = [(each, each.left) for each in decodes]
         recently = began - self._decoded < _PAUSE_S
         where = Decodes.HERE if decodes else Decodes.ELSEWHERE if recently else Decodes.NOWHERE
-        whole = left = self._chunks.tokens(where)
+        room = self._span.room_beside(sum(each.rows * each.left for each in decodes))
+        whole = left = self._chunks.tokens(where, room)
         for prefill in prefills:
             if left < prefill.rows and left < whole:
                 break

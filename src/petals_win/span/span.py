@@ -288,6 +288,10 @@ class Span:
         """Whether another session may go on from what one of this declared length has kept, or this one from another's."""
         return self._decoder.table_for(declared) == 0
 
+    def room_beside(self, rows: int) -> int | None:
+        """How many rows more may share a pass with so many rows of decodes without another way through the blocks; None: any number."""
+        return self._joint.room_beside(rows)
+
     def companions(self, step: Step) -> tuple[int, int, str, int] | None:
         """Steps for which this is equal can be computed together; None: the step can only be computed alone."""
         if not self._joint.works or step.prompts is not None:
