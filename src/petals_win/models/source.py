@@ -35,8 +35,8 @@ _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|
 _LARGEST = 2**40  # of any number in a configuration: beyond it, sizes of tensors overflow
 
 _NO_FAST_TOKENIZER = (
-    "{name} has its tokenizer as tokenizer.model only, in a format that petals-win does not read. Take a version of the model "
-    "that has the file tokenizer.json, or a GGUF file of it."
+    "{name} has its tokenizer as tokenizer.model only, or as ranks of tiktoken, which takes further packages to read. Run: "
+    "python -m pip install sentencepiece tiktoken, or take a version of the model that has the file tokenizer.json."
 )
 
 
@@ -84,11 +84,16 @@ class ModelSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the checkpoint's weights; float32 if they are quantized."""
+        """In which to compute unless somebody asks for another: that of the weights, or of a quantized GGUF as it says."""
         for config in (self.config, text_config(self.config)):
             if isinstance(config.dtype, torch.dtype):
                 return config.dtype
         return self.checkpoint.dtype()
+
+    @property
+    def is_quantized_gguf(self) -> bool:
+        """Whether `dtype` is a matter of choice, since the weights are stored in fewer bits than any."""
+        return isinstance(self.checkpoint, GgufCheckpoint) and self.checkpoint.is_quantized()
 
     @property
     def context_length(self) -> int:
