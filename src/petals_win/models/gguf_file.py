@@ -37,7 +37,7 @@ from petals_win.models.transformers_internals import GgufNames, LazyTensor
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
-_FORMAT = 4  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_FORMAT = 5  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
 _READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
 _PLAIN = {
