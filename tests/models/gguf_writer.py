@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from transformers import PreTrainedModel
 
 # transformers' type of model → llama.cpp's architecture
@@ -36,7 +36,14 @@ ARCHITECTURES = {
     "falcon": "falcon",
     "gpt2": "gpt2",
     "bloom": "bloom",
+    "smollm3": "smollm3",
+    "glm4": "glm4",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "ministral3": "mistral3",
 }
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3")
+_PAIRED = ("llama", "mistral", "mixtral", "granite", "smollm3", "ministral3")
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
 _HEAD_NAMES = ("lm_head.weight",)
 
@@ -78,10 +85,12 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     without: tuple[str, ...] = (),
     only: tuple[str, ...] | None = None,
+    raw: dict[str, GGMLQuantizationType] | None = None,
 ) -> Path:
     """Write `model` with its hyperparameters. `keys` are added or replace what a converter writes (those that begin with a dot
     are below the architecture's name), `tensors` are added, the keys in `without` are left out, and of the
-    tensors only those named in `only` are written, if it is given."""
+    tensors only those named in `only` are written, if it is given. Tensors in `raw` are given as bytes of these types.
+    """
     kind = model.config.model_type
     architecture = ARCHITECTURES[kind]
     stored = {**hyperparameters(model.config), **vocabulary(model.config.vocab_size)}
@@ -89,10 +98,10 @@ def write_gguf(
     writer = GGUFWriter(path, architecture)
     for key, value in stored.items():
         if key not in without and key.removeprefix(architecture) not in without:
-            _add(writer, key, value)
+            add_key(writer, key, value)
     for name, tensor in {**_tensors(model, architecture), **(tensors or {})}.items():
         if only is None or name in only:
-            writer.add_tensor(name, np.ascontiguousarray(tensor))
+            writer.add_tensor(name, np.ascontiguousarray(tensor), raw_dtype=(raw or {}).get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -134,9 +143,21 @@ def hyperparameters(config: Any) -> dict[str, Any]:
         "rope.freq_base": rope.get("rope_theta"),
         "vocab_size": config.vocab_size,
     }
-    if getattr(config, "head_dim", None) and kind not in ("falcon", "stablelm"):
+    if getattr(config, "head_dim", None) and kind not in ("falcon", "stablelm", *_DEEPSEEK):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if kind in ("llama", "mistral", "mixtral", "phi3", "stablelm", "nemotron", "granite", "cohere2", "minimax_m2"):
+    if kind in (
+        "llama",
+        "mistral",
+        "mixtral",
+        "phi3",
+        "stablelm",
+        "nemotron",
+        "granite",
+        "cohere2",
+        "minimax_m2",
+        "glm4",
+        "smollm3",
+    ):
         found["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1))
     if kind == "stablelm":
         found["use_parallel_residual"] = config.use_parallel_residual
@@ -161,11 +182,40 @@ def hyperparameters(config: Any) -> dict[str, Any]:
         found |= {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
     if kind == "qwen2_moe":
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if kind in _DEEPSEEK:
+        found |= _of_deepseek(config)
+    if kind == "ministral3":
+        found["attention.temperature_scale"] = scaling["llama_4_scaling_beta"]
+        found["rope.scaling.yarn_log_multiplier"] = float(scaling["mscale_all_dim"])
     if scaling.get("rope_type") in ("linear", "yarn"):
         found |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
         if "original_max_position_embeddings" in scaling:
             found["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
     return {f"{ARCHITECTURES[kind]}.{key}": value for key, value in found.items() if value is not None}
+
+
+def _of_deepseek(config: Any) -> dict[str, Any]:
+    latent = config.kv_lora_rank
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": latent + config.qk_rope_head_dim,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim,
+        "attention.kv_lora_rank": latent,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "expert_count": config.n_routed_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high: float, context: int) -> np.ndarray:
@@ -191,7 +241,7 @@ def _feed_forward(config: Any) -> int:
     return 4 * config.hidden_size
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
     if key == "general.architecture":
         return
     if isinstance(value, bool):
@@ -229,6 +279,12 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
         if name.endswith("e_score_correction_bias"):
             stored[f"blk.{name.split('.')[2]}.exp_probs_b.bias"] = tensor.numpy()
             continue
+        if found := re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight", name):
+            by_head = tensor.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+            keys, values = by_head.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+            stored[f"blk.{found[1]}.attn_k_b.weight"] = keys.transpose(1, 2).numpy()
+            stored[f"blk.{found[1]}.attn_v_b.weight"] = values.numpy()
+            continue
         if name == "lm_head.weight":
             stored["output.weight"] = tensor.numpy()
             continue
@@ -250,7 +306,7 @@ def _experts_of_gpt_oss(block: str, name: str, tensor: torch.Tensor) -> dict[str
 
 def _converted(kind: str, config: Any, name: str, target: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as the converter of this kind of model stores it."""
-    if kind in ("llama", "mistral", "mixtral", "granite") and (".attn_q." in target or ".attn_k." in target):
+    if kind in _PAIRED and (".attn_q." in target or ".attn_k." in target):
         heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         return halves.transpose(1, 2).reshape(tensor.shape)

@@ -23,6 +23,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     failing: dict[str, int] = field(default_factory=dict)
     break_off: dict[str, int] = field(default_factory=dict)  # file: how many bytes of it are sent, once
+    damaged: set[str] = field(default_factory=set)  # files of which a byte is changed on the way
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     url: str = ""
 
@@ -90,6 +91,8 @@ def running_hub() -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(data) - begin))
             self.end_headers()
             if with_body:
+                if name in hub.damaged:
+                    data = data[:-1] + bytes([data[-1] ^ 1])
                 cut = hub.break_off.pop(name, None)
                 self.wfile.write(data[begin:] if cut is None else data[begin:cut])
                 if cut is not None:

@@ -23,6 +23,10 @@ GEMMA = {"query_pre_attn_scalar": 16}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+DEEPSEEK_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707}
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(home: Path) -> None:
     """Descriptions of files go into a folder of this test."""
@@ -86,6 +90,15 @@ def assert_same(original: ModelSource, file: ModelSource) -> None:
         ("gemma", {}, {}),
         ("gpt2", {}, {}),
         ("bloom", {}, {}),
+        ("smollm3", {"no_rope_layer_interval": 4}, {}),
+        ("glm4", {}, {}),
+        ("glm4", {"attention_bias": False}, {}),
+        ("deepseek_v3", {}, {}),
+        ("deepseek_v3", {"q_lora_rank": None, "n_group": 1}, {}),
+        ("deepseek_v3", {"rope_parameters": DEEPSEEK_YARN}, {".rope.scaling.yarn_log_multiplier": 0.0707}),
+        ("deepseek_v2", {}, {}),
+        ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}, {}),
+        ("ministral3", {}, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -159,7 +172,9 @@ def test_llama_3_s_scaling_in_full_size(scaling):
     metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 4096}
     metadata |= {"llama.attention.head_count": 32, "llama.rope.freq_base": 5e5}
     divisors = llama3_divisors(128, 5e5, *scaling).astype(np.float64)
-    config = read_config(metadata, {"token_embd.weight": [8, 4096], "blk.0.attn_q.weight": [1, 1]}, divisors)
+    config = read_config(
+        metadata, {"token_embd.weight": [8, 4096], "blk.0.attn_q.weight": [1, 1]}, {"rope_freqs.weight": divisors}
+    )
     factor, low, high, context = scaling
     wanted = {"factor": factor, "low_freq_factor": low * 8192 / context, "high_freq_factor": high * 8192 / context}
     assert {key: config.rope_parameters[key] for key in wanted} == pytest.approx(wanted, rel=1e-3)
@@ -167,6 +182,43 @@ def test_llama_3_s_scaling_in_full_size(scaling):
 
 def test_divisors_of_one_scale_nothing(converted):
     assert_same(*converted("llama", tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)}))
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_longrope(converted, partial):
+    """As in Phi 3 and 4 of 128k tokens: what counts is the length up to which a text may go."""
+    count = int(8 * partial)
+    short, long = np.linspace(1, 1.5, count), np.linspace(1, 40, count)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": partial}
+    rope |= {"short_factor": short.tolist(), "long_factor": long.tolist()}
+    keys = {".rope.scaling.original_context_length": 32, ".rope.scaling.attn_factor": float(np.sqrt(1 + 3 / 5))}
+    tensors = {"rope_factors_short.weight": short.astype("f4"), "rope_factors_long.weight": long.astype("f4")}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 256, "original_max_position_embeddings": 32}
+    original, file = converted("phi3", keys=keys, tensors=tensors, **changes)
+    assert file.config.rope_parameters["rope_type"] == "longrope"
+    assert_same(original, file)
+    with torch.no_grad():
+        wanted, found = (source.whole_model()(input_ids=IDS[:, :16]).logits for source in (original, file))
+    assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+
+
+def test_longrope_that_is_damaged(converted):
+    keys, tensors = {".rope.scaling.original_context_length": 32}, {**LONG}
+    tensors["rope_factors_short.weight"] = np.ones(7, dtype=np.float32)
+    with pytest.raises(UserError, match="rope_factors_short.weight, which scales the rotary embedding, is missing or"):
+        converted("phi3", keys=keys, tensors=tensors)
+
+
+def test_latent_keys_and_values_of_older_files(converted):
+    original, _ = converted("deepseek_v3")
+    whole = original.whole_model()
+    tensors = {
+        f"blk.{index}.attn_kv_b.weight": layer.self_attn.kv_b_proj.weight.detach().numpy()
+        for index, layer in enumerate(whole.model.layers)
+    }
+    keys = {".attention.key_length": 24, ".attention.value_length": 16, ".attention.head_count_kv": 4}
+    without = (".attention.key_length_mla", ".attention.value_length_mla")
+    assert_same(*converted("deepseek_v3", keys=keys, tensors=tensors, without=without))
 
 
 @pytest.mark.parametrize("base", [10_000.0, 500.0])
@@ -215,7 +267,11 @@ LONG = {f"rope_factors_{kind}.weight": np.ones(8, dtype=np.float32) for kind in 
         ("llama", {".rope.freq_base_swa": 1e4}, {}, "llama.rope.freq_base_swa is 10000"),
         ("llama", {}, CUSTOM, "rope_freqs.weight in a way of its own"),
         ("llama", {".rope.scaling.factor": 2.0}, CUSTOM, "llama.rope.scaling.type is 'linear' beside rope_freqs"),
-        ("phi3", {}, LONG, r"two sets of factors \(longrope\)"),
+        ("llama", {}, LONG, r"two sets of factors \(longrope\)"),
+        ("phi3", {}, LONG, r"two sets of factors \(longrope\)"),  # from which length on?
+        ("deepseek_v2", {".expert_weights_norm": True}, {}, "deepseek2.expert_weights_norm is True"),
+        ("deepseek_v3", {".expert_gating_func": 3}, {}, "deepseek2.expert_gating_func is 3"),
+        ("ministral3", {".attention.temperature_scale": 0.0}, {}, "mistral3.rope.scaling.yarn_log_multiplier is 1.0"),
         ("llama", {".attention.value_length": 8}, {}, "llama.attention.value_length is 8"),
         ("llama", {".attention.head_count_kv": [2, 2, 1, 2]}, {}, "head_count_kv differs from block to block"),
         ("llama", {".attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv is 8.0"),

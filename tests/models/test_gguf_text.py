@@ -467,6 +467,27 @@ def test_the_chat_template_is_the_file_s(with_text):
     assert with_text({}).tokenizer().chat_template is None
 
 
+def test_named_chat_templates(with_text, tmp_path):
+    """The one for tools is taken where there are tools. A name is no path."""
+    tools = CHATML.replace("<|im_start|>", "TOOLS<|im_start|>", 1)
+    keys = {"tokenizer.chat_template": CHATML, "tokenizer.chat_templates": ["tool_use", "../../evil"]}
+    keys |= {"tokenizer.chat_template.tool_use": tools, "tokenizer.chat_template.../../evil": "X"}
+    source = with_text(keys)
+    assert ends(source) == [END_OF_TEXT, END_OF_TURN]
+    tokenizer = source.tokenizer()
+    assert tokenizer.chat_template == {"default": CHATML, "tool_use": tools}
+    asked: dict = {"conversation": [{"role": "user", "content": "Hi"}], "tokenize": False}
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    assert tokenizer.apply_chat_template(**asked).startswith("<|im_start|>")
+    assert tokenizer.apply_chat_template(**asked, tools=[tool]).startswith("TOOLS")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_named_chat_templates_alone(with_text):
+    tokenizer = with_text({"tokenizer.chat_template.rag": CHATML}).tokenizer()
+    assert tokenizer.chat_template == {"rag": CHATML}
+
+
 @pytest.mark.parametrize(
     "keys, says",
     [

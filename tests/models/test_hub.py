@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from models.hub import TOKEN, Hub, running_hub
+from petals_win.cli.main import app
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import INDEX
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
+from tiny_chat import tiny_chat_model
 
 MODEL = "someone/small-llama"
 
@@ -77,6 +80,66 @@ def test_only_the_shards_that_are_needed_are_fetched(hub, load, monkeypatch):
     assert load(start=0, end=4).startswith(
         "REFUSED The Hugging Face hub cannot be reached, and someone/small-llama is not complete"
     )
+
+
+def test_what_arrives_damaged_is_not_kept(hub, load):
+    weight_map = json.loads(hub.models[MODEL][INDEX])["weight_map"]
+    shard = weight_map["model.layers.0.mlp.up_proj.weight"]
+    hub.damaged.add(shard)
+    said = load()
+    assert said.startswith(f"REFUSED The file {shard} of {MODEL} arrived damaged, and was deleted. Run the same")
+    hub.damaged.clear()
+    assert load().startswith("LOADED"), "it is fetched anew"
+
+
+@pytest.fixture
+def pulled(hub, load, tmp_path, monkeypatch):
+    """Runs `petals-win pull`; gives what it prints as JSON."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for file in tiny_chat_model(tmp_path / "small", context=64).glob("*token*"):
+        hub.models[MODEL][file.name] = file.read_bytes()
+
+    def pull(*arguments: str) -> dict:
+        result = CliRunner().invoke(app, ["pull", MODEL, "--json", *arguments])
+        if result.exception is not None:
+            raise result.exception
+        return json.loads(result.stdout)
+
+    return pull
+
+
+def test_pull(hub, load, pulled, monkeypatch):
+    weight_map = json.loads(hub.models[MODEL][INDEX])["weight_map"]
+    needed = {file for key, file in weight_map.items() if ".layers.1." in key}
+    told = pulled("--blocks", "1:2")
+    assert {file for file in told["files"] if file.endswith(".safetensors")} == needed
+    assert told["bytes"] > sum(len(hub.models[MODEL][file]) for file in needed) and told["model"] == "small-llama"
+    assert {"tokenizer.json", "tokenizer_config.json"} <= fetched(hub)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert load(start=1, end=2).startswith("LOADED")
+        assert load(start=0, end=4).startswith("REFUSED")
+
+    hub.requests.clear()
+    assert set(weight_map.values()) <= set(pulled()["files"])
+    assert not needed & fetched(hub), "what was here is not fetched again"
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert load(start=0, end=4).startswith("LOADED")
+
+
+def test_pull_goes_on_where_it_was_broken_off(hub, pulled, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    shard = sorted(set(json.loads(hub.models[MODEL][INDEX])["weight_map"].values()))[0]
+    hub.break_off[shard] = len(hub.models[MODEL][shard]) // 2
+    assert shard in pulled()["files"]
+    ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.endswith(shard)]
+    assert len(ranges) == 2 and ranges[0] is None and ranges[1] is not None
+
+
+def test_pull_of_blocks_that_there_are_not(pulled):
+    with pytest.raises(UserError, match="blocks 3:9 are out of range: the model has the blocks 0:4"):
+        pulled("--blocks", "3:9")
 
 
 def test_a_gated_model(hub, load):

@@ -127,6 +127,26 @@ def bnb4(kind: str, nested: bool) -> Callable[[torch.Tensor], tuple[Parts, torch
     return make
 
 
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def nvfp4(modelopt: bool) -> Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]:
+    def make(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        rows, columns = weight.shape
+        numbers, scale = torch.randint(0, 16, weight.shape), (torch.rand(rows, columns // 16) + 1).to(
+            torch.float8_e4m3fn
+        )
+        packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
+        plain = FP4[numbers] * spread(scale.float(), rows, columns) / 64
+        if modelopt:
+            parts = {".weight": packed, ".weight_scale": scale, ".weight_scale_2": torch.tensor(1 / 64)}
+            return {**parts, ".input_scale": torch.ones(())}, plain
+        parts = {".weight_packed": packed, ".weight_scale": scale, ".weight_global_scale": torch.tensor([64.0])}
+        return {**parts, ".input_global_scale": torch.ones(1)}, plain
+
+    return make
+
+
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]]] = {
     "fp8 by blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8((48, 48))),
@@ -146,6 +166,9 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], tuple[Parts, tor
     "bitsandbytes nf4": (BNB4, bnb4("nf4", False)),
     "bitsandbytes nf4 twice": (BNB4, bnb4("nf4", True)),
     "bitsandbytes fp4": (BNB4, bnb4("fp4", False)),
+    "nvfp4": (compressed("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}), nvfp4(False)),
+    "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4(True)),
+    "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8((), "weight_scale")),
 }
 
 
@@ -229,6 +252,8 @@ def refused(act: Callable[[], object]) -> str:
         ("awq", ".qzeros"),
         ("pack-quantized", ".weight_shape"),
         ("bitsandbytes nf4", ".weight.absmax"),
+        ("nvfp4", ".weight_global_scale"),
+        ("modelopt nvfp4", ".weight_scale"),
     ],
 )
 def test_a_part_that_is_missing_is_named_before_a_weight_is_read(published, kind, ending, monkeypatch):
@@ -246,6 +271,8 @@ def test_a_part_that_is_missing_is_named_before_a_weight_is_read(published, kind
         ("float-quantized", ".weight_scale"),
         ("int-quantized", ".weight_scale"),
         ("bitsandbytes int8", ".SCB"),
+        ("modelopt nvfp4", ".weight_scale_2"),
+        ("modelopt fp8", ".weight_scale"),
     ],
 )
 def test_a_weight_that_lost_its_scale_is_refused(published, kind, ending):
@@ -266,6 +293,9 @@ def test_a_weight_that_lost_its_scale_is_refused(published, kind, ending):
         ("gptq", ".qzeros", torch.full((2, 16), -1, dtype=torch.int32)),
         ("awq", ".scales", torch.ones(2, 64)),
         ("bitsandbytes int8", ".SCB", torch.ones(3)),
+        ("nvfp4", ".weight_global_scale", torch.zeros(1)),
+        ("nvfp4", ".weight_scale", torch.ones(128, 2).to(torch.float8_e4m3fn)),
+        ("modelopt nvfp4", ".weight_scale", torch.ones(128, 4)),
         ("bitsandbytes nf4", ".weight.absmax", torch.ones(3)),
         ("bitsandbytes nf4", ".weight.quant_state.bitsandbytes__nf4", torch.ones(3, dtype=torch.uint8)),
     ],
@@ -295,7 +325,8 @@ def test_both_plain_and_quantized_is_refused(published):
         {"quant_method": "gptq", "bits": 3},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
-        compressed("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}),
+        compressed("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 32}),
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
         compressed("marlin-24", INT4),
         compressed("pack-quantized", INT4, transform_config={"config_groups": {"a": {}}}),
         compressed("pack-quantized", INT4, sparsity_config={"format": "sparse-24-bitmask"}),

@@ -28,7 +28,7 @@ METHODS = {
     "compressed-tensors (pack-quantized)": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "gptq": {"quant_method": "gptq", "bits": 3, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemv", "zero_point": True},
-    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
     "aqlm": {"quant_method": "aqlm"},
     "quanto": {"quant_method": "quanto", "weights": "int8"},
     "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},

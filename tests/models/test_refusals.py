@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -93,5 +94,11 @@ def test_a_tokenizer_in_another_format(checkpoint, tmp_path):
     with pytest.raises(UserError, match="tokenizer of llama has no words.*Download the model again"):
         open_model(str(folder)).tokenizer()
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-    with pytest.raises(UserError, match="llama has its tokenizer as tokenizer.model only.*tokenizer.json"):
+    with pytest.raises(UserError, match="as tokenizer.model only.*python -m pip install sentencepiece tiktoken"):
+        open_model(str(folder)).tokenizer()
+    (folder / "tokenizer.model").write_text(
+        "".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    )
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="or as ranks of tiktoken.*python -m pip install sentencepiece tiktoken"):
         open_model(str(folder)).tokenizer()

@@ -18,6 +18,7 @@ ONE_BY_ONE = {
     "falcon",
     "falcon-new",
     "falcon-alibi",
+    "deepseek_v2",
     "deepseek_v3",
     "gpt_neo",
     "jetmoe",

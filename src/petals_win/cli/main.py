@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from petals_win import __version__
-from petals_win.cli import api, bench, convert, doctor, firewall, key, logs, p2pd, patches, plan, serve, up, worker
+from petals_win.cli import (
+    api,
+    bench,
+    convert,
+    doctor,
+    firewall,
+    key,
+    logs,
+    p2pd,
+    patches,
+    plan,
+    pull,
+    serve,
+    up,
+    worker,
+)
 from petals_win.errors import UserError
 from petals_win.host.children import end_children_with_this_process
 from petals_win.host.console import use_utf8
@@ -26,6 +41,7 @@ app.command("serve")(serve.serve)
 app.command("api")(api.api)
 app.command("worker")(worker.worker)
 app.command("plan")(plan.plan)
+app.command("pull")(pull.pull)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")

@@ -49,6 +49,19 @@ def sampler(
     return Sampler(processors, generator, logprobs=request.logprobs, guide=guide)
 
 
+def check_settings(model: PreTrainedModel) -> None:
+    """Raises UserError if no token can be chosen as the generation_config of `model` says, which would fail in every answer."""
+    config: Any = model.config
+    try:
+        choose = sampler(GenerationRequest(model="", prompt=""), model, [0], 2)
+        choose(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, config.get_text_config(decoder=True).vocab_size))
+    except Exception as e:  # transformers checks its settings in many places, and not all of them
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"The model's generation_config.json cannot be followed: {reason} Correct what it says, or delete that file."
+        ) from e
+
+
 def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:

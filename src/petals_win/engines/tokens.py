@@ -5,6 +5,7 @@ Knows token ids and the tokenizer that belongs to them. Does not know templates,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from petals_win.engines.base import GenerationRequest, ModelCard, SwarmStatus
+from petals_win.engines.sampling import check_settings
 from petals_win.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,31 @@ class Language:
 
     @classmethod
     def of(cls, tokenizer: Any, model: PreTrainedModel) -> Language:
-        """That of a model, or of a client's half of it, by its configuration."""
+        """That of a model, or of a client's half of it, by its configuration.
+
+        Raises UserError for a generation_config that cannot be followed, and a tokenizer that is not the model's.
+        """
         config: Any = model.config
-        return cls(tokenizer, config.get_text_config(decoder=True).vocab_size, end_tokens(model.generation_config))
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        ends = end_tokens(model.generation_config)
+        if strange := [end for end in ends if type(end) is not int]:
+            raise UserError(
+                f"The model's generation_config.json says that {strange[0]!r} ends an answer, which is no token. "
+                "Correct what it says, or delete that file."
+            )
+        if beyond := [end for end in ends if not 0 <= end < vocabulary]:
+            logger.warning("%s is to end an answer, but the model has the tokens 0 to %d", beyond[0], vocabulary - 1)
+        check_settings(model)
+        return cls(tokenizer, vocabulary, ends)
 
 
 def end_tokens(config: Any) -> frozenset[int]:
     """The tokens that end an answer by transformers' GenerationConfig, which has none, one or a list of them."""
     ends = config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
+    try:
+        return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
+    except TypeError:  # a list in the list
+        return frozenset((str(ends),))
 
 
 def nobody_counts(_cached: int) -> None:

@@ -38,7 +38,7 @@ class Checkpoint(Protocol):
         ...
 
     def dtype(self) -> torch.dtype:
-        """Of the weights as they are stored; float32 for quantized ones."""
+        """In which to compute unless somebody asks for another: that of the weights as they are stored, if they are plain."""
         ...
 
     def content(self) -> Iterable[bytes]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from gguf.quants import quant_shape_to_byte_shape
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -28,7 +29,7 @@ from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
-from petals_win.models.gguf_metadata import ROPE_DIVISORS, read_config
+from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.transformers_internals import GgufNames, LazyTensor
@@ -36,9 +37,20 @@ from petals_win.models.transformers_internals import GgufNames, LazyTensor
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
-_FORMAT = 3  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_FORMAT = 5  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
 _READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
+_PLAIN = {
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.F32: torch.float32,
+}
+_SMALL = 2**30  # bytes of a quantized model in float32 up to which it is computed so: a CPU is fastest with it
+_PIECE = (
+    2**18
+)  # values that are dequantized at once: they fit into a processor's cache, and blocks of any type into them
+_LARGE = 2**20  # values of a tensor from which on it does not pass through float32 as a whole
+_OTHER_TYPE = "Take another quantization of the model, such as Q4_K_M or Q8_0, or its safetensors files."
 _AGAIN = "Download all parts again, into a folder of their own."
 
 
@@ -75,40 +87,53 @@ class GgufCheckpoint:
             target = names.target(name)
             if target is not None:
                 parts.setdefault(target, []).append(name)
-        return {target: _Dequantized(self, names, target, found) for target, found in parts.items()}
+        expected = model.state_dict()
+        return {
+            target: _Dequantized(self, names, target, found, expected[target].dtype) for target, found in parts.items()
+        }
 
     def fetch(self, keys: Iterable[str]) -> None:
         """Everything is in the file."""
 
     def dtype(self) -> torch.dtype:
-        """float16 or bfloat16 if all large tensors are; float32 if they are quantized, for it represents them best."""
+        """float16, bfloat16 or float32 if all large tensors are; of quantized ones float32 for a small model, else bfloat16."""
         types = {GGMLQuantizationType(entry.type) for entry in self._entries.values() if len(entry.shape) > 1}
-        if types == {GGMLQuantizationType.F16}:
-            return torch.float16
-        if types == {GGMLQuantizationType.BF16}:
-            return torch.bfloat16
-        return torch.float32
+        if len(types) == 1 and (plain := _PLAIN.get(next(iter(types)))):
+            return plain
+        if not self.is_quantized():
+            return torch.float32
+        in_float32 = 4 * sum(math.prod(entry.shape) for entry in self._entries.values())
+        return torch.float32 if in_float32 <= _SMALL else torch.bfloat16
+
+    def is_quantized(self) -> bool:
+        return any(GGMLQuantizationType(entry.type) not in _PLAIN for entry in self._entries.values())
 
     def content(self) -> Iterable[bytes]:
         for number, path in enumerate(self._parts):
             offsets = [entry.offset for entry in self._entries.values() if entry.part == number]
             yield from gguf_file(path, min(offsets, default=path.stat().st_size))
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor of the file in float32."""
+    def read(self, name: str, dtype: torch.dtype) -> np.ndarray:
+        """One tensor of the file: in float32, or a large one in the bits of `dtype` if that has 16, as numbers of 16 bits.
+
+        What is done with large tensors moves values about and never computes with them.
+        """
         entry = self._entries[name]
-        return _read_tensor(self._parts[entry.part], entry)
+        return _read_tensor(self._parts[entry.part], entry, dtype)
 
 
 class _Dequantized:
     """One tensor of a model, made of one or several of the file."""
 
-    def __init__(self, checkpoint: GgufCheckpoint, names: GgufNames, target: str, parts: list[str]) -> None:
-        self._checkpoint, self._names, self._target, self._parts = checkpoint, names, target, parts
+    def __init__(
+        self, checkpoint: GgufCheckpoint, names: GgufNames, target: str, parts: list[str], dtype: torch.dtype
+    ) -> None:
+        self._checkpoint, self._names, self._target, self._parts, self._dtype = checkpoint, names, target, parts, dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        arrays = {name: self._checkpoint.read(name) for name in self._parts}
-        return self._names.convert(arrays, self._target)[index]
+        arrays = {name: self._checkpoint.read(name, self._dtype) for name in self._parts}
+        found = self._names.convert(arrays, self._target)
+        return (found if found.is_floating_point() else found.view(self._dtype))[index]
 
 
 def _description(parts: list[Path]) -> Path:
@@ -153,12 +178,14 @@ def _describe(parts: list[Path], folder: Path) -> None:
             f"{path.name} and its further parts have {len(entries)} tensors where it says {wanted}: they belong to different models. "
             f"{_AGAIN}"
         )
-    divisors = None
-    if ROPE_DIVISORS in entries:
-        entry = entries[ROPE_DIVISORS]
-        divisors = _read_tensor(parts[entry.part], entry).astype(np.float64)
+    _refuse_types(path, entries)
+    tables = {
+        name: _read_tensor(parts[entry.part], entry).astype(np.float64)
+        for name, entry in entries.items()
+        if name in ROPE_TABLES
+    }
     try:
-        config = read_config(metadata, {name: entry.shape for name, entry in entries.items()}, divisors)
+        config = read_config(metadata, {name: entry.shape for name, entry in entries.items()}, tables)
     except UserError as e:
         raise UserError(f"{path.name} cannot be read. {e}") from e
     except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as e:
@@ -196,6 +223,11 @@ def _contents(path: Path, number: int, architecture: str | None = None) -> tuple
         read = (f"{architecture}.", *_READ)
         return {key: field.contents() for key, field in reader.fields.items() if key.startswith(read)}, entries
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as e:
+        if unknown := re.search(rf"(\d+)\)? is not a valid {GGMLQuantizationType.__name__}", str(e)):
+            raise UserError(
+                f"{path.name} has tensors of the type number {unknown[1]}, which nobody knew when this version of petals-win was made, "
+                f"or it is damaged. {_OTHER_TYPE}"
+            ) from e
         raise UserError(
             f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
             "Download it again."
@@ -216,10 +248,26 @@ def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -
         )
 
 
+def _refuse_types(path: Path, entries: Mapping[str, _Entry]) -> None:
+    """Types of numbers that the gguf package can name, but not turn into plain ones."""
+    tried: set[int] = set()
+    for name, entry in entries.items():
+        if entry.type in tried:
+            continue
+        tried.add(entry.type)
+        kind = GGMLQuantizationType(entry.type)
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        except NotImplementedError as e:
+            raise UserError(
+                f"{path.name} has the tensor {name} in the type {kind.name}, which petals-win cannot read. {_OTHER_TYPE}"
+            ) from e
+
+
 def _refuse_unused(path: Path, config: PreTrainedConfig, architecture: str, entries: Iterable[str]) -> None:
     """A tensor that the model has no place for would be left out of the computation without a word."""
     names = _names(path, empty_model(config, torch.float32), architecture)
-    unused = sorted(name for name in entries if name != ROPE_DIVISORS and names.target(name) is None)
+    unused = sorted(name for name in entries if name not in ROPE_TABLES and names.target(name) is None)
     if unused:
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise UserError(
@@ -238,10 +286,17 @@ def _names(path: Path, model: PreTrainedModel, architecture: str) -> GgufNames:
         ) from e
 
 
-def _read_tensor(path: Path, entry: _Entry) -> np.ndarray:
-    """One tensor of the file in float32."""
+def _read_tensor(path: Path, entry: _Entry, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """As GgufCheckpoint.read. A large tensor is read in pieces, so that little more than the result is in memory."""
     kind = GGMLQuantizationType(entry.type)
+    values_of_block, bytes_of_block = GGML_QUANT_SIZES[kind]
+    large = len(entry.shape) > 1 and math.prod(entry.shape) >= _LARGE
+    short = large and dtype.itemsize == 2
+    found = torch.empty(math.prod(entry.shape), dtype=dtype if short else torch.float32)
     with path.open("rb") as file:
         file.seek(entry.offset)
-        data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
-    return dequantize(data.reshape(quant_shape_to_byte_shape(entry.shape, kind)), kind)
+        for piece in found.split(_PIECE):
+            count = piece.numel() // values_of_block * bytes_of_block
+            data = np.fromfile(file, dtype=np.uint8, count=count)
+            piece.copy_(torch.from_numpy(dequantize(data.reshape(1, -1), kind)).view(-1))
+    return (found.view(torch.int16) if short else found).view(entry.shape).numpy()

@@ -18,6 +18,8 @@ from petals_win.errors import UserError
 from petals_win.models.transformers_internals import inverse_frequencies
 
 ROPE_DIVISORS = "rope_freqs.weight"
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TABLES = (ROPE_DIVISORS, _LONG, _SHORT)  # tensors that say how the rotary embedding is scaled
 
 _LARGEST = 2**24  # of any size: ten million tokens are the longest context there is, and a damaged file says anything
 _HUGE = 1e12  # of any number that is no size: bases of rotary embeddings come near it
@@ -96,6 +98,8 @@ class _Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     head_dim: bool = True  # whether heads may have another size than hidden_size / num_attention_heads
     partial_rotary: bool = False
+    longrope: bool = False  # whether there may be two sets of divisors, for short texts and for long ones
+    latent: bool = False  # whether keys and values come out of one latent vector, so that heads have no single size
     theta: float | None = 10_000.0  # base of the rotary embedding if no key says it; None: there is no such embedding
     window: int | None = None  # every how many blocks one sees everything (1: none does); None: no block has a window
     adjust: Callable[[dict[str, Any], _Reader], None] | None = None
@@ -106,13 +110,15 @@ class _Reader:
     """The metadata of one file below its architecture, and the shapes of its tensors, outermost dimension first."""
 
     def __init__(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], divisors: np.ndarray | None
+        self, metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], tables: Mapping[str, np.ndarray]
     ) -> None:
         self.architecture: str = metadata["general.architecture"]
         prefix = f"{self.architecture}."
         self.values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
         self.shapes = shapes
+        divisors = tables.get(ROPE_DIVISORS)
         self.divisors = None if divisors is None or bool(np.all(divisors == 1)) else divisors
+        self.tables = tables
 
     def get(self, key: str, default: Any = None) -> Any:
         """A number or text; of a list whose entries are all equal, the entry. Raises UserError for a list of several."""
@@ -156,22 +162,22 @@ def check_architecture(architecture: str) -> None:
 
 
 def read_config(
-    metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], divisors: np.ndarray | None = None
+    metadata: Mapping[str, Any], shapes: Mapping[str, list[int]], tables: Mapping[str, np.ndarray] | None = None
 ) -> PreTrainedConfig:
     """The configuration with which transformers computes what the file describes.
 
-    `metadata` has the file's keys (no arrays of text are needed), `shapes` its tensors as torch counts, `divisors` the values
-    of rope_freqs.weight if there is one. Raises UserError, with the key, for what cannot be computed here.
+    `metadata` has the file's keys (no arrays of text are needed), `shapes` its tensors as torch counts, `tables` the values
+    of those tensors that are in ROPE_TABLES. Raises UserError, with the key, for what cannot be computed here.
     """
     check_architecture(metadata["general.architecture"])
-    reader = _Reader(metadata, shapes, divisors)
+    reader = _Reader(metadata, shapes, tables or {})
     family = _FAMILIES[reader.architecture]
     settings: dict[str, Any] = dict(family.fixed)
     for key, name in {**_COMMON, **family.keys}.items():
         if (value := reader.get(key)) is not None:
             settings[name] = value
     _check_shape(settings, reader)
-    head_dim = _head_dim(settings, family, reader)
+    head_dim = reader.need("rope.dimension_count") if family.latent else _head_dim(settings, family, reader)
     _windows(settings, family, reader)
     settings["model_type"] = family.model_type
     settings["vocab_size"] = reader.shapes["token_embd.weight"][0]
@@ -181,7 +187,7 @@ def read_config(
         known = isinstance(token, int) and 0 <= token < settings["vocab_size"]
         settings[f"{name.removesuffix('ding')}_token_id"] = token if known else None
     if family.theta is not None:
-        settings["rope_parameters"] = _rope(settings, head_dim, family.theta, family.partial_rotary, reader)
+        settings["rope_parameters"] = _rope(settings, head_dim, family, reader)
     if family.adjust is not None:
         family.adjust(settings, reader)
     _refuse_the_rest(family, reader, head_dim)
@@ -246,16 +252,16 @@ def _windows(settings: dict[str, Any], family: _Family, reader: _Reader) -> None
     settings["layer_types"] = ["sliding_attention" if entry else "full_attention" for entry in slides]
 
 
-def _rope(settings: dict[str, Any], head_dim: int, theta: float, partial: bool, reader: _Reader) -> dict[str, Any]:
+def _rope(settings: dict[str, Any], head_dim: int, family: _Family, reader: _Reader) -> dict[str, Any]:
     """The rotary embedding. What llama.cpp takes for granted: no type means linear, no factor means none."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base", theta)}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base", family.theta)}
     rotary = reader.get("rope.dimension_count", head_dim) or head_dim
-    if rotary != head_dim and not partial:
+    if rotary != head_dim and not family.partial_rotary:
         raise reader.refusal("rope.dimension_count", f"is {rotary} where a head has {head_dim}")
-    if partial:
+    if family.partial_rotary:
         rope["partial_rotary_factor"] = rotary / head_dim
     if any(name.startswith("rope_factors_") for name in reader.shapes):
-        raise UserError(f"The file scales its rotary embedding with two sets of factors (longrope), {_NOT_YET}")
+        return rope | _longrope(family, rotary, reader)
     kind = reader.get("rope.scaling.type", "linear")
     factor = reader.get("rope.scaling.factor") or reader.get("rope.scale_linear") or 1.0
     magnitude = reader.get("rope.scaling.attn_factor", 1.0) * reader.get("rope.scaling.yarn_attn_factor", 1.0)
@@ -283,6 +289,28 @@ def _rope(settings: dict[str, Any], head_dim: int, theta: float, partial: bool, 
             raise reader.refusal("rope.scaling.type", f"is {kind!r} beside {ROPE_DIVISORS}")
         rope |= _as_llama3(reader.divisors, rope["rope_theta"], rotary)
     return rope
+
+
+def _longrope(family: _Family, rotary: int, reader: _Reader) -> dict[str, Any]:
+    """Two sets of divisors: which of them counts, the length says up to which a text may go."""
+    kind = reader.get("rope.scaling.type", "longrope")
+    original = reader.get("rope.scaling.original_context_length")
+    if not family.longrope or not original or kind not in ("none", "longrope") or reader.divisors is not None:
+        raise UserError(f"The file scales its rotary embedding with two sets of factors (longrope), {_NOT_YET}")
+    for name in (_LONG, _SHORT):
+        table = reader.tables.get(name)
+        if table is None or table.shape != (rotary // 2,) or not (np.isfinite(table) & (table > 0)).all():
+            raise UserError(
+                f"The tensor {name}, which scales the rotary embedding, is missing or does not fit: the file is damaged. "
+                "Download it again."
+            )
+    return {
+        "rope_type": "longrope",
+        "long_factor": reader.tables[_LONG].tolist(),
+        "short_factor": reader.tables[_SHORT].tolist(),
+        "original_max_position_embeddings": original,
+        "attention_factor": float(reader.get("rope.scaling.attn_factor", 1.0)),
+    }
 
 
 def _as_llama3(divisors: np.ndarray, theta: float, rotary: int) -> dict[str, Any]:
@@ -364,8 +392,70 @@ def _granite(settings: dict[str, Any], reader: _Reader) -> None:
 
 
 def _phi3(settings: dict[str, Any], reader: _Reader) -> None:
-    if settings["rope_parameters"]["rope_type"] != "default":
+    if settings["rope_parameters"]["rope_type"] not in ("default", "longrope"):
         raise reader.refusal("rope.scaling.type")  # transformers would take it for longrope
+    if original := settings["rope_parameters"].get("original_max_position_embeddings"):
+        settings["original_max_position_embeddings"] = original
+
+
+def _ministral3(settings: dict[str, Any], reader: _Reader) -> None:
+    """Mistral's models of more than text. The newest ones sharpen queries from the original context's length on."""
+    _llama(settings, reader)
+    beta, magnitude = reader.get("attention.temperature_scale"), reader.get("rope.scaling.yarn_log_multiplier")
+    if not beta and not magnitude:
+        return
+    rope = settings["rope_parameters"]
+    if rope["rope_type"] != "yarn" or not beta or not magnitude or "attention_factor" in rope:
+        raise reader.refusal("attention.temperature_scale" if beta else "rope.scaling.yarn_log_multiplier")
+    rope |= {"llama_4_scaling_beta": beta, "mscale": 1.0, "mscale_all_dim": float(magnitude)}
+    for unknown in ("attention_bias", "mlp_bias"):
+        if settings.pop(unknown):
+            raise UserError(f"The blocks of the file have biases in addition to a temperature, {_NOT_YET}")
+    settings["model_type"] = "ministral3"
+
+
+def _deepseek2(settings: dict[str, Any], reader: _Reader) -> None:
+    """DeepSeek's second generation weighs experts by a softmax, the third (with Kimi K2 and others) by sigmoids."""
+    rotary = reader.need("rope.dimension_count")
+    whole = reader.get("attention.key_length_mla") or reader.need("attention.key_length")
+    settings |= {
+        "num_key_value_heads": settings["num_attention_heads"],
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": whole - rotary,
+        "v_head_dim": reader.get("attention.value_length_mla") or reader.need("attention.value_length"),
+        "kv_lora_rank": reader.need("attention.kv_lora_rank"),
+        "q_lora_rank": reader.get("attention.q_lora_rank") or None,
+        "n_routed_experts": reader.need("expert_count"),
+        "n_shared_experts": reader.need("expert_shared_count"),
+        "num_experts_per_tok": reader.need("expert_used_count"),
+        "moe_intermediate_size": reader.need("expert_feed_forward_length"),
+        "first_k_dense_replace": reader.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": float(reader.get("expert_weights_scale", 1.0)),
+        "norm_topk_prob": bool(reader.get("expert_weights_norm", False)),
+    }
+    if whole <= rotary or not settings["n_routed_experts"] or not settings["n_shared_experts"]:
+        raise UserError(f"The heads or experts of the file are of no size that DeepSeek's have, {_NOT_YET}")
+    sigmoid = reader.get("expert_gating_func", 0)
+    if sigmoid not in (0, 1, 2):
+        raise reader.refusal("expert_gating_func")
+    # Files made before there were keys for groups: those two models alone have them.
+    usual = {(2, 256, 7168): (8, 4), (1, 160, 5120): (8, 3)}
+    shape = (max(1, sigmoid), settings["n_routed_experts"], settings["hidden_size"])
+    groups, used = usual.get(shape, (1, 1))
+    settings["n_group"] = groups = reader.get("expert_group_count") or groups
+    settings["topk_group"] = reader.get("expert_group_used_count") or used
+    if sigmoid == 2:
+        settings["model_type"] = "deepseek_v3"
+    else:
+        if settings["norm_topk_prob"]:
+            raise reader.refusal("expert_weights_norm")
+        settings["topk_method"] = "greedy" if groups == 1 else "group_limited_greedy"
+    rope = settings["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        magnitude = 10 * reader.get("rope.scaling.yarn_log_multiplier", 0.0)
+        if "attention_factor" in rope:
+            raise reader.refusal("rope.scaling.attn_factor")
+        rope |= {"mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else {"attention_factor": 1.0}
 
 
 def _cohere(settings: dict[str, Any], reader: _Reader) -> None:
@@ -435,6 +525,40 @@ def _ungrouped(settings: dict[str, Any], reader: _Reader) -> None:
 
 _FAMILIES: dict[str, _Family] = {
     "llama": _Family("llama", _RMS, window=1, adjust=_llama, read=frozenset({"expert_count", "expert_used_count"})),
+    "mistral3": _Family(
+        "llama",
+        _RMS,
+        window=1,
+        adjust=_ministral3,
+        read=frozenset({"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}),
+    ),
+    "smollm3": _Family("smollm3", _RMS, {"no_rope_layer_interval": 4}, head_dim=False, adjust=_attention_bias),
+    "glm4": _Family("glm4", _RMS, partial_rotary=True, adjust=_attention_bias),
+    "deepseek2": _Family(
+        "deepseek_v2",
+        _RMS,
+        latent=True,
+        adjust=_deepseek2,
+        read=frozenset(
+            {
+                "attention.key_length_mla",
+                "attention.kv_lora_rank",
+                "attention.q_lora_rank",
+                "attention.value_length_mla",
+                "expert_count",
+                "expert_feed_forward_length",
+                "expert_gating_func",
+                "expert_group_count",
+                "expert_group_used_count",
+                "expert_shared_count",
+                "expert_used_count",
+                "expert_weights_norm",
+                "expert_weights_scale",
+                "leading_dense_block_count",
+                "rope.scaling.yarn_log_multiplier",
+            }
+        ),
+    ),
     "qwen2": _Family("qwen2", _RMS),
     "qwen3": _Family("qwen3", _RMS, adjust=_attention_bias),
     "qwen2moe": _Family(
@@ -444,7 +568,7 @@ _FAMILIES: dict[str, _Family] = {
         adjust=_shared_expert,
     ),
     "qwen3moe": _Family("qwen3_moe", {**_RMS, **_EXPERTS}, {"norm_topk_prob": True}, adjust=_shared_expert),
-    "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, window=1, adjust=_phi3),
+    "phi3": _Family("phi3", _RMS, head_dim=False, partial_rotary=True, longrope=True, window=1, adjust=_phi3),
     "gemma": _Family("gemma", _RMS),
     "gemma2": _Family(
         "gemma2",
@@ -538,4 +662,9 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 # The types of models, in transformers' words, that GGUF files of these architectures hold.
-MODEL_TYPES = frozenset(family.model_type for family in _FAMILIES.values()) | {"mistral", "mixtral"}
+MODEL_TYPES = frozenset(family.model_type for family in _FAMILIES.values()) | {
+    "deepseek_v3",
+    "ministral3",
+    "mistral",
+    "mixtral",
+}

@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 
 _EXPERTS = re.compile(r"(?P<block>.*\.(?P<index>\d+)\.mlp)\.experts\.(?P<part>gate_up|down)_proj(?P<bias>_bias)?")
-_FUSED_EXPERTS = ("gpt_oss", "mixtral")
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3")
+_FUSED_EXPERTS = ("gpt_oss", "mixtral", *_DEEPSEEK)
+_LATENT = re.compile(r".*\.(?P<index>\d+)\.self_attn\.kv_b_proj\.weight")
+# Architectures whose rows of queries and keys lie in pairs, those of Llama aside, which transformers knows.
+_PAIRED = ("granite", "mistral3", "smollm3")
 
 
 def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
@@ -27,24 +31,30 @@ def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
             ending = "bias" if experts["bias"] else "weight"
             for part in ("gate", "up") if experts["part"] == "gate_up" else ("down",):
                 found[f"blk.{experts['index']}.ffn_{part}_exps.{ending}"] = name
+        elif model_type in _DEEPSEEK and (latent := _LATENT.fullmatch(name)):
+            found |= {f"blk.{latent['index']}.attn_{part}_b.weight": name for part in ("k", "v")}
+        elif model_type in _DEEPSEEK and name.endswith(".e_score_correction_bias"):
+            found[f"blk.{name.split('.')[2]}.exp_probs_b.bias"] = name
     return found
 
 
 def restored(
-    model_type: str, config: Mapping[str, Any], target: str, parts: Mapping[str, np.ndarray]
+    architecture: str, model_type: str, config: Mapping[str, Any], target: str, parts: Mapping[str, np.ndarray]
 ) -> np.ndarray | None:
-    """The model's tensor `target` from those stored; None if nothing special is to be done with it."""
+    """The model's tensor `target` from those stored in a file of `architecture`; None if nothing special is to be done with it."""
     if model_type in _FUSED_EXPERTS and (experts := _EXPERTS.fullmatch(target)):
         order = {name.split(".")[2].removeprefix("ffn_").removesuffix("_exps"): part for name, part in parts.items()}
         halves = [order[part] for part in (("gate", "up") if experts["part"] == "gate_up" else ("down",))]
-        if model_type == "mixtral":
+        if model_type != "gpt_oss":
             return np.concatenate(halves, axis=1)
-        # gpt-oss: rows of gate and up take turns, and inputs come before outputs
+        # rows of gate and up take turns, and inputs come before outputs
         woven = np.stack(halves, axis=2).reshape(len(halves[0]), -1, *halves[0].shape[2:])
         return woven if experts["bias"] else woven.swapaxes(1, 2)
     if model_type == "gemma" and target.endswith("norm.weight"):
         return _only(parts) - 1
-    if model_type == "granite" and re.search(r"\.[qk]_proj\.(weight|bias)$", target):
+    if model_type in _DEEPSEEK and _LATENT.fullmatch(target) and len(parts) > 1:
+        return _latent(parts)
+    if architecture in _PAIRED and re.search(r"\.[qk]_proj\.(weight|bias)$", target):
         kind = "num_attention_heads" if ".q_proj." in target else "num_key_value_heads"
         rows = _only(parts)
         pairs = rows.reshape(config[kind], -1, 2, *rows.shape[1:])
@@ -52,6 +62,15 @@ def restored(
     if model_type == "falcon" and target.endswith("query_key_value.weight"):
         return _by_group(_only(parts), config["num_attention_heads"], config["num_kv_heads"])
     return None
+
+
+def _latent(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What makes a head's key, which is stored for being multiplied from the other side, and what makes its value."""
+    by_part = {name.split(".")[2]: part for name, part in parts.items()}
+    if "attn_kv_b" in by_part:  # some files have both forms
+        return by_part["attn_kv_b"]
+    both = np.concatenate([by_part["attn_k_b"].swapaxes(1, 2), by_part["attn_v_b"]], axis=1)
+    return both.reshape(-1, both.shape[-1])
 
 
 def _by_group(rows: np.ndarray, heads: int, groups: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Knows the keys below `tokenizer.` and how llama.cpp tells words apart. Does not 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from petals_win.errors import UserError
 from petals_win.models.transformers_internals import pre_tokenizer_split, sentencepiece_backend
 
 logger = logging.getLogger(__name__)
+
+_TEMPLATE = "tokenizer.chat_template"
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _GEMMA = ("gemma", "gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
@@ -100,7 +103,6 @@ class GgufTokenizer:
             raise
         except Exception as e:  # the tokenizers package raises nothing more special
             raise UserError(f"{name} has a tokenizer that is damaged: {e}. Download another version of it.") from e
-        template = metadata.get("tokenizer.chat_template")
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
@@ -108,7 +110,7 @@ class GgufTokenizer:
             add_eos_token=bool(self._get("add_eos_token", False)),
             clean_up_tokenization_spaces=False,
             **{role: self._text(key) for role, key in roles.items()},
-            **({"chat_template": template} if isinstance(template, str) else {}),
+            **self._templates(),
         )
 
     def ends(self) -> list[int]:
@@ -118,6 +120,22 @@ class GgufTokenizer:
         control = [index for index, kind in enumerate(self._types) if kind in (_CONTROL, _USER_DEFINED)]
         found += [index for index in control if self._tokens[index] in _ENDS_OF_TURNS]
         return list(dict.fromkeys(token for token in found if token is not None))
+
+    def _templates(self) -> dict[str, Any]:
+        """The chat template; all of them by name, if there are variants, such as one for tools."""
+        plain = self._metadata.get(_TEMPLATE)
+        found = {"default": plain} if isinstance(plain, str) and plain else {}
+        for key, template in self._metadata.items():
+            name = key.removeprefix(f"{_TEMPLATE}.")
+            if name == key or not isinstance(template, str):
+                continue
+            if re.fullmatch(r"\w+", name, re.ASCII):  # it becomes the name of a file
+                found.setdefault(name, template)
+            else:
+                logger.warning("%s: the chat template %r is left out, since its name is none", self._name, name)
+        if found.keys() == {"default"}:
+            return {"chat_template": plain}
+        return {"chat_template": found} if found else {}
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)

@@ -5,13 +5,15 @@ Knows huggingface_hub and what can go wrong there. Does not know what the files 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -39,6 +41,7 @@ class HubModel:
     def __init__(self, name: str, revision: str | None, token: str | bool | None, cache_dir: str | None) -> None:
         self.name = name
         self.arguments = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        self.files: dict[str, Path] = {}  # those asked for so far, by their names there
 
     def file(self, filename: str) -> Path:
         """Its path on this PC, after a download if it is not here yet.
@@ -49,17 +52,45 @@ class HubModel:
         began = time.perf_counter()
         with self.errors():
             try:
+                kept = self._kept(filename)
                 path = Path(hf_hub_download(self.name, filename, **self.arguments))
+                if path != kept:
+                    self._verify(filename, path)
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError as e:
                 raise FileNotFoundError(filename) from e
+        self.files[filename] = path
         seconds = time.perf_counter() - began
         if seconds > 1:
             logger.info(
                 "Downloaded %s of %s (%.0f MB) in %.0f s", filename, self.name, path.stat().st_size / 1e6, seconds
             )
         return path
+
+    def _kept(self, filename: str) -> Path | None:
+        """Where the file is on this PC already; verified when it came."""
+        where = {name: self.arguments[name] for name in ("revision", "cache_dir")}
+        found = try_to_load_from_cache(self.name, filename, **where)  # pyright: ignore[reportArgumentType]
+        return Path(found) if isinstance(found, str) else None
+
+    def _verify(self, filename: str, path: Path) -> None:
+        """Compare a large file that was fetched with the hash that the hub has of it; the client compares sizes alone."""
+        url = hf_hub_url(
+            self.name, filename, revision=self.arguments["revision"]
+        )  # pyright: ignore[reportArgumentType]
+        wanted = get_hf_file_metadata(url, token=self.arguments["token"]).etag or ""
+        if re.fullmatch("[0-9a-f]{64}", wanted) is None:
+            return  # a small file, of which the hub has another kind of hash
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wanted:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"The file {filename} of {self.name} arrived damaged, and was deleted. Run the same command again; if it happens "
+                "again, this PC's memory or disk, or a proxy on the way, changes what is sent."
+            )
 
     def file_if_any(self, filename: str) -> Path | None:
         """As `file`, but None if the repository has no such file."""

@@ -22,14 +22,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings of generation that need more than one sequence or more than the next token, with their neutral values.
-_MANY_ANSWERS = {
+# Settings of generation that need more than one sequence, more of a model than the next token, a cache or a tokenizer of
+# transformers' own, with the values with which they ask for nothing.
+_NOT_HERE = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "force_words_ids": None,
+    "constraints": None,
     "penalty_alpha": None,
     "dola_layers": None,
     "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "guidance_scale": 1.0,
+    "cache_implementation": None,
+    "cache_config": None,
+    "compile_config": None,
+    "prefill_chunk_size": None,
+    "stop_strings": None,
+    "token_healing": False,
+    "max_time": None,
 }
 
 
@@ -43,11 +57,14 @@ def model_to_fill(source: ModelSource, dtype: torch.dtype, auto_class: Any = Aut
 
 
 def one_answer_at_a_time(name: str, config: GenerationConfig) -> None:
-    """Take out what no swarm does unless a call of generate() asks for it: the default is one sequence, token by token."""
-    asked = {key: getattr(config, key, None) for key in _MANY_ANSWERS}
-    asked = {key: value for key, value in asked.items() if value not in (None, _MANY_ANSWERS[key])}
+    """Take out what no swarm does unless a call of generate() asks for it: the default is one sequence, token by token.
+
+    The rule is that whatever chooses the next token from its logits holds, as do the tokens that end an answer.
+    """
+    asked = {key: getattr(config, key, None) for key in _NOT_HERE}
+    asked = {key: value for key, value in asked.items() if value not in (None, _NOT_HERE[key])}
     for key in asked:
-        setattr(config, key, _MANY_ANSWERS[key])
+        setattr(config, key, _NOT_HERE[key] if key.startswith("num_") else None)
     if asked:
         told = ", ".join(f"{key} {value}" for key, value in asked.items())
         logger.warning("The generation_config.json of %s asks for %s, which is ignored", name, told)
@@ -58,6 +75,14 @@ def load_whole_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel
     model = model_to_fill(source, dtype)
     load_parts(source, model, [lambda _name: True], dtype=dtype, device=torch.device("cpu"))
     return model.requires_grad_(False)
+
+
+def fetch_parts(source: ModelSource, wanted: Callable[[str], bool]) -> None:
+    """Make sure that the parameters whose names `wanted` accepts can be read without a network. Raises UserError as load_parts does."""
+    model = empty_model(source.config, source.dtype)
+    loader = Loader(model, source.dtype)
+    target_of = {key: loader.target(key) for key in source.checkpoint.tensors(model)}
+    source.checkpoint.fetch(key for key, target in target_of.items() if wanted(target))
 
 
 def load_parts(

@@ -35,8 +35,8 @@ _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|
 _LARGEST = 2**40  # of any number in a configuration: beyond it, sizes of tensors overflow
 
 _NO_FAST_TOKENIZER = (
-    "{name} has its tokenizer as tokenizer.model only, in a format that petals-win does not read. Take a version of the model "
-    "that has the file tokenizer.json, or a GGUF file of it."
+    "{name} has its tokenizer as tokenizer.model only, or as ranks of tiktoken, which takes further packages to read. Run: "
+    "python -m pip install sentencepiece tiktoken, or take a version of the model that has the file tokenizer.json."
 )
 
 
@@ -51,10 +51,10 @@ class ModelSource:
         place: str,
         *,
         config_file: Path | None = None,
-        **hub_arguments: Any,
+        repository: HubModel | None = None,
     ) -> None:
-        """`place` and `hub_arguments` are with what transformers' own from_pretrained() finds the model's small files; `config_file`
-        is its config.json, None where the checkpoint has the configuration in itself.
+        """`place` is where transformers' own from_pretrained() finds the model's small files, with the arguments of `repository` if
+        that is the hub; `config_file` is its config.json, None where the checkpoint has the configuration in itself.
 
         Raises UserError for an architecture that cannot be served, and for weights in a quantized format that is not read.
         """
@@ -67,7 +67,8 @@ class ModelSource:
         self.checkpoint: Checkpoint = checkpoint
         self._place = place
         self._config_file = config_file
-        self._hub_arguments = hub_arguments
+        self.repository = repository
+        self._hub_arguments: dict[str, Any] = repository.arguments if repository else {}
 
     @property
     def token(self) -> str | bool | None:
@@ -84,11 +85,16 @@ class ModelSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the checkpoint's weights; float32 if they are quantized."""
+        """In which to compute unless somebody asks for another: that of the weights, or of a quantized GGUF as it says."""
         for config in (self.config, text_config(self.config)):
             if isinstance(config.dtype, torch.dtype):
                 return config.dtype
         return self.checkpoint.dtype()
+
+    @property
+    def is_quantized_gguf(self) -> bool:
+        """Whether `dtype` is a matter of choice, since the weights are stored in fewer bits than any."""
+        return isinstance(self.checkpoint, GgufCheckpoint) and self.checkpoint.is_quantized()
 
     @property
     def context_length(self) -> int:
@@ -123,11 +129,17 @@ class ModelSource:
         return load_tokenizer(self.name, self._place, **self._hub_arguments)
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the model's makers want it to generate (end tokens, sampling), if they say."""
+        """How the model's makers want it to generate (end tokens, sampling), if they say. Raises UserError if nobody can read it."""
         try:
             return GenerationConfig.from_pretrained(self._place, **self._hub_arguments)
-        except OSError:
-            return None
+        except Exception as e:  # what its values are is checked in many places of transformers
+            if isinstance(e, OSError) and not isinstance(e.__context__, ValueError):
+                return None  # there is none
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(
+                f"The generation_config.json of {self.name} is damaged, or asks for what transformers does not accept: {reason} "
+                "Download the model again, or delete that file."
+            ) from e
 
     def whole_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model as transformers has it, complete and in this process."""
@@ -138,14 +150,17 @@ def load_tokenizer(name: str, place: str, **hub_arguments: Any) -> Any:
     """The tokenizer of the model `name`, which from_pretrained() finds at `place`. Raises UserError if there is none that can be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **hub_arguments)
-    except (OSError, ValueError, ImportError) as e:
-        reason = str(e).strip().splitlines()[0]
+        words = tokenizer.get_vocab().keys()
+        if words:
+            tokenizer.decode(tokenizer("Hello, world! 1")["input_ids"])  # some damage shows only when it is used
+    except Exception as e:  # transformers and tokenizers check these files in many places, by errors of all kinds
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         if re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
             raise UserError(_NO_FAST_TOKENIZER.format(name=name)) from e
         raise UserError(
-            f"The tokenizer of {name} cannot be loaded: {reason} Download the model again, with all of its files."
+            f"The tokenizer of {name} cannot be loaded: {reason.rstrip('.')}. Download the model again, with all of its files."
         ) from e
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
+    if words <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise UserError(
             f"The tokenizer of {name} has no words: its files, such as tokenizer.json, are missing. "
             "Download the model again, with all of its files."
@@ -191,9 +206,16 @@ def _from_folder(folder: Path) -> ModelSource:
 
     index = folder / INDEX
     checkpoint = SafetensorsCheckpoint(str(folder), locate, index if index.exists() else None)
-    return ModelSource(
-        folder.resolve().name, _read_config(folder), checkpoint, str(folder), config_file=folder / "config.json"
-    )
+    name = _name_of_folder(folder.resolve())
+    return ModelSource(name, _read_config(folder), checkpoint, str(folder), config_file=folder / "config.json")
+
+
+def _name_of_folder(folder: Path) -> str:
+    """That of the model also where the hub's client keeps it: …/models--OWNER--NAME/snapshots/COMMIT."""
+    place = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and place.startswith("models--"):
+        return place.rpartition("--")[2]
+    return folder.name
 
 
 def _from_gguf(path: Path) -> ModelSource:
@@ -211,7 +233,7 @@ def _from_hub(repository: HubModel) -> ModelSource:
     checkpoint = SafetensorsCheckpoint(repository.name, repository.file, repository.file_if_any(INDEX))
     name = repository.name.rpartition("/")[2]
     config = _read_config(config_file.parent)
-    return ModelSource(name, config, checkpoint, repository.name, config_file=config_file, **repository.arguments)
+    return ModelSource(name, config, checkpoint, repository.name, config_file=config_file, repository=repository)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -222,7 +244,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'} describes its model in a way that transformers does not accept: "
             f"{str(e).strip().splitlines()[-1].strip()}. Download the model again, or choose another."
         ) from e
-    except (ValueError, OSError, TypeError, KeyError) as e:
+    except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{_reason(folder)} Choose a model that the installed transformers {VERSION} knows.") from e
     for part in (config, text_config(config)):
         for name, value in vars(part).items():
@@ -234,8 +256,10 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 def _reason(folder: Path) -> str:
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{folder / 'config.json'} is damaged: it is no JSON. Download the model again."
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        return f"{folder / 'config.json'} is damaged: it is no JSON, or not an object. Download the model again."
     if "auto_map" in described:
         return (
             f"Models of the type {described.get('model_type')} bring their own Python code, which petals-win does not run, for it "

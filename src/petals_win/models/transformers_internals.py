@@ -121,7 +121,7 @@ class GgufNames:
     def __init__(self, model: PreTrainedModel, architecture: str) -> None:
         """`architecture` is the file's `general.architecture`. Raises NotImplementedError if it has no mapping."""
         config = text_config(model.config)
-        self._model_type = config.model_type
+        self._architecture, self._model_type = architecture, config.model_type
         self._config = config.to_dict()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self._config)
         names: Any = _ParameterNames(model, depth=2)
@@ -134,7 +134,7 @@ class GgufNames:
 
     def convert(self, parts: Mapping[str, np.ndarray], target: str) -> torch.Tensor:
         """The model's tensor `target` from the dequantized tensors it is made of, by their names in the file."""
-        weights = restored(self._model_type, self._config, target, parts)
+        weights = restored(self._architecture, self._model_type, self._config, target, parts)
         if weights is not None:
             return torch.from_numpy(np.ascontiguousarray(weights))
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}

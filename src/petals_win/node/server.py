@@ -24,9 +24,10 @@ from petals.utils.dht import get_remote_module_infos
 
 from petals_win.dht.joining import patiently
 from petals_win.errors import UserError
-from petals_win.models.source import open_model
+from petals_win.models.source import ModelSource, open_model
 from petals_win.node.container import Container, throughput_info
 from petals_win.node.settings import ServerSettings
+from petals_win.span.choices import choose_dtype
 from petals_win.span.needs import choose_num_blocks, needs_of
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.speed import known_speed
@@ -53,7 +54,7 @@ class Server:
         if "." in self._prefix or " " in self._prefix:
             raise UserError(f"The prefix {self._prefix!r} of the blocks has a dot or a space. Choose another one.")
         self._device = _device(settings.device)
-        self._dtype = _dtype(settings.torch_dtype, source.dtype, self._device)
+        self._dtype = _dtype(settings.torch_dtype, source, self._device)
         self._quant: Quant = settings.quant_type or ("nf4" if self._device.type == "cuda" else "none")
         self._block_range = _range(settings.block_indices, source.num_blocks)
         if self._block_range is not None:
@@ -200,8 +201,8 @@ def _device(asked: torch.device | str | None) -> torch.device:
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
-def _dtype(name: str, of_the_checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
-    dtype = of_the_checkpoint if name == "auto" else _DTYPES[name]
+def _dtype(name: str, source: ModelSource, device: torch.device) -> torch.dtype:
+    dtype = choose_dtype(None, source, device) if name == "auto" else _DTYPES[name]
     if dtype is torch.float16 and device.type == "cpu":
         raise UserError("A CPU does not compute in float16. Use bfloat16 or float32.")
     if dtype is torch.bfloat16 and device.type == "mps":

@@ -33,18 +33,18 @@ def choose_device(name: str | None) -> torch.device:
 def choose_dtype(name: str | None, source: ModelSource, device: torch.device) -> torch.dtype:
     """The dtype asked for, or the checkpoint's: of the two with 16 bits the one that the device computes fast in.
 
-    A CPU is slow with float16, an NVIDIA card of before 2020 (compute capability below 8.0) with bfloat16.
+    A CPU is slow with float16, an NVIDIA card of before 2020 (compute capability below 8.0) with bfloat16. A quantized GGUF is
+    computed in 16 bits, too, but a small one on a CPU.
     """
     if name is None:
-        if source.dtype is torch.float16 and device.type == "cpu":
+        dtype = source.dtype
+        if source.is_quantized_gguf and device.type != "cpu":
+            dtype = torch.bfloat16
+        if dtype is torch.float16 and device.type == "cpu":
             return torch.bfloat16
-        if (
-            source.dtype is torch.bfloat16
-            and device.type == "cuda"
-            and torch.cuda.get_device_capability(device) < (8, 0)
-        ):
+        if dtype is torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return torch.float16
-        return source.dtype
+        return dtype
     if name not in _DTYPES:
         raise UserError(f"There is no dtype {name!r} to serve in. Use one of: {', '.join(_DTYPES)}.")
     dtype = _DTYPES[name]

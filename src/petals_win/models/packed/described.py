@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from petals_win.models.packed import awq, bitsandbytes, compressed, gptq, mxfp4, scaled
+from petals_win.models.packed import awq, bitsandbytes, compressed, gptq, mxfp4, nvfp4, scaled
 from petals_win.models.packed.format import Format
 
 
@@ -20,6 +20,8 @@ def format_of(method: str, described: Mapping[str, Any]) -> Format | None:
         return scaled.scaled(None)
     if method == "mxfp4":
         return mxfp4.mxfp4()
+    if method == "modelopt":
+        return {"NVFP4": nvfp4.modelopt(), "FP8": scaled.scaled(None)}.get(str(described.get("quant_algo")))
     if method == "bitsandbytes":
         return bitsandbytes.four_bits() if described.get("load_in_4bit") else bitsandbytes.int8()
     bits, group_size = described.get("bits", described.get("w_bit", 4)), described.get("group_size", 128)
@@ -54,6 +56,8 @@ def _compressed(described: Mapping[str, Any]) -> Format | None:
         return scaled.scaled(_block(weights[0].get("block_structure")))
     if form in ("int-quantized", "naive-quantized") and (bits, kind) == (8, "int"):
         return scaled.scaled(None)
+    if form == "nvfp4-pack-quantized" and (bits, kind) == (4, "float"):
+        return nvfp4.compressed() if all(entry.get("group_size") == 16 for entry in weights) else None
     if form == "pack-quantized" and bits in (4, 8) and kind == "int":
         return compressed.pack_quantized(bits)
     return None

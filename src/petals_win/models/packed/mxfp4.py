@@ -9,7 +9,7 @@ import torch
 from petals_win.models.packed.format import Format, fits
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def mxfp4() -> Format:
@@ -26,7 +26,7 @@ def _plain(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         blocks.ndim == 4 and blocks.shape[3] == 16 and blocks.shape[:3] == scales.shape,
         f"its blocks have the shape {list(blocks.shape)} and their scales {list(scales.shape)}",
     )
-    values = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
+    values = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)])
     experts, rows, groups, _ = blocks.shape
     plain = torch.empty(experts, groups * 32, rows, dtype=torch.bfloat16)
     for expert in range(experts):  # one at a time: on the way a number takes thirty times its size

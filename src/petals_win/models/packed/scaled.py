@@ -23,7 +23,7 @@ def scaled(block: tuple[int, int] | None) -> Format:
         parts=(".weight", *_SCALES, ".weight_zero_point"),
         required=(".weight",),
         plain=functools.partial(_plain, block=block),
-        left_out=(".input_scale", ".activation_scale", ".input_scale_ub", ".input_zero_point"),
+        left_out=(".input_scale", ".activation_scale", ".input_scale_ub", ".input_zero_point", ".k_scale", ".v_scale"),
     )
 
 
