@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_chat import TEMPLATE, tiny_chat_model
 
 from models.gguf_writer import write_gguf
 from petals_win.client.hollow import hollow_model
@@ -24,7 +25,6 @@ from petals_win.errors import UserError
 from petals_win.models.checkpoint import INDEX
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
-from tiny_chat import TEMPLATE, tiny_chat_model
 
 ODD: list[Any] = [None, 0, -1, 2**31, 2**70, 1.5, "x", "", [], {}, True, [1, 2], {"a": 1}, float("nan")]
 

@@ -102,6 +102,7 @@ def test_the_default_model_s_file_with_another_end_stops_behind_its_answer(defau
     (tmp_path / "SmolLM2-135M-Instruct.gguf").write_bytes(data)
     source = open_model(str(tmp_path / "SmolLM2-135M-Instruct.gguf"))
     assert ends(source) == [0, 2]
+    assert source.is_quantized_gguf and source.dtype is torch.float32, "small enough for the fastest way on a CPU"
     tokenizer = source.tokenizer()
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)

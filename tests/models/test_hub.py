@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from tiny_chat import tiny_chat_model
 from typer.testing import CliRunner
 
 from models.hub import TOKEN, Hub, running_hub
@@ -16,7 +17,6 @@ from petals_win.errors import UserError
 from petals_win.models.checkpoint import INDEX
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
-from tiny_chat import tiny_chat_model
 
 MODEL = "someone/small-llama"
 

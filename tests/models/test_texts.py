@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_chat import TEMPLATE, tiny_chat_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from petals_win.client.hollow import hollow_model
@@ -19,7 +20,6 @@ from petals_win.engines.sampling import sampler
 from petals_win.engines.tokens import Language
 from petals_win.errors import UserError
 from petals_win.models.source import open_model
-from tiny_chat import TEMPLATE, tiny_chat_model
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}
 WITH_TOOLS = "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}" + TEMPLATE

@@ -36,11 +36,6 @@ class Language:
         config: Any = model.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         ends = end_tokens(model.generation_config)
-        if strange := [end for end in ends if type(end) is not int]:
-            raise UserError(
-                f"The model's generation_config.json says that {strange[0]!r} ends an answer, which is no token. "
-                "Correct what it says, or delete that file."
-            )
         if beyond := [end for end in ends if not 0 <= end < vocabulary]:
             logger.warning("%s is to end an answer, but the model has the tokens 0 to %d", beyond[0], vocabulary - 1)
         check_settings(model)
@@ -48,12 +43,18 @@ class Language:
 
 
 def end_tokens(config: Any) -> frozenset[int]:
-    """The tokens that end an answer by transformers' GenerationConfig, which has none, one or a list of them."""
+    """The tokens that end an answer by transformers' GenerationConfig, which has none, one or a list of them.
+
+    Raises UserError for something else in their place.
+    """
     ends = config.eos_token_id
-    try:
-        return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
-    except TypeError:  # a list in the list
-        return frozenset((str(ends),))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if strange := [end for end in ends if type(end) is not int]:
+        raise UserError(
+            f"The model's generation_config.json says that {strange[0]!r} ends an answer, which is no token. "
+            "Correct what it says, or delete that file."
+        )
+    return frozenset(ends)
 
 
 def nobody_counts(_cached: int) -> None:

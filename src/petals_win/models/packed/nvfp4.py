@@ -17,24 +17,24 @@ _GROUP = 16
 
 def compressed() -> Format:
     """As compressed-tensors names the parts."""
-    endings = (".weight_packed", ".weight_scale", ".weight_global_scale")
+    packed, scale, whole = endings = (".weight_packed", ".weight_scale", ".weight_global_scale")
     return Format(
-        marks=(".weight_packed", ".weight_global_scale"),
+        marks=(packed, whole),
         parts=endings,
         required=endings,
-        plain=lambda parts: _plain(*(parts[ending] for ending in endings[:2]), 1 / _whole(parts, endings[2])),
+        plain=lambda parts: _plain(parts[packed], parts[scale], 1 / _whole(parts, whole)),
         left_out=(".input_global_scale",),
     )
 
 
 def modelopt() -> Format:
     """As ModelOpt does, which may have scales for caches of eight bits, too."""
-    endings = (".weight", ".weight_scale", ".weight_scale_2")
+    packed, scale, whole = endings = (".weight", ".weight_scale", ".weight_scale_2")
     return Format(
-        marks=(".weight_scale_2",),
+        marks=(whole,),
         parts=endings,
         required=endings,
-        plain=lambda parts: _plain(*(parts[ending] for ending in endings[:2]), _whole(parts, endings[2])),
+        plain=lambda parts: _plain(parts[packed], parts[scale], _whole(parts, whole)),
         left_out=(".input_scale", ".k_scale", ".v_scale"),
     )
 
