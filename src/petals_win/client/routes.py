@@ -153,7 +153,7 @@ class Routes:
                 compression=compression_of(manager.state.rpc_info),
                 metadata={**metadata, "max_length": max_length},
                 remembers=ours,
-                way=self._lines.to(span.peer_id) if ours else None,
+                lines=self._lines if ours else None,
                 answer_seconds=manager.config.request_timeout,
                 alone=lambda: not silent and self._alone(span.peer_id, span.start, span.end),
             )

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from petals_win.client.wire import BadAnswer, NodeRpc, last_request, messages, read_about, read_answer, step_request
 from petals_win.span.prefixes import PAGE_TOKENS
-from petals_win.swarm.lines import Line, Way
+from petals_win.swarm.lines import Line, Lines, Way
 from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, START, TAKES_BACK
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class ServerSession:
     :param metadata: what goes along with the first request
     :param answer_seconds: how long a node that lives may compute one chunk
     :param remembers: whether it is one of ours, which may be asked for what earlier sessions have left
-    :param way: on which short steps go together with those of other sessions, if the node has lines
+    :param lines: on which short steps go together with those of other sessions, if the node may have them
     :param alone: tells whether no other node has the blocks, so that this one may be silent for longer
     """
 
@@ -70,7 +70,7 @@ class ServerSession:
         metadata: dict[str, Any],
         answer_seconds: float,
         remembers: bool,
-        way: Way | None,
+        lines: Lines | None,
         alone: Callable[[], bool],
     ):
         self.peer_id, self.start, self.end = rpc.peer_id, start, end
@@ -80,7 +80,8 @@ class ServerSession:
         self.takes_back = 0  # tokens at once, as the node says with its first answer
         self.keeps: int | None = None  # tokens, before the next chunk, if not all
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
-        self.remembers, self._way, self._alone = remembers, way, alone
+        self.remembers, self._lines, self._alone = remembers, lines, alone
+        self._way: Way | None = None
         self._cached_pages = 0  # as the node says
         self._session_id = str(uuid4())
         self._metadata = metadata
@@ -109,9 +110,10 @@ class ServerSession:
         except TimeoutError as e:
             raise NodeSilent(f"A node said nothing for {seconds:.0f} s") from e
         self._reading = asyncio.create_task(self._inbox.read(answers))
-        if self._way is not None:
-            self._way.join(self._session_id, self._inbox)
-            self._reading.add_done_callback(partial(_leave, self._way, self._session_id))
+        if self._lines is not None and (way := self._lines.to(self.peer_id)) is not None:
+            self._way = way
+            way.join(self._session_id, self._inbox)
+            self._reading.add_done_callback(partial(_leave, way, self._session_id))
         await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
 
     def send(

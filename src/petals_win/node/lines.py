@@ -40,9 +40,7 @@ class ServedLines:
                 [(name, _)] = await line.read()
             if sum(peer == peer_id for peer, _ in self._lines) >= _MOST_OF_A_PEER:
                 raise BadFrame(f"A peer may have {_MOST_OF_A_PEER} lines")
-            if (before := self._lines.get(key := (peer_id, name))) is not None:
-                before.close()
-            self._lines[key] = line
+            self._lines[key := (peer_id, name)] = line  # the peer has given up an earlier one of that name
             line.send(name, b"")
             while True:
                 for session, message in await line.read():

@@ -173,12 +173,13 @@ class Way:
                 _, reader, writer = await self._open_stream()
                 line = Line(reader, writer)
                 line.send(self.name, b"")
-                await line.read()
+                messages = await line.read()  # its name again, and perhaps more
             self._line, self._opening = line, False
             while True:
-                for session, message in await line.read():
+                for session, message in messages:
                     if (receiver := self._receivers.get(session)) is not None:
                         receiver.received(message)
+                messages = await line.read()
         except (OSError, EOFError, BadFrame, P2PDaemonError) as e:  # whoever waits for messages hears of it
             logger.debug("No line to …%s: %r", str(self._peer_id)[-6:], e)
             self._failed = self._opening
