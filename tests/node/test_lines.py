@@ -12,10 +12,10 @@ import pytest
 import torch
 from hivemind import MSGPackSerializer, PeerID, deserialize_torch_tensor
 from hivemind.proto import runtime_pb2
+
 from node.test_petals_rpc import PEER, Client, NextServer, freed, run, states, step, tensor_of
 from node.test_petals_rpc import rpc as rpc  # a fixture
 from node.test_petals_rpc import span as span  # a fixture
-
 from petals_win.node import inbox
 from petals_win.node import lines as served_lines
 from petals_win.swarm.lines import Line

@@ -120,7 +120,7 @@ class Receiver(Protocol):
 
 
 class Way:
-    """The line to one peer, while there is one; it is opened when a session wants it."""
+    """The line to one peer, while there is one; it is opened when a session joins, or wants it."""
 
     def __init__(self, peer_id: PeerID, open_stream: Callable[[], Awaitable[Stream]], name: str):
         self.name, self._peer_id, self._open_stream = name, peer_id, open_stream
@@ -132,12 +132,15 @@ class Way:
     @property
     def line(self) -> Line | None:
         """The line, if it is open; otherwise it is being opened."""
+        self._open()
+        return self._line
+
+    def _open(self) -> None:
         if self._line is None and not self._opening and not self._failed:
             self._opening = True
             task = asyncio.create_task(self._keep())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return self._line
 
     @property
     def idle(self) -> bool:
@@ -151,6 +154,7 @@ class Way:
     def join(self, session: str, receiver: Receiver) -> None:
         """What comes for the session is for `receiver`, until it leaves."""
         self._receivers[session] = receiver
+        self._open()
 
     def leave(self, session: str) -> None:
         self._receivers.pop(session, None)
