@@ -142,9 +142,8 @@ class Way:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nobody has used it since the last look; a way that failed may be tried again then."""
+    def rested(self) -> bool:
+        """Whether nobody has used it since the last call. A line that could not be opened may be tried again from now on."""
         used = self._opening or (self._line is not None and self._line.used)
         if self._line is not None:
             self._line.used = False
@@ -216,7 +215,7 @@ class Lines:
         return way
 
     def _look_at(self, peer_id: PeerID, way: Way) -> None:
-        if way.idle:
+        if way.rested():
             del self._ways[peer_id]
             way.close()
         else:
