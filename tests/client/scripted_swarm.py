@@ -6,6 +6,7 @@ The real thing is in tests/e2e; here a node fails, hangs or is slow at the very 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from copy import deepcopy
@@ -16,15 +17,16 @@ from typing import Any
 
 import torch
 from hivemind import MSGPackSerializer, PeerID, deserialize_torch_tensor, serialize_torch_tensor
-from hivemind.p2p import P2PHandlerError
+from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_win.span.prefixes import PAGE_TOKENS
-from petals_win.swarm.protocol import CACHED_PAGES, PAGES, START, TAKES_BACK
+from petals_win.swarm import lines
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, START, TAKES_BACK
 
 BLOCKS, HIDDEN = 4, 8
-NONE = runtime_pb2.CompressionType.NONE
+NONE, ExpertResponse = runtime_pb2.CompressionType.NONE, runtime_pb2.ExpertResponse
 
 
 class Block:
@@ -94,6 +96,7 @@ class Node:
     answer_shape: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     alive: bool = True  # whether it answers rpc_info
     takes_back: int | None = None  # tokens of a session; upstream's nodes do not say, and heed no request to
+    lines: bool = True  # whether short steps can go together; upstream's nodes know no lines
     # By the hash of a page: which one it is, and the state.
     kept: dict[bytes, tuple[int, list[Block]]] = field(default_factory=dict)
     says_of_pages: Any = None  # without having any
@@ -102,6 +105,8 @@ class Node:
     pings: int = 0
     open: dict[str, asyncio.Queue] = field(default_factory=dict)
     streams: int = 0
+    open_lines: dict[str, lines.Line] = field(default_factory=dict)  # its ends, by their names
+    on_line: int = 0  # steps
 
     def __post_init__(self):
         self.peer_id = PeerID(self.name.encode())
@@ -122,6 +127,7 @@ class Swarm:
         self._thread = SimpleNamespace(trigger=threading.Event())
         self.block_uids = tuple(f"model.{block}" for block in range(BLOCKS))
         self.look_up: Callable[[], None] = lambda: None
+        self.serving: set[asyncio.Task[None]] = set()  # lines
         self.returns = False  # whether a node that is avoided is found again where it is the only one
 
     # The sequence manager.
@@ -136,7 +142,8 @@ class Swarm:
             found = self.spans_of(block)
             if not found:
                 raise RuntimeError(f"Nobody holds the block {block}")
-            info = SimpleNamespace(content_id=None, protocol=None if found[0].takes_back is None else 1)
+            ours = found[0].lines or found[0].takes_back is not None
+            info = SimpleNamespace(content_id=None, protocol=1 if ours else None)
             spans.append(SimpleNamespace(peer_id=found[0].peer_id, start=block, end=found[0].end, server_info=info))
             block = found[0].end
         return spans
@@ -188,6 +195,34 @@ class Swarm:
         assert name == "TransformerConnectionHandler.rpc_inference"
         return self._serve(self._node(peer_id), requests)
 
+    async def call_binary_stream_handler(self, peer_id, name):
+        assert name == lines.NAME
+        node = self._node(peer_id)
+        if not node.lines:
+            raise P2PDaemonError("protocols not supported: [petals-win.line]")
+        ends = socket.socketpair()
+        theirs, own = [await asyncio.open_connection(sock=end) for end in ends]
+        serving = asyncio.create_task(self._serve_line(node, lines.Line(*theirs)))
+        self.serving.add(serving)
+        serving.add_done_callback(self.serving.discard)
+        return None, *own
+
+    async def _serve_line(self, node: Node, line: lines.Line) -> None:
+        [(name, _)] = await line.read()
+        node.open_lines[name] = line
+        try:
+            line.send(name, b"")
+            while True:
+                for session, message in await line.read():
+                    node.on_line += 1
+                    node.open[session].put_nowait(runtime_pb2.ExpertRequest.FromString(message))
+        except EOFError:
+            pass
+        finally:
+            if node.open_lines[name] is line:
+                del node.open_lines[name]
+            line.close()
+
     async def _serve(self, node: Node, requests):
         node.streams += 1
         arrived: asyncio.Queue = asyncio.Queue()
@@ -230,7 +265,10 @@ class Swarm:
                 self.log.append(("end", node.name, metadata["step_id"].split("/")[1]))
                 output = serialize_torch_tensor(node.answer_shape(hidden), NONE)
                 self._push(request, metadata, output)
-                yield runtime_pb2.ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(about))
+                answer = ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(about))
+                line = node.open_lines.get(metadata.get(LINE))
+                if line is None or not line.send(session_id, answer.SerializeToString()):
+                    yield answer
         finally:
             reading.cancel()
             node.open.pop(session_id, None)

@@ -122,7 +122,7 @@ def test_a_node_that_cannot_go_back_to_where_the_others_begin():
 @pytest.mark.parametrize("upstream", [0, 1])
 def test_upstream_s_nodes_are_asked_for_nothing(upstream):
     nodes = two(takes_back=1000)
-    nodes[upstream].takes_back = None
+    nodes[upstream].takes_back, nodes[upstream].lines = None, False
     client = Client(*nodes)
     for _ in range(2):
         assert run(client.ask()) == 0

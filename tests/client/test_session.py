@@ -12,7 +12,6 @@ import pytest
 import scripted_swarm
 import torch
 from hivemind.p2p import P2PHandlerError
-from hivemind.proto import runtime_pb2
 from scripted_swarm import BLOCKS, HIDDEN, NONE, Node, Swarm, blocks_of
 
 from petals_win.client import pieces, server_session
@@ -24,6 +23,7 @@ from petals_win.client.routes import BlocksLost, NodeFailure
 from petals_win.client.server_session import NodeLost
 from petals_win.client.session import RemoteSession, SwarmBlocks
 from petals_win.errors import NodeFull, NodeRefused
+from petals_win.swarm import lines
 from petals_win.swarm.protocol import START
 
 # The first comparison imports for seconds, which no test has time for.
@@ -36,6 +36,7 @@ FULL = P2PHandlerError("failed: [petals-win:full] No room, says the node.")
 def quickly(monkeypatch):
     monkeypatch.setattr(server_session, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(server_session, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(lines, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr(pieces, "_PIPELINED", 8)
     monkeypatch.setattr(pieces, "_ALONE", 16)
 
@@ -300,13 +301,13 @@ def test_what_was_taken_back_is_not_replayed(victim, at):
 @pytest.mark.parametrize("about", [b"\xc1", b"\x01"])
 def test_what_a_node_says_of_a_session_may_be_nonsense(about, monkeypatch):
     swarm = Swarm(*two(), Node("c", 0, 2), Node("d", 2, BLOCKS))
-    answered, response = [], runtime_pb2.ExpertResponse
+    answered, response = [], scripted_swarm.ExpertResponse
 
     def answer(**fields):
         answered.append(fields)
         return response(**{**fields, "metadata": about if len(answered) == 1 else b""})
 
-    monkeypatch.setattr(scripted_swarm.runtime_pb2, "ExpertResponse", answer)
+    monkeypatch.setattr(scripted_swarm, "ExpertResponse", answer)
     run(check_steps(swarm))
     assert len(swarm.failures) == 1
 

@@ -19,6 +19,7 @@ from petals_win.client.looking import LookUpFailed
 from petals_win.client.pages import LeftPages
 from petals_win.client.server_session import ServerSession
 from petals_win.client.wire import NodeRpc, compression_of
+from petals_win.swarm.lines import NAME, Lines
 from petals_win.swarm.naming import chain_for
 
 _PING_SECONDS = 2.0  # for a node that was lost to say that it is there again
@@ -65,6 +66,7 @@ class Routes:
     def __init__(self, manager: Any):
         self._manager = manager
         self._unreachable: set[PeerID] = set()  # nodes that are avoided, and may be there again at any moment
+        self._lines = Lines(lambda peer_id: manager.state.p2p.call_binary_stream_handler(peer_id, NAME))
         self.left = LeftPages()
 
     @property
@@ -137,6 +139,7 @@ class Routes:
         uids = manager.block_uids[span.start : span.end]
         chain = chain_for(span.server_info)
         rpc = NodeRpc(manager.state.p2p, span.peer_id)
+        ours = getattr(span.server_info, "protocol", None) is not None
         try:
             if manager.state.rpc_info is None:
                 async with asyncio.timeout(_INFO_SECONDS):
@@ -149,7 +152,8 @@ class Routes:
                 chain(uids),
                 compression=compression_of(manager.state.rpc_info),
                 metadata={**metadata, "max_length": max_length},
-                remembers=getattr(span.server_info, "protocol", None) is not None,
+                remembers=ours,
+                lines=self._lines if ours else None,
                 answer_seconds=manager.config.request_timeout,
                 alone=lambda: not silent and self._alone(span.peer_id, span.start, span.end),
             )

@@ -1,6 +1,6 @@
 """A session at one node: chunks go out, answers come back in the same order, and a node that says nothing is asked whether it lives.
 
-Knows one node and one stream to it. Does not know what other nodes do, nor what to do when this one fails. All of it runs on
+Knows one node, a stream to it and, if it has one, the line that it shares with other sessions. Does not know what other nodes do, nor what to do when this one fails. All of it runs on
 the event loop that opened it.
 """
 
@@ -12,14 +12,17 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import torch
+from google.protobuf.message import DecodeError
 
-from petals_win.client.wire import BadAnswer, NodeRpc, last_request, read_about, read_answer, step_request
+from petals_win.client.wire import BadAnswer, NodeRpc, last_request, messages, read_about, read_answer, step_request
 from petals_win.span.prefixes import PAGE_TOKENS
-from petals_win.swarm.protocol import CACHED_PAGES, PAGES, START, TAKES_BACK
+from petals_win.swarm.lines import Line, Lines, Way
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, START, TAKES_BACK
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class ServerSession:
     :param metadata: what goes along with the first request
     :param answer_seconds: how long a node that lives may compute one chunk
     :param remembers: whether it is one of ours, which may be asked for what earlier sessions have left
+    :param lines: on which short steps go together with those of other sessions, if the node may have them
     :param alone: tells whether no other node has the blocks, so that this one may be silent for longer
     """
 
@@ -66,6 +70,7 @@ class ServerSession:
         metadata: dict[str, Any],
         answer_seconds: float,
         remembers: bool,
+        lines: Lines | None,
         alone: Callable[[], bool],
     ):
         self.peer_id, self.start, self.end = rpc.peer_id, start, end
@@ -75,7 +80,8 @@ class ServerSession:
         self.takes_back = 0  # tokens at once, as the node says with its first answer
         self.keeps: int | None = None  # tokens, before the next chunk, if not all
         self._rpc, self._uid, self._compression, self._answer_seconds = rpc, uid, compression, answer_seconds
-        self.remembers, self._alone = remembers, alone
+        self.remembers, self._lines, self._alone = remembers, lines, alone
+        self._way: Way | None = None
         self._cached_pages = 0  # as the node says
         self._session_id = str(uuid4())
         self._metadata = metadata
@@ -104,6 +110,10 @@ class ServerSession:
         except TimeoutError as e:
             raise NodeSilent(f"A node said nothing for {seconds:.0f} s") from e
         self._reading = asyncio.create_task(self._inbox.read(answers))
+        if self._lines is not None and (way := self._lines.to(self.peer_id)) is not None:
+            self._way = way
+            way.join(self._session_id, self._inbox)
+            self._reading.add_done_callback(partial(_leave, way, self._session_id))
         await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
 
     def send(
@@ -115,12 +125,15 @@ class ServerSession:
         patience: float,
         push_to: list[tuple[str, str, int, int]],
         pages: Sequence[bytes] = (),
+        whole: bool = False,
     ) -> None:
         """Send the next chunk [batch, tokens, hidden], with `hypo_ids` if there are any.
 
         :param prompts: deep prompts [blocks of the model, batch or 1, prefix, hidden], for the first chunk of a session
         :param patience: seconds that the node may keep a new session waiting for room
         :param push_to: `place` of the nodes behind, for which this one need not wait for the client
+        :param whole: whether it is a step, rather than a part of one. A session's first step and what is in parts goes on the
+            session's own stream, as does what is too long for a line
         """
         metadata: dict[str, Any] = {"session_id": self._session_id, "step_id": step_id}
         if self.sent == 0:
@@ -131,10 +144,16 @@ class ServerSession:
             metadata[PAGES] = list(pages)
         if self.keeps is not None:
             metadata[START], self.keeps = self.keeps, None
+        # Requests on the stream and on the line may overtake each other, so nothing may be in flight.
+        way = self._way if whole and self.sent and not self._in_flight else None
+        line = None if way is None else way.line
+        if way is not None and line is not None:
+            metadata[LINE], self._inbox.line = way.name, line
         theirs = None if prompts is None else prompts[self.start : self.end]
-        self._requests.put_nowait(
-            step_request(self._uid, hidden, theirs, self.hypo_ids, compression=self._compression, metadata=metadata)
-        )
+        how = {"compression": self._compression, "metadata": metadata}
+        request = step_request(self._uid, hidden, theirs, self.hypo_ids, **how)
+        if line is None or not line.send(self._session_id, request.SerializeToString()):
+            self._requests.put_nowait(request)
         self.hypo_ids = None
         self._in_flight.append(_Sent(self.sent, hidden.shape, patience if self.sent == 0 else 0.0))
         self.sent += hidden.shape[1]
@@ -198,6 +217,7 @@ class ServerSession:
             silent += PING_SECONDS
             if not self._alone():
                 break
+        self._give_the_line_up()
         raise NodeSilent(f"A node said nothing for {silent:.0f} s")
 
     async def _says_something(self) -> bool:
@@ -207,12 +227,17 @@ class ServerSession:
         try:
             done, _ = await asyncio.wait({ping, news}, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if news not in done and ping in done and (error := ping.exception()) is not None:
+                self._give_the_line_up()
                 raise NodeLost(f"A node cannot be reached any more: {error}") from error
             return bool(done)
         finally:
             for waiting in (ping, news):
                 waiting.cancel()
             await asyncio.gather(ping, news, return_exceptions=True)
+
+    def _give_the_line_up(self) -> None:
+        if self._way is not None:
+            self._way.give_up()
 
     async def close(self, pages: Sequence[bytes] = ()) -> None:
         """End the session in order, which takes at most 3 s. Closing twice is allowed.
@@ -241,6 +266,10 @@ class ServerSession:
             loop.call_soon_threadsafe(reading.cancel)
 
 
+def _leave(way: Way, session_id: str, _reading: object) -> None:
+    way.leave(session_id)
+
+
 def _count(said: object) -> int:
     """A number that a node says; 0 if it says none."""
     return said if type(said) is int else 0
@@ -251,6 +280,7 @@ class _Inbox:
 
     def __init__(self) -> None:
         self.news = asyncio.Event()  # there is something to take
+        self.line: Line | None = None  # on which the answer to the last step may come
         self._answers: deque[Any] = deque()
         self._end: Exception | None = None
 
@@ -261,23 +291,44 @@ class _Inbox:
         try:
             async with aclosing(answers):
                 async for answer in answers:
-                    self._answers.append(answer)
-                    self.news.set()
-                    if len(self._answers) > _MOST_UNREAD:
-                        raise BadAnswer("A node answers more than it was asked")
-            self._end = NodeLost("A node ended the session")
+                    self._put(answer)
+                    if isinstance(self._end, BadAnswer):
+                        return
+            self._ended(NodeLost("A node ended the session"))
         except Exception as e:
-            self._end = e
+            self._ended(e)
         except asyncio.CancelledError:
-            self._end = NodeLost("The session at this node is closed")
+            self._ended(NodeLost("The session at this node is closed"))
             raise
-        finally:
-            self.news.set()
+
+    def received(self, message: bytes) -> None:
+        """From the line; without a word: the node does not have the session, or too much waits there."""
+        try:
+            if message:
+                self._put(messages.ExpertResponse.FromString(message))
+            else:
+                self._ended(NodeLost("A node does not take the session's steps"))
+        except DecodeError as e:
+            self._ended(BadAnswer(f"A node answered what cannot be read: {e}"))
+
+    def lost(self, line: Line) -> None:
+        if self.line is line:
+            self._ended(NodeLost("The line to a node has ended"))
+
+    def _put(self, answer: Any) -> None:
+        self._answers.append(answer)
+        self.news.set()
+        if len(self._answers) > _MOST_UNREAD:
+            self._ended(BadAnswer("A node answers more than it was asked"))
+
+    def _ended(self, why: Exception) -> None:
+        self._end = self._end or why
+        self.news.set()
 
     def take(self) -> Any:
         """The oldest answer. Raises how the stream ended if there is no more."""
         if self._answers:
-            answer = self._answers.popleft()
+            answer, self.line = self._answers.popleft(), None
             if not self._answers and self._end is None:
                 self.news.clear()
             return answer

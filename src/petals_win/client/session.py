@@ -407,6 +407,7 @@ class _Step:
                 step_id=f"{self._id}/{server.sent}",
                 patience=self._patience_at(number),
                 push_to=self._push_to(number, end, chunk),
+                whole=(server.sent, end) == (self._begin, self._end),
             )
             await self._notify()
 

@@ -22,12 +22,14 @@ from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from petals_win.errors import NodeRefused, printable
 from petals_win.node import wire
 from petals_win.node.inbox import Inbox
+from petals_win.node.lines import ServedLines
 from petals_win.node.pushes import Pushes
 from petals_win.node.served import ServedSession
 from petals_win.node.service import BlockService, prompts_of_blocks
 from petals_win.node.wire import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, WireTensor
 from petals_win.span.prefixes import PAGE_TOKENS
-from petals_win.swarm.protocol import CACHED_PAGES, PAGES, PROTOCOL, START, TAKES_BACK, mismatch
+from petals_win.swarm.lines import NAME, Lines
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, PROTOCOL, START, TAKES_BACK, mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class TransformerConnectionHandler(ServicerBase):
         names = [name for name in (served.name, served.content_id) if name is not None]
         self._blocks = {f"{name}.{block}": block for name in names for block in range(served.start, served.end)}
         self._inboxes: dict[str, Inbox[ExpertRequest]] = {}
+        self._lines, self._onward = ServedLines(self._take), Lines(self._open_line)
         self._dht: Any = None
         self._p2p: P2P | None = None
 
@@ -88,6 +91,7 @@ class TransformerConnectionHandler(ServicerBase):
         async def register(dht: Any, _node: object) -> None:
             self._p2p = p2p = await dht.replicate_p2p()
             await self.add_p2p_handlers(p2p, balanced=True)
+            await p2p.add_binary_stream_handler(NAME, self._lines.serve, balanced=True)
 
         self._dht = dht
         dht.run_coroutine(register)
@@ -101,7 +105,10 @@ class TransformerConnectionHandler(ServicerBase):
     async def _leave(self, p2p: Any) -> None:
         try:
             await self.remove_p2p_handlers(p2p)
+            await p2p.remove_binary_stream_handler(NAME)
         finally:
+            self._lines.close()
+            self._onward.close()
             self._service.close()
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
@@ -159,11 +166,18 @@ class TransformerConnectionHandler(ServicerBase):
         It is known by its session alone: the node that pushes may call the blocks otherwise.
         """
         session_id = wire.read_metadata(request).get("session_id")
-        _note(logging.DEBUG, "rpc_push", _blocks_in(request.uid), context)
+        _note(logging.DEBUG, "rpc_push", _blocks_in(request.uid), context.remote_id)
         inbox = self._inboxes.get(session_id) if isinstance(session_id, str) else None
         if inbox is None or not inbox.push(request):
             logger.debug("A push came for the session %.40r, which does not take it", session_id)
         return ExpertResponse()
+
+    def _take(self, session_id: str, request: ExpertRequest, sender: PeerID) -> bool:
+        """A step on a line, from the client or from the server of the blocks before; False if there is no session that takes it."""
+        if logger.isEnabledFor(logging.DEBUG):
+            _note(logging.DEBUG, "line", _blocks_in(request.uid), sender)
+        inbox = self._inboxes.get(session_id)
+        return inbox is not None and inbox.push(request)
 
     async def rpc_inference(
         self, requests: AsyncIterator[ExpertRequest], context: P2PContext
@@ -179,8 +193,8 @@ class TransformerConnectionHandler(ServicerBase):
         opening = self._request(first.uid, wire.read_metadata(first), first.tensors)
         blocks = f"{opening.start}:{opening.end}"
         session = self._open(opening, str(context.remote_id))
-        pushes = Pushes(self._stub_of, self._served.name, self._deadlines.request)
-        _note(logging.INFO, "rpc_inference.open", blocks, context)
+        pushes = Pushes(self._stub_of, self._onward.to, self._served.name, self._deadlines.request)
+        _note(logging.INFO, "rpc_inference.open", blocks, context.remote_id)
         about: dict[str, Any] = {TAKES_BACK: session.takes_back}  # with the first answer
         try:
             async with Inbox(first, requests) as inbox:
@@ -189,7 +203,7 @@ class TransformerConnectionHandler(ServicerBase):
                         try:
                             request = await inbox.next(min(ends - time.monotonic(), self._deadlines.step))
                         except TimeoutError:
-                            _note(logging.WARNING, "rpc_inference.step", blocks, context, "timed out")
+                            _note(logging.WARNING, "rpc_inference.step", blocks, context.remote_id, "timed out")
                             break
                         if request is None or not request.tensors:
                             if request is not None:
@@ -209,16 +223,24 @@ class TransformerConnectionHandler(ServicerBase):
                         if may_push:
                             pushes.push(output, request, metadata)
                         told, about = MSGPackSerializer.dumps(about) if about else b"", {}
-                        yield ExpertResponse(tensors=[output], metadata=told)
+                        answer = ExpertResponse(tensors=[output], metadata=told)
+                        to = context.remote_id, metadata.get(LINE), opening.metadata.get("session_id")
+                        if not await self._lines.answer(*to, answer):
+                            yield answer
         finally:
             session.close()
             pushes.close()
-            _note(logging.INFO, "rpc_inference.close", blocks, context)
+            _note(logging.INFO, "rpc_inference.close", blocks, context.remote_id)
 
     def _stub_of(self, peer: PeerID) -> Any:
         if self._p2p is None:
             raise RuntimeError("These blocks are served no longer")
         return self.get_stub(self._p2p, peer)
+
+    async def _open_line(self, peer: PeerID) -> Any:
+        if self._p2p is None:
+            raise ConnectionError("These blocks are served no longer")
+        return await self._p2p.call_binary_stream_handler(peer, NAME)
 
     async def _first(self, requests: AsyncIterator[ExpertRequest]) -> ExpertRequest | None:
         try:
@@ -275,7 +297,7 @@ class TransformerConnectionHandler(ServicerBase):
     async def _forward(self, method: str, incoming: Awaitable[_Incoming], context: P2PContext) -> list[WireTensor]:
         async with asyncio.timeout(self._deadlines.request):
             request = self._request(*await incoming)
-            _note(logging.INFO, method, f"{request.start}:{request.end}", context)
+            _note(logging.INFO, method, f"{request.start}:{request.end}", context.remote_id)
             (hidden,), prompts = self._inputs(request, 1)
             kinds = self._kinds(request.metadata, 1)
             how = {"prompts": prompts, "adapter": request.adapter}
@@ -285,7 +307,7 @@ class TransformerConnectionHandler(ServicerBase):
     async def _backward(self, method: str, incoming: Awaitable[_Incoming], context: P2PContext) -> list[WireTensor]:
         async with asyncio.timeout(self._deadlines.request):
             request = self._request(*await incoming)
-            _note(logging.INFO, method, f"{request.start}:{request.end}", context)
+            _note(logging.INFO, method, f"{request.start}:{request.end}", context.remote_id)
             (hidden, grad_out), prompts = self._inputs(request, 2)
             kinds = self._kinds(request.metadata, 1 if prompts is None else 2)
             how = {"prompts": prompts, "adapter": request.adapter}
@@ -376,6 +398,5 @@ def _blocks_in(uid: str) -> str:
     return f"{min(blocks)}:{max(blocks) + 1}" if blocks else printable(uid)
 
 
-def _note(level: int, method: str, blocks: str, context: P2PContext, what: str = "") -> None:
-    peer = str(context.remote_id)[-6:]
-    logger.log(level, "%s(blocks=%s, remote_peer=...%s)%s", method, blocks, peer, what and f": {what}")
+def _note(level: int, method: str, blocks: str, peer: PeerID, what: str = "") -> None:
+    logger.log(level, "%s(blocks=%s, remote_peer=...%s)%s", method, blocks, str(peer)[-6:], what and f": {what}")

@@ -14,6 +14,8 @@ from hivemind import MSGPackSerializer
 from hivemind.p2p import PeerID
 
 from petals_win.node.wire import ExpertRequest, WireTensor
+from petals_win.swarm.lines import Way
+from petals_win.swarm.protocol import LINE
 
 logger = logging.getLogger(__name__)
 
@@ -24,35 +26,50 @@ class Pushes:
     """All of one session, in the order of its steps.
 
     :param stub_of: makes the stub of a peer
+    :param way_to: finds the way to a peer, on which outputs go if their client uses lines
     :param name: of the model, by which the next server knows its blocks
     :param timeout: seconds for one
     """
 
-    def __init__(self, stub_of: Callable[[PeerID], Any], name: str, timeout: float):
-        self._stub_of, self._name, self._timeout = stub_of, name, timeout
+    def __init__(
+        self, stub_of: Callable[[PeerID], Any], way_to: Callable[[PeerID], Way | None], name: str, timeout: float
+    ):
+        self._stub_of, self._way_to, self._name, self._timeout = stub_of, way_to, name, timeout
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def push(self, output: WireTensor, request: ExpertRequest, metadata: dict[str, Any]) -> None:
         """Send on the outputs of a step, with all else that came with its request, if that names a next server."""
-        if metadata.get("next_servers"):
-            task = asyncio.create_task(self._push(output, request, metadata))
-            self._tasks.add(task)  # else it could be collected
-            task.add_done_callback(self._tasks.discard)
+        if not metadata.get("next_servers"):
+            return
+        try:
+            (peer, session_id, start, end), *others = metadata["next_servers"]
+            if not 0 <= start < end <= _MOST_BLOCKS:
+                raise ValueError(f"no blocks {start}:{end}")
+            about = {**metadata, "session_id": session_id, "next_servers": others, "pushed": True}
+            pushed = ExpertRequest(
+                uid=" ".join(f"{self._name}.{block}" for block in range(start, end)),
+                tensors=[output, *request.tensors[1:]],
+                metadata=MSGPackSerializer.dumps(about),
+            )
+            peer_id = PeerID.from_base58(peer)
+            if LINE in metadata and not self._tasks and self._by_line(peer_id, session_id, pushed):
+                return
+        except Exception:
+            logger.debug("Outputs cannot be pushed to the next server:", exc_info=True)
+            return
+        task = asyncio.create_task(self._push(peer_id, pushed))
+        self._tasks.add(task)  # else it could be collected
+        task.add_done_callback(self._tasks.discard)
 
-    async def _push(self, output: WireTensor, request: ExpertRequest, metadata: dict[str, Any]) -> None:
+    def _by_line(self, peer_id: PeerID, session_id: str, pushed: ExpertRequest) -> bool:
+        way = self._way_to(peer_id)
+        return way is not None and way.line is not None and way.line.send(session_id, pushed.SerializeToString())
+
+    async def _push(self, peer_id: PeerID, pushed: ExpertRequest) -> None:
         async with self._turn:
             try:
-                (peer, session_id, start, end), *others = metadata["next_servers"]
-                if not 0 <= start < end <= _MOST_BLOCKS:
-                    raise ValueError(f"no blocks {start}:{end}")
-                about = {**metadata, "session_id": session_id, "next_servers": others, "pushed": True}
-                pushed = ExpertRequest(
-                    uid=" ".join(f"{self._name}.{block}" for block in range(start, end)),
-                    tensors=[output, *request.tensors[1:]],
-                    metadata=MSGPackSerializer.dumps(about),
-                )
-                await self._stub_of(PeerID.from_base58(peer)).rpc_push(pushed, timeout=self._timeout)
+                await self._stub_of(peer_id).rpc_push(pushed, timeout=self._timeout)
             except Exception:
                 logger.debug("Outputs could not be pushed to the next server:", exc_info=True)
 

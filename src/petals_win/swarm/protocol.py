@@ -17,6 +17,8 @@ START, TAKES_BACK = "start_from_position", "takes_back"
 # In the metadata of a session's first step, which has no tokens, and of its last message: the hashes of the pages that its tokens begin
 # with. In the answer to the first: of how many of them the node has what an earlier session left.
 PAGES, CACHED_PAGES = "pages", "cached_pages"
+# In the metadata of a step: the name of the client's lines, on which the answer may come.
+LINE = "line"
 
 PETALS = "2.2.0.post1"  # whose RPCs and records these are: nodes announce it as their version
 
