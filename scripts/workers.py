@@ -24,7 +24,7 @@ from petals_win.errors import UserError
 MOST_SHARE = 0.65  # of the time that one worker takes
 MOST_MEDIAN_MS, MOST_P99_MS = 0.5, 3.0
 MOST_MEMORY, MEMORY_MIB = 1.05, 8  # of what the router took when all had begun, and what may come on top
-KILL_SECONDS = 60  # for each kill, at most, of all of them together
+KILL_SECONDS, SCRIPTED_KILL_SECONDS = 30, 6  # for each kill and return, at most, of all of them together
 
 
 def say(line: str) -> None:
@@ -126,7 +126,7 @@ def main() -> int:
         try:
             if asked.kills:
                 model = STEADY if asked.scripted else str(tiny_model(home / "tiny"))
-                seconds = 300 + KILL_SECONDS * asked.kills
+                seconds = 300 + asked.kills * (SCRIPTED_KILL_SECONDS if asked.scripted else KILL_SECONDS)
                 pairs = 2 if asked.scripted else 1
                 soaking = soak_kills(model, home, asked.kills, pairs=pairs, tokens=100, seconds=seconds, report=say)
                 found = figures_of(asyncio.run(soaking))
