@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from petals_win.bench.kills import Killed, soak_kills
 from petals_win.bench.steady import MODEL as STEADY
+from petals_win.bench.tiny_model import make_tiny_model
 from petals_win.bench.workers import STREAMS, measure_overheads, measure_shares, overheads
 from petals_win.errors import UserError
 
@@ -29,33 +31,6 @@ KILL_SECONDS, SCRIPTED_KILL_SECONDS = 30, 6  # for each kill and return, at most
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def tiny_model(folder: Path) -> Path:
-    """A random Llama that knows bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={text: n for n, text in enumerate(["</s>", *letters])}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters) + 1,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 async def measure(home: Path, rounds: int, tokens: int) -> dict[str, Any]:
@@ -121,11 +96,12 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.scripted and not asked.kills:
         parser.error("--scripted is for --kills")
+    logging.getLogger("petals_win.jobs").setLevel(logging.ERROR)  # each kill is a warning
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         try:
             if asked.kills:
-                model = STEADY if asked.scripted else str(tiny_model(home / "tiny"))
+                model = STEADY if asked.scripted else str(make_tiny_model(home / "tiny"))
                 seconds = 300 + asked.kills * (SCRIPTED_KILL_SECONDS if asked.scripted else KILL_SECONDS)
                 pairs = 2 if asked.scripted else 1
                 soaking = soak_kills(model, home, asked.kills, pairs=pairs, tokens=100, seconds=seconds, report=say)

@@ -60,7 +60,7 @@ async def soak_kills(
     workers = [WorkerProcess(scheme, model, home, _PACE_S) for _ in range(pairs) for scheme in SCHEMES]
     began = time.monotonic()
     try:
-        async with asyncio.timeout(seconds), running(workers):
+        async with asyncio.timeout(seconds), running(workers, home):
             engine = router_over(workers, home)
             try:
                 await engine.start(lambda _why: None)

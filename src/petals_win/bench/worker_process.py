@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -21,6 +22,7 @@ from petals_win.bench.steady import SteadyEngine
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 from petals_win.host.children import Child, exit_with_parent, spawn
+from petals_win.host.folders import private_folder, write_private
 from petals_win.host.signals import stop_event
 from petals_win.jobs.keys import OwnSecrets, shared_key
 from petals_win.jobs.links import Address, connect, new_door, parse_address
@@ -57,7 +59,9 @@ class WorkerProcess:
                     pass
                 self.address = parse_address(line.removeprefix(_ADDRESS))
                 return self.address
-            if self._child.returncode is not None or time.monotonic() > deadline:
+            if (ended := self._child.returncode is not None) or time.monotonic() > deadline:
+                if ended:
+                    await asyncio.to_thread(self._child.wait, 1)  # for its last lines
                 said = "".join(f"\n    {line}" for line in self._child.output_tail(5))
                 raise UserError(f"A worker does not start. Its last lines:{said}")
             await asyncio.sleep(_LOOK_S)
@@ -72,6 +76,16 @@ class WorkerProcess:
     async def stop(self) -> None:
         if self._child is not None:
             await asyncio.to_thread(self._child.stop)
+
+
+def make_secrets(home: Path) -> None:
+    """The key and what workers are known by, before several of them start at once."""
+    folder = home / "data" / "worker"
+    private_folder(folder)
+    key = secrets.token_urlsafe(32)
+    write_private(folder / "key", f"{key}\n".encode())
+    for scheme in ("grpc", "zmq"):
+        OwnSecrets(key, folder).pin(scheme)
 
 
 def router_over(workers: list[WorkerProcess], home: Path) -> RoutedEngine:

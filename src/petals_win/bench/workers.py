@@ -15,7 +15,7 @@ from pathlib import Path
 from petals_win.bench.figures import Rounds
 from petals_win.bench.steady import MODEL as STEADY
 from petals_win.bench.steady import SteadyEngine, now_ns
-from petals_win.bench.worker_process import PACE_S, WorkerProcess, router_over
+from petals_win.bench.worker_process import PACE_S, WorkerProcess, make_secrets, router_over
 from petals_win.engines.base import Engine, GenerationRequest, Token, Usage
 from petals_win.errors import UserError
 
@@ -28,8 +28,9 @@ Report = Callable[[str], None]
 
 
 @asynccontextmanager
-async def running(workers: Sequence[WorkerProcess]) -> AsyncGenerator[None, None]:
+async def running(workers: Sequence[WorkerProcess], home: Path) -> AsyncGenerator[None, None]:
     """Start them all at once; they end with the block."""
+    make_secrets(home)
     try:
         await asyncio.gather(*(worker.start() for worker in workers))
         yield
@@ -55,7 +56,7 @@ async def measure_shares(model: str, home: Path, rounds: int, tokens: int, repor
     found = Rounds()
     workers = [WorkerProcess("grpc", model, home) for _ in range(2)]
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(running(workers))
+        await stack.enter_async_context(running(workers, home))
         sides = {
             "one_s": await stack.enter_async_context(routed(workers[:1], home)),
             "two_s": await stack.enter_async_context(routed(workers, home)),
@@ -79,7 +80,7 @@ async def _questions(engine: Engine, number: int, tokens: int) -> float:
     async def ask(which: int) -> None:
         request = GenerationRequest(
             model=model,
-            prompt=f"{which}{number} things that one should know of the history of computing: ",
+            messages=({"role": "user", "content": f"What are the {which}{number} best reasons to learn history?"},),
             max_tokens=tokens,
             min_tokens=tokens,
             ignore_eos=True,
@@ -103,7 +104,7 @@ async def measure_overheads(home: Path, rounds: int, tokens: int, report: Report
     found: dict[str, list[float]] = {}
     workers = {scheme: WorkerProcess(scheme, STEADY, home) for scheme in SCHEMES}
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(running(list(workers.values())))
+        await stack.enter_async_context(running(list(workers.values()), home))
         sides: dict[str, Engine] = {"direct": SteadyEngine(PACE_S)}
         for scheme, worker in workers.items():
             sides[scheme] = await stack.enter_async_context(routed([worker], home))
