@@ -22,7 +22,7 @@ from petals_win.bench.worker_process import WorkerProcess, router_over
 from petals_win.bench.workers import SCHEMES, running
 from petals_win.engines.base import Finished, GenerationRequest, Token, Usage
 from petals_win.errors import UserError
-from petals_win.jobs.failures import WorkerFailed
+from petals_win.jobs.failures import NoWorker, WorkerFailed
 from petals_win.jobs.router import RoutedEngine
 
 STREAMS = 8
@@ -30,19 +30,24 @@ _SILENCE_S = 30.0  # of an answer, before it counts as hanging
 _RETURN_S = 120.0  # from a worker's start until it is taken back
 _PACE_S = 0.005
 _BETWEEN_S = 0.2  # that both workers of a pair answer, before one is killed
+_PAUSE_S = 0.1  # of a client after an error
 _SETTLED = 0.1  # of the kills, after which memory is looked at first
 
 
 @dataclass
 class Killed:
-    """What the questions came to. answers: whole; broken: ended in one clear error behind a first token; wrong: all else, by kind.
+    """What the questions came to. answers: whole; broken: ended in one clear error behind a first token; refused: told before it that no
+    worker can be reached, as may be where this PC is so busy that those which live are silent for too long; wrong: all else, by kind.
 
+    examples: what the first of each kind of error said.
     memory: bytes of this process, in which the router is: after a tenth of the kills, and at the end.
     """
 
     kills: int = 0
     answers: int = 0
     broken: int = 0
+    refused: int = 0
+    examples: dict[str, str] = field(default_factory=dict)
     wrong: Counter[str] = field(default_factory=Counter)
     settled_bytes: int = 0
     memory_bytes: int = 0
@@ -103,7 +108,7 @@ async def _run(
                 found.settled_bytes = _memory()
             if number % max(1, kills // 20) == 0:
                 report(
-                    f"{found.kills} kills: {found.answers} answers, {found.broken} broken off, {dict(found.wrong)} wrong"
+                    f"{found.kills} kills: {found.answers} answers, {found.broken} broken off, {found.refused} refused, {dict(found.wrong)} wrong"
                 )
 
     try:
@@ -140,21 +145,23 @@ async def _client(
         request = GenerationRequest(
             model=name, prompt=f"client {number}", max_tokens=length, ignore_eos=True, temperature=0.0
         )
-        try:
-            kind = await _outcome(engine, request, model == STEADY)
-        except Exception as error:  # what is no answer and no error that was meant for the asker
-            kind = f"{type(error).__name__}: {error}"[:100]
+        kind, said = await _outcome(engine, request, model == STEADY)
+        if said:
+            found.examples.setdefault(kind, said)
         if kind == "answer":
             found.answers += 1
         elif kind == "broken":
             found.broken += 1
+        elif kind == "refused":
+            found.refused += 1
+            await asyncio.sleep(_PAUSE_S)
         else:
             found.wrong[kind] += 1
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(_PAUSE_S)
 
 
-async def _outcome(engine: RoutedEngine, request: GenerationRequest, scripted: bool) -> str:
-    """What became of one question, in a word or a sentence."""
+async def _outcome(engine: RoutedEngine, request: GenerationRequest, scripted: bool) -> tuple[str, str]:
+    """What became of one question, in a word or two, and what an error said."""
     text, counted, ended = "", 0, False
     try:
         async with aclosing(engine.generate(request)) as events:
@@ -170,13 +177,15 @@ async def _outcome(engine: RoutedEngine, request: GenerationRequest, scripted: b
                 elif isinstance(event, Usage):
                     counted = event.completion_tokens
     except TimeoutError:
-        return "silent for too long"
-    except WorkerFailed:
-        return "broken" if text else "an error before the first token: WorkerFailed"
-    except UserError as error:
-        return f"{'an error in the middle' if text else 'an error before the first token'}: {type(error).__name__}"
+        return "silent for too long", ""
+    except WorkerFailed as error:
+        return "broken" if text else "broken before the first token", str(error)
+    except NoWorker as error:
+        return "no worker in the middle" if text else "refused", str(error)
+    except Exception as error:  # no error that a worker's end should come to, or none that is meant for the asker
+        return type(error).__name__, str(error)
     whole = ended and counted == request.max_tokens and (not scripted or len(text.split()) == counted)
-    return "answer" if whole else "an answer that is not whole"
+    return "answer" if whole else "not whole", ""
 
 
 def _memory() -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 
@@ -15,8 +14,6 @@ from petals_win.engines.command_file import Described
 from petals_win.engines.outside import ProgramFailed, ProgramUnavailable
 from petals_win.errors import UserError
 from petals_win.host.programs import ErrorLog, InputFull, Program
-
-logger = logging.getLogger(__name__)
 
 _AHEAD = 16  # pieces on their way to the event loop, of at most 64 KiB; while there are so many, no more are read
 
