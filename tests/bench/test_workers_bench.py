@@ -65,11 +65,10 @@ def test_the_bounds(script):
         "two workers took 0.700 of the time of one, and at most 0.65 is due",
         "zmq, 16 streams: p99 3.500 ms, and at most 3.0 ms is due",
     ]
-    soaked = {"wrong": {}, "answers": 5, "settled_mib": 100.0, "memory_mib": 112.0}
+    soaked = {"wrong": {}, "answers": 500, "refused": 5, "settled_mib": 100.0, "memory_mib": 112.0}
     assert script.missed_by(soaked) == []
-    assert (
-        len(script.missed_by({"wrong": {"hanging": 1}, "answers": 0, "settled_mib": 100.0, "memory_mib": 114.0})) == 3
-    )
+    for worse in ({"wrong": {"hanging": 1}}, {"answers": 0, "refused": 0}, {"refused": 6}, {"memory_mib": 114.0}):
+        assert len(script.missed_by({**soaked, **worse})) == 1
 
 
 def test_a_percentile():

@@ -9,7 +9,9 @@ import pytest
 from petals_win.jobs.zmq_pump import packed, unpacked
 
 
-@pytest.mark.parametrize("frames", [[b"P"], [b"C", b"12345678"], [b"Q", b"12345678", b"Generate", b""], [b"", b"x" * 70_000]])
+@pytest.mark.parametrize(
+    "frames", [[b"P"], [b"C", b"12345678"], [b"Q", b"12345678", b"Generate", b""], [b"", b"x" * 70_000]]
+)
 def test_frames_come_back(frames):
     assert unpacked(packed(frames)) == frames
 

@@ -27,7 +27,7 @@ from petals_win.jobs.router import RoutedEngine
 
 STREAMS = 8
 _SILENCE_S = 30.0  # of an answer, before it counts as hanging
-_RETURN_S = 120.0  # from a worker's start until it is taken back
+_KNOWN_S = 120.0  # from a worker's start or end until the router knows
 _PACE_S = 0.005
 _BETWEEN_S = 0.2  # that both workers of a pair answer, before one is killed
 _PAUSE_S = 0.1  # of a client after an error
@@ -100,8 +100,9 @@ async def _run(
             await asyncio.sleep(_BETWEEN_S)
             at = 2 * pair + which
             await workers[at].kill()
+            await _until(engine, at, ready=False)
             await workers[at].start()
-            await _taken_back(engine, at)
+            await _until(engine, at, ready=True)
             found.kills += 1
             which = 1 - which
             if found.kills >= _SETTLED * kills and not found.settled_bytes:
@@ -126,11 +127,13 @@ async def _run(
     found.memory_bytes = _memory()
 
 
-async def _taken_back(engine: RoutedEngine, at: int) -> None:
-    deadline = time.monotonic() + _RETURN_S
-    while engine.workers[at].status().state != "ready":
+async def _until(engine: RoutedEngine, at: int, *, ready: bool) -> None:
+    """Until the router knows that a worker is there, or has gone. Raises UserError if it does not get to know."""
+    deadline = time.monotonic() + _KNOWN_S
+    while (engine.workers[at].status().state == "ready") != ready:
         if time.monotonic() > deadline:
-            raise UserError(f"A worker was not taken back: {engine.workers[at].status().detail}")
+            said = engine.workers[at].status().detail
+            raise UserError(f"The router has not heard that a worker {'is back' if ready else 'has gone'}: {said}")
         await asyncio.sleep(0.02)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import random
 import secrets
 import sys
 import time
@@ -23,6 +24,7 @@ from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 from petals_win.host.children import Child, exit_with_parent, spawn
 from petals_win.host.folders import private_folder, write_private
+from petals_win.host.ports import check_port_free
 from petals_win.host.signals import stop_event
 from petals_win.jobs.keys import OwnSecrets, shared_key
 from petals_win.jobs.links import Address, connect, new_door, parse_address
@@ -47,7 +49,7 @@ class WorkerProcess:
 
     async def start(self) -> Address:
         """At the address that it had before, if it had one. Raises UserError if it does not tell one in time."""
-        port = self.address.port if self.address else 0
+        port = self.address.port if self.address else _free_port()
         command = [sys.executable, "-m", "petals_win.bench.worker_process", self._scheme, str(port), self._model]
         command.append(str(self._pace_s))
         environment = {**os.environ, "PETALS_WIN_HOME": str(self._home)}
@@ -76,6 +78,15 @@ class WorkerProcess:
     async def stop(self) -> None:
         if self._child is not None:
             await asyncio.to_thread(self._child.stop)
+
+
+def _free_port() -> int:
+    """One that no system picks for a connection: it would be taken while the worker is away, even by whoever asks for the worker."""
+    while True:
+        port = random.randint(20_000, 29_999)
+        with suppress(UserError):
+            check_port_free("127.0.0.1", port)
+            return port
 
 
 def make_secrets(home: Path) -> None:
