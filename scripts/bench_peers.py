@@ -2,7 +2,7 @@
 
 Run by scripts/bench-peers, in .venv, on Linux or macOS with CMake and a C++ compiler. llama.cpp is built once, from the source distribution
 of llama-cpp-python on PyPI (MIT licence, as llama.cpp itself), and kept in the cache folder with the model file that both sides read. It is
-a reference that is measured: nothing of it is shipped.
+a reference that is measured: nothing of it is shipped. `scripts/bench-peers --server` builds its server, too, for `petals-win bench --engines`.
 
 Each of its two workers has one thread (-t 1), which is its best on two cores; its client is llama-batched-bench, which computes logits for each
 token and chooses none. Ours are two nodes and the engine of the API. The sides take turns within a round.
@@ -47,6 +47,9 @@ OPTIONS = {
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
 }
+SERVER = "llama-server"
+# Its page would be fetched while it is built.
+SERVER_OPTIONS = OPTIONS | {"LLAMA_BUILD_SERVER": "ON", "LLAMA_BUILD_UI": "OFF", "LLAMA_USE_PREBUILT_UI": "OFF"}
 SESSIONS = (1, 8, 16)
 SIDES = ("ours", "llama_rpc")
 # For each value of --dtype, the type of matrices, and the number by which general.file_type of a GGUF file calls it.
@@ -70,32 +73,43 @@ def llama_programs(jobs: int) -> Programs:
     programs = Programs(*(folder / "bin" / name for name in TARGETS))
     with hold_lock(folder / "build.lock", "the build of llama.cpp", timeout=BUILD_SECONDS):
         if not (programs.worker.exists() and programs.client.exists()):
-            build(folder, jobs)
+            build(folder, "bin", TARGETS, OPTIONS, jobs)
     return programs
 
 
-def build(folder: Path, jobs: int) -> None:
-    """Put llama.cpp's programs into the folder `bin` of `folder`, and its sources and objects away."""
+def llama_server(jobs: int) -> Path:
+    """The same of its server, which is built by itself."""
+    folder = cache_folder() / "llama.cpp" / VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "server" / SERVER
+    with hold_lock(folder / "build.lock", "the build of llama.cpp", timeout=BUILD_SECONDS):
+        if not program.exists():
+            build(folder, "server", (SERVER,), SERVER_OPTIONS, jobs)
+    return program
+
+
+def build(folder: Path, into: str, targets: Sequence[str], options: dict[str, str], jobs: int) -> None:
+    """Put programs of llama.cpp into the folder `into` of `folder`, and its sources and objects away."""
     if shutil.which("cmake") is None:
         raise UserError(
             "llama.cpp is built by CMake and a C++ compiler. Install them, such as by: apt install cmake g++"
         )
-    source, objects, log = folder / "source", folder / "build", folder / "build.log"
+    source, objects, log = folder / "source", folder / f"build-{into}", folder / "build.log"
     if not source.exists():
         say(f"fetching {NAME} {VERSION} (77 MB)")
         fetch(source, log)
     say(f"building llama.cpp with {jobs} jobs; its lines go to {log}")
     began = time.monotonic()
-    settings = [f"-D{name}={value}" for name, value in OPTIONS.items()]
+    settings = [f"-D{name}={value}" for name, value in options.items()]
     run(["cmake", "-S", source, "-B", objects, *settings], log)
-    run(["cmake", "--build", objects, "--target", *TARGETS, "--parallel", str(jobs)], log)
+    run(["cmake", "--build", objects, "--target", *targets, "--parallel", str(jobs)], log)
     say(f"built in {time.monotonic() - began:.0f} s")
     unfinished = folder / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    for name in TARGETS:
+    for name in targets:
         shutil.copy2(objects / "bin" / name, unfinished / name)
-    unfinished.rename(folder / "bin")
+    unfinished.rename(folder / into)
     shutil.rmtree(objects)
     shutil.rmtree(source)
 
@@ -269,8 +283,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="for the build (default: one a core)")
     parser.add_argument("--build", action="store_true", help="build llama.cpp and measure nothing")
+    parser.add_argument(
+        "--server", action="store_true", help="build llama.cpp's server, say where it is, and measure nothing"
+    )
     asked = parser.parse_args()
     try:
+        if asked.server:
+            print(llama_server(asked.jobs))
+            return 0
         programs = llama_programs(asked.jobs)
         if asked.build:
             return 0

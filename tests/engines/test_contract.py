@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from api.serving import serving
 from contract import EngineContract, Subject, started
 from nodes_here import NodeHere, nodes_here
 from tiny_chat import tiny_chat_model
-from words_runtime import described
+from words_runtime import described, described_once
 
 from petals_win.engines import local_blocks, onnx_turns
 from petals_win.engines.command import CommandEngine
+from petals_win.engines.command_cli import CliEngine
 from petals_win.engines.local import LocalEngine
 from petals_win.engines.onnx import OnnxEngine
 from petals_win.engines.onnx_steps import BatchedSteps
@@ -84,30 +86,55 @@ class TestLocal(EngineContract):
             yield Subject(opened, lambda: budget.total_bytes - budget.bytes_left + len(blocks._open), full)
 
 
-class TestCommand(EngineContract):
-    lacks = frozenset({"tools", "logprobs", "token ids", "embeddings"})
+class OfPrograms(EngineContract):
+    """What a program computes that an engine started. `path` is its description, `at_once` how many answers it has room for."""
 
-    @pytest.fixture(autouse=True)
-    def _prepared(self, tmp_path):
-        self.path = described(tmp_path)
+    path: str
+    at_once = 4
 
     @contextlib.asynccontextmanager
     async def subject(self) -> AsyncIterator[Subject]:
         opened = await asyncio.to_thread(find_engine("command"), EngineSettings(self.path))
-        assert isinstance(opened, CommandEngine)
+        assert isinstance(opened, CommandEngine | CliEngine)
         places = opened._places
 
         @contextlib.asynccontextmanager
         async def full() -> AsyncIterator[None]:
             async with contextlib.AsyncExitStack() as taken:
-                for _ in range(4):
+                for _ in range(self.at_once):
                     await taken.enter_async_context(places.one())
                 places.patience_s = 0.2
                 yield
             places.patience_s = 30
 
         async with started(opened):
-            yield Subject(opened, lambda: opened.running, full, lambda length: "word " * length)
+            yield Subject(opened, lambda: opened.running, full, self.filling)
+
+    def filling(self, length: int) -> str:
+        return "w" * length
+
+
+class TestCommand(OfPrograms):
+    lacks = frozenset({"tools", "logprobs", "token ids", "embeddings"})
+
+    @pytest.fixture(autouse=True)
+    def _prepared(self, tmp_path):
+        self.path = described(tmp_path)
+
+    def filling(self, length: int) -> str:
+        return "word " * length
+
+
+class TestCommandForEachQuestion(OfPrograms):
+    """The dialect "cli"."""
+
+    lacks = frozenset({"tools", "logprobs", "token ids", "embeddings", "counts along"})
+
+    @pytest.fixture(autouse=True)
+    def _prepared(self, folder, tmp_path):
+        self.path = described_once(
+            tmp_path, model=f"tokenizer = {json.dumps(str(folder))}", limits=f"at_once = {self.at_once}"
+        )
 
 
 class TestOpenAI(EngineContract):

@@ -127,16 +127,16 @@ def test_kill_under_eight_answers(scheme, child, home):
             streams = [engine.generate(asked("count 900")) for _ in range(4)]
             for stream in streams:
                 assert isinstance(await anext(stream), Token)
-            waiting = [asyncio.create_task(whole(engine, asked("wait"))) for _ in range(2)]
-            assert await soon(lambda: engine.workers[0].running + engine.workers[1].running == 6, 5)
+            waiting = [asyncio.create_task(whole(engine, asked("wait"))) for _ in range(4)]
+            assert await soon(lambda: engine.workers[0].running + engine.workers[1].running == 8, 5)
             on_first = engine.workers[0].running
-            assert 0 < on_first < 6
+            assert 0 < on_first < 8
             workers[0].process.kill()
             ends = await asyncio.gather(*(_rest(stream) for stream in streams))
             broken = [end for end in ends if isinstance(end, UserError)]
             assert all(isinstance(end, WorkerFailed) for end in broken), ends
             assert await soon(lambda: engine.workers[0].status().state == "gone", 8)
-            assert await soon(lambda: engine.workers[1].running == 2, 5), "the two that wait are at the other one now"
+            assert await soon(lambda: engine.workers[1].running == 4, 5), "the four that wait are at the other one now"
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +21,16 @@ def bench(
     model: Annotated[str, typer.Option(help="Model to measure with.")] = "SmolLM2-135M-Instruct",
     rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.", min=5)] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens to generate for each answer.", min=1)] = 32,
-    sessions: Annotated[str, typer.Option(help="How many answers at once.")] = "1,2,8,16",
+    sessions: Annotated[
+        str | None, typer.Option(help="How many answers at once.", show_default="1,2,8,16; with --engines 1,8,16")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of a long prompt; 0 measures none.", min=0)] = 2000,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Compare local, onnx, petals with two nodes, and llama-server instead.")
+    ] = False,
+    llama_server: Annotated[
+        Path | None, typer.Option(help="llama.cpp's server, for --engines; default: the one in PATH, if there is one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Compare a two-node swarm on this PC with the same model in one process.
@@ -30,10 +39,15 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    counts = _counts(sessions)
+    if llama_server is not None and not engines:
+        raise typer.BadParameter("that is for --engines", param_hint="--llama-server")
+    counts = _counts(sessions or ("1,8,16" if engines else "1,2,8,16"))
     from petals_win.host.threads import apply_thread_settings
 
     settings = apply_thread_settings(None)
+    if engines:
+        _bench_engines(model, rounds, tokens, counts, llama_server, as_json)
+        return
     from petals_win.bench.swarm import run_bench
 
     report = run_bench(
@@ -64,6 +78,37 @@ def bench(
     typer.echo("\nAll values, by round:")
     for name, values in report.values.items():
         typer.echo(f"{name:32}" + "".join(f"{value:10.3g}" for value in values))
+
+
+def _bench_engines(
+    model: str, rounds: int, tokens: int, counts: list[int], llama_server: Path | None, as_json: bool
+) -> None:
+    from petals_win.bench.engines import run_engines_bench
+
+    found = shutil.which("llama-server")
+    report = run_engines_bench(
+        model,
+        rounds=rounds,
+        tokens=tokens,
+        sessions=counts,
+        llama_server=llama_server or (Path(found) if found else None),
+        report=lambda line: typer.echo(line, err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+        return
+    typer.echo(
+        f"{report.model}, tokens/s of all questions together, medians of {report.rounds} rounds of {report.tokens} tokens, taking turns\n"
+    )
+    typer.echo(f"{'questions':16}" + "".join(f"{count:10}" for count in report.sessions))
+    for name in report.engines:
+        speeds = (report.medians[f"{name}_{count}"] for count in report.sessions)
+        typer.echo(f"{name.replace('_', ' '):16}" + "".join(f"{speed:10.1f}" for speed in speeds))
+    for name, why in report.left_out.items():
+        typer.echo(f"{name.replace('_', ' '):16}not measured: {why}")
+    typer.echo("\nAll values, by round:")
+    for name, values in report.values.items():
+        typer.echo(f"{name:32}" + "".join(f"{value:10.1f}" for value in values))
 
 
 _WORDS = {

@@ -1,4 +1,4 @@
-"""The engine "command": a native runtime as a child process, which speaks lines of JSON (docs/command-engine.md).
+"""The engine "command": a native runtime as a child process, here one that speaks lines of JSON (docs/command-engine.md).
 
 Knows how answers share the runtime, and when it is started again. Does not know what it computes with.
 """
@@ -27,6 +27,7 @@ from petals_win.engines.base import (
     Token,
     Usage,
 )
+from petals_win.engines.command_cli import CliEngine
 from petals_win.engines.command_file import Described, read_description
 from petals_win.engines.command_link import Link
 from petals_win.engines.command_messages import Done, Failure, Hello, Message, Option, Pong, Started, TokenPiece
@@ -41,11 +42,13 @@ _LOOK_S = 1.0  # between two looks at whether it is silent
 _KNOWN_OPTIONS = frozenset(Option.__args__)
 
 
-def open_engine(settings: EngineSettings) -> CommandEngine:
-    """Start the runtime that the file describes, and let it load its models. Raises UserError."""
+def open_engine(settings: EngineSettings) -> CommandEngine | CliEngine:
+    """Start the runtime that the file describes, if it is not one for each question, and let it load its models. Raises UserError."""
     if given := settings.for_blocks():
         raise UserError(f"{given[0]} is of no use to the engine 'command': its TOML file says what the runtime needs.")
     described = read_description(settings.model)
+    if described.dialect == "cli":
+        return CliEngine(described)
     link = Link(described)
     return CommandEngine(described, link, *link.shake_hands())
 
@@ -208,6 +211,8 @@ class CommandEngine:
             return
         if message is None:
             self._is_over(link)
+        elif link.failed:
+            return
         elif isinstance(message, Started | TokenPiece | Done | Failure):
             if problem := self._hand_over(message):
                 link.fail(problem)

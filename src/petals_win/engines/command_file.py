@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from petals_win.engines.command_arguments import Option, check_placeholders
 from petals_win.errors import UserError
 
 _LARGEST_FILE = 2**20
@@ -24,6 +25,7 @@ _SECONDS = Field(gt=0, le=86_400)
 _Name = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f\x7f]{1,200}$")]
 # What of a request may be left out, if the file says so.
 Passed = Literal[
+    "max_tokens",
     "temperature",
     "top_p",
     "top_k",
@@ -44,11 +46,15 @@ class _Part(BaseModel):
 
 
 class Model(_Part):
-    """A model of the runtime. settings: what the runtime needs to load it, sent along as it stands."""
+    """A model of the runtime. settings: what the runtime needs to load it, sent along as it stands, or put into arguments.
+
+    tokenizer: a folder with the model's tokenizer, where the program cannot count nor make a prompt of messages.
+    """
 
     name: _Name
     context_length: Annotated[int, Field(ge=2, le=2**31)] | None = None
     settings: dict[str, Any] = {}
+    tokenizer: Path | None = None
 
 
 class Limits(_Part):
@@ -65,6 +71,10 @@ class Limits(_Part):
     answer_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 16 * 2**20
 
 
+# What means nothing for a program that is started for each question.
+_OF_ONE_LIFE = {"start_seconds", "silence_seconds", "cancel_seconds", "line_bytes"}
+
+
 class Restart(_Part):
     attempts: Annotated[int, Field(ge=0, le=1000)] = 5
     first_wait_seconds: Annotated[float, _SECONDS] = 1
@@ -72,12 +82,16 @@ class Restart(_Part):
 
 
 class Described(_Part):
-    """A runtime. `home` is the folder of the file, from which relative paths count."""
+    """A runtime. `home` is the folder of the file, from which relative paths count.
+
+    options: of the dialect "cli", the arguments that are added where a request asks for something.
+    """
 
     home: Path
-    dialect: Literal["jsonl"] = "jsonl"
+    dialect: Literal["jsonl", "cli"] = "jsonl"
     program: Annotated[str, Field(min_length=1)]
     arguments: tuple[str, ...] = ()
+    options: dict[Option, tuple[str, ...]] = {}
     folder: Path = Path(".")
     models: Annotated[tuple[Model, ...], Field(min_length=1, max_length=64)]
     environment: dict[str, str] = {}
@@ -91,7 +105,22 @@ class Described(_Part):
         names = [model.name.lower() for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
+        if self.dialect == "cli":
+            self._check_cli()
+        elif self.options or any(model.tokenizer for model in self.models):
+            raise ValueError(
+                "options and tokenizer are for the dialect 'cli': a runtime that speaks 'jsonl' says itself"
+            )
         return self
+
+    def _check_cli(self) -> None:
+        if self.restart.model_fields_set or (unused := self.limits.model_fields_set & _OF_ONE_LIFE):
+            named = "restart" if self.restart.model_fields_set else min(unused)
+            raise ValueError(f"{named} is not for the dialect 'cli', whose program is started for each question")
+        for model in self.models:
+            if model.context_length is None:
+                raise ValueError(f"the context_length of {model.name} is missing")
+            check_placeholders(self.program, self.arguments, self.options, model.settings)
 
     def argv(self) -> list[str]:
         """Program and arguments. Raises UserError if there is no such program."""

@@ -33,6 +33,7 @@ class Link:
         self.described = described
         self.heard = time.monotonic()  # when the last message came
         self.why: str | None = None  # it is over
+        self.failed = False  # because of what it did: nothing that it says counts any more
         self._lines = Lines(described.limits.line_bytes)
         self._inbox: queue.Queue[Message | None] = queue.Queue(_AHEAD)
         self._room = threading.Semaphore(_AHEAD)
@@ -120,6 +121,7 @@ class Link:
         if self.why is None:
             logger.warning("%s is ended: %s", self.described.named.capitalize(), why)
             self.why = why
+        self.failed = True
         self._program.kill()
 
     def stop(self) -> None:

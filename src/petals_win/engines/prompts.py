@@ -91,10 +91,41 @@ class PromptEncoder:
             return as_it_stands
         return self._tokenizer(text)["input_ids"]
 
+    def as_text(self, request: GenerationRequest) -> str:
+        """The prompt of a request for whoever reads text as this tokenizer does, which puts the first token there itself.
+
+        Raises UserError as `encode` does, and for a control token that somebody has typed: in a text it would be one.
+        """
+        if request.messages is None:
+            return str(request.prompt)
+        rendered = self._turns(request, request.messages).rendered
+        if any(map(self._format.has_typed, _texts((*rendered.messages, rendered.tools)))):
+            raise UserError(
+                f"{self._name} would take what stands in a message for a control token. Write it in another way."
+            )
+        begins = self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        return rendered.text.removeprefix(self._tokenizer.bos_token) if begins else rendered.text
+
     def _conversation(
         self, request: GenerationRequest, messages: Sequence[dict[str, Any]]
     ) -> tuple[list[int], bool, str, AnswerParser | None]:
         """Token ids, whether the last turn is continued, the blanks at its end, which are left out, and what reads the answer."""
+        turns = self._turns(request, messages)
+        rendered = turns.rendered
+        try:
+            tokens = self._tokens(rendered, turns.how)
+        except Exception as e:
+            raise self._not_taken(e) from e
+        parser = self._format.parser(
+            () if request.tool_choice == "none" else request.tools,
+            plain=rendered.told or request.tool_choice not in ("auto", "none"),
+            parallel=request.parallel_tool_calls,
+            prompt=rendered.text,
+            continued=turns.messages[-1]["content"] if turns.continued else "",
+        )
+        return tokens, turns.continued, turns.blanks, parser
+
+    def _turns(self, request: GenerationRequest, messages: Sequence[dict[str, Any]]) -> _Turns:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self._name} was not made for chats: it has no chat template. Send a prompt to /v1/completions instead."
@@ -115,17 +146,12 @@ class PromptEncoder:
         tools = () if request.tool_choice == "none" else request.tools
         try:
             rendered = self._render(messages, tools, how)
-            tokens = self._tokens(rendered, how)
         except Exception as e:  # a template is a program of the model's makers, and may raise anything
-            raise UserError(f"The chat template of {self._name} does not take these messages: {_reason(e)}.") from e
-        parser = self._format.parser(
-            tools,
-            plain=rendered.told or request.tool_choice not in ("auto", "none"),
-            parallel=request.parallel_tool_calls,
-            prompt=rendered.text,
-            continued=messages[-1]["content"] if continued else "",
-        )
-        return tokens, continued, blanks, parser
+            raise self._not_taken(e) from e
+        return _Turns(rendered, messages, how, continued, blanks)
+
+    def _not_taken(self, error: Exception) -> UserError:
+        return UserError(f"The chat template of {self._name} does not take these messages: {_reason(error)}.")
 
     def _tokens(self, rendered: _Rendered, how: dict[str, Any]) -> list[int]:
         """Control tokens that the template writes, and none that somebody has typed in a message."""
@@ -189,6 +215,17 @@ class _Rendered:
     messages: list[dict[str, Any]]
     tools: tuple[dict[str, Any], ...]
     told: bool = False
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """A conversation as text, its messages as they were rendered, and how; what `_conversation` says of the last turn."""
+
+    rendered: _Rendered
+    messages: list[dict[str, Any]]
+    how: dict[str, Any]
+    continued: bool
+    blanks: str
 
 
 def _names_tools(tools: Sequence[dict[str, Any]], rendered: str) -> bool:

@@ -23,6 +23,8 @@ from petals_win.host.process_tree import ProcessTree
 
 logger = logging.getLogger(__name__)
 
+# Bytes; systems bound one argument (Linux, 128 KiB) or the whole command line (Windows, 32,767 characters).
+LONGEST_ARGUMENT = 30_000 if sys.platform == "win32" else 120_000
 _CHUNK = 2**16
 _MOST_UNREAD = 64 * 2**20  # bytes that the program has been sent and has not taken
 _LAST_OUTPUT_S = 2.0  # for what is still in the pipes when the program has ended

@@ -2,7 +2,7 @@
 
 Knows pyzmq. Does not know what requests and replies mean.
 
-Frames from a caller, each message with a kind first:
+Frames from a caller (as `zmq_pump.packed` puts them into one of ZeroMQ's), each message with a kind first:
     Q NUMBER METHOD REQUEST     a call; its number is the caller's choice
     X NUMBER                    it is given up
     C NUMBER                    half of a window of replies was read: so many more may come
