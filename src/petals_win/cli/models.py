@@ -43,8 +43,10 @@ def named_models(models: Sequence[str], engine: str) -> list[tuple[str, str]]:
     """
     check_engine_name(engine)
     known = engine_names()
-    named = [(engine, "", text) if text.partition(":")[0] not in known else text.partition(":") for text in models]
-    return [(name, model) for name, _, model in named]
+    parts = [text.partition(":") for text in models]
+    return [
+        (name, model) if colon and name in known else (engine, name + colon + model) for name, colon, model in parts
+    ]
 
 
 def open_models(

@@ -327,7 +327,7 @@ class Loads(Protocol):
         ...
 
     def keep(self, model: str, seconds: float) -> None:
-        """Until it is unloaded, the model may be idle for so long (s), or for ever (inf)."""
+        """Until it is unloaded, the model may be idle for so long (s), or for ever (inf). Of no effect on one that always stays."""
         ...
 
     def expires(self) -> dict[str, float]:

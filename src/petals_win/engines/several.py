@@ -175,7 +175,7 @@ class SeveralEngines:
                     if self._closed:
                         raise EngineClosed()
                     if life is not None:
-                        await self._changed.wait()
+                        await self._next_change()
                     elif (error := await asyncio.shield(self._load(member))) is not None:
                         raise again(error)
             return life
@@ -199,29 +199,37 @@ class SeveralEngines:
     async def _loaded(self, member: Member) -> UserError | None:
         """Load the model, and say by which error that failed. Nobody's leaving ends it, once it has begun."""
         try:
+            failure = await self._failure_to_load(member)
+            if failure is None:
+                return None
+            logger.warning("%s", failure)
+            await asyncio.to_thread(give_back_memory)
+            member.since, member.failure = time.monotonic(), failure
+            return failure
+        except asyncio.CancelledError:
+            if self._closed:
+                return EngineClosed()
+            raise
+        finally:
+            member.loading = None
+            self._change()
+
+    async def _failure_to_load(self, member: Member) -> UserError | None:
+        try:
             async with self._moving:
                 if await self._make_room(member):
                     member.life = await self._open(member)
                     logger.info("%s is loaded", member.name)
             return None
-        except asyncio.CancelledError:
-            if self._closed:
-                return EngineClosed()
-            raise
+        except Full as error:
+            return again(error)  # without its traceback, which would hold what there is of the model
         except UserError as error:
-            reason = error if isinstance(error, Full) else NotLoaded(f"{member.name} could not be loaded: {error}")
+            return NotLoaded(f"{member.name} could not be loaded: {error}")
         except Exception:
             logger.exception("%s could not be loaded", member.name)
-            reason = NotLoaded(
+            return NotLoaded(
                 f"{member.name} could not be loaded, by an error inside petals-win; its log has the details."
             )
-        finally:
-            member.loading = None
-            self._change()
-        logger.warning("%s", reason)
-        member.since, member.failure = time.monotonic(), reason
-        await asyncio.to_thread(give_back_memory)
-        return reason
 
     async def _open(self, member: Member) -> Life:
         life = Life(member.offer, await open_in_thread(member.offer))
@@ -260,8 +268,7 @@ class SeveralEngines:
                     asked_to_leave += leaves
                     for each in leaves:
                         each.leaving = True
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), LINGER_S)
+                await self._next_change(LINGER_S)
             return False
         finally:
             for each in asked_to_leave:
@@ -269,12 +276,10 @@ class SeveralEngines:
             self._change()
 
     async def _unload_the_idle(self) -> None:
-        while True:
+        while not self._closed:
             member = min(self._members, key=lambda each: each.left_s)
             if member.left_s > 0:
-                patience = member.left_s if member.left_s < math.inf else None
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), patience)
+                await self._next_change(member.left_s)
                 continue
             async with self._moving:
                 if member.left_s <= 0:
@@ -301,7 +306,7 @@ class SeveralEngines:
     async def _bury(self, life: Life, name: str) -> None:
         """Close an engine that was lost, when its answers have heard of it."""
         while life.users and not self._closed:
-            await self._changed.wait()
+            await self._next_change()
         await let_go(life, name)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -309,6 +314,11 @@ class SeveralEngines:
         self._letting_go.add(task)
         task.add_done_callback(self._letting_go.discard)
         return task
+
+    async def _next_change(self, patience: float = math.inf) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience if patience < math.inf else None):
+                await self._changed.wait()
 
     def _change(self) -> None:
         """Wake all that wait for something to change."""
