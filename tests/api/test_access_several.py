@@ -15,10 +15,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from api.fake_engine import FakeEngine
 from api.serving import Served, eventually, serving
 from petals_win.engines import member, several
-from petals_win.engines.base import ModelCard
+from petals_win.engines.base import ModelCard, SwarmStatus
 from petals_win.engines.offers import Offer
 from petals_win.engines.several import SeveralEngines
 from petals_win.errors import UserError
+
+
+class Alone(FakeEngine):
+    """One that computes without a swarm."""
+
+    def status(self) -> SwarmStatus:
+        return SwarmStatus(True, "All 2 blocks are on this PC.", num_blocks=2, cache_usage=0.25)
 
 
 class Models:
@@ -41,7 +48,7 @@ class Models:
             assert self.load.wait(20)
             if self.failing is not None:
                 raise self.failing
-            return FakeEngine(model=name)
+            return Alone(model=name)
 
         return Offer("local", (ModelCard(name, 1_700_000_000, 4000),), load, True)
 
@@ -93,8 +100,9 @@ def test_what_is_shown():
             for sample in family.samples
         }
         assert [metrics["petals_win_loaded", name] for name in ("a", "b", "swarm")] == [1, 0, 1]
-        assert [metrics["petals_win_blocks", name] for name in ("a", "b", "swarm")] == [30, 0, 30]
+        assert [metrics["petals_win_blocks", name] for name in ("a", "b", "swarm")] == [2, 0, 30]
         assert metrics["vllm:num_requests_running", "b"] == 0
+        assert metrics["vllm:kv_cache_usage_perc", "a"] == 0.25
         assert metrics["vllm:generation_tokens_total", "a"] == 1
         with pytest.raises(openai.NotFoundError, match="Ask for one of: a, b, swarm"):
             served.client().chat.completions.create(**served.chat("hello") | {"model": "c"})
