@@ -52,7 +52,8 @@ _WORDS = re.compile(r"</?s>|\s*[^\s<]+|\s*<|\s+")
 
 
 class FakeEngine:
-    def __init__(self, pace: float = 0.001, missing_blocks: tuple[int, ...] = ()):
+    def __init__(self, pace: float = 0.001, missing_blocks: tuple[int, ...] = (), model: str = MODEL):
+        self.model = model
         self.pace = pace
         self.missing_blocks = missing_blocks
         self.context_length = 2000
@@ -73,7 +74,7 @@ class FakeEngine:
         """It is never lost."""
 
     def models(self) -> list[ModelCard]:
-        return [ModelCard(MODEL, 1_700_000_000, self.context_length)]
+        return [ModelCard(self.model, 1_700_000_000, self.context_length)]
 
     def status(self) -> SwarmStatus:
         peers = (PeerStatus("12D3KooWFakePeer", 0, 15, "gaming-pc", 123.5, 4096, False),)
@@ -88,8 +89,8 @@ class FakeEngine:
         try:
             if self.closed:
                 raise EngineClosed()
-            if request.model != MODEL:
-                raise ModelNotFound(request.model, [MODEL])
+            if request.model != self.model:
+                raise ModelNotFound(request.model, [self.model])
             if self.script:
                 for event in self.script:
                     await asyncio.sleep(self.pace)
@@ -198,7 +199,7 @@ class FakeEngine:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         if unknown := [token for token in tokens if not 0 <= token - BEGIN < len(self._texts)]:
-            raise UserError(f"{MODEL} has no token {unknown[0]}.")
+            raise UserError(f"{self.model} has no token {unknown[0]}.")
         return "".join(self._texts[token - BEGIN] for token in tokens)
 
     async def embed(self, model: str, tokens: Sequence[int]) -> list[float]:
@@ -234,8 +235,8 @@ class FakeEngine:
     def _check(self, model: str) -> None:
         if self.closed:
             raise EngineClosed()
-        if model != MODEL:
-            raise ModelNotFound(model, [MODEL])
+        if model != self.model:
+            raise ModelNotFound(model, [self.model])
 
     async def close(self) -> None:
         self.closed += 1

@@ -30,7 +30,7 @@ from petals_win.api.routes import engine_routes, open_routes
 from petals_win.api.settings import Settings
 from petals_win.api.swarm import swarm_routes
 from petals_win.api.tokenizing import tokenizing_routes
-from petals_win.engines.base import Engine
+from petals_win.engines.base import Engine, Loads
 from petals_win.errors import UserError
 from petals_win.web import pages
 
@@ -61,8 +61,9 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
         default_response_class=AsciiJson,
         lifespan=lifespan,
     )
+    loads = engine if isinstance(engine, Loads) else None
     engine = with_names(engine, settings.aliases, settings.any_model)
-    generations = Generations(engine, settings.max_running, settings.max_waiting)
+    generations = Generations(engine, settings.max_running, settings.max_waiting, loads)
     app.state.generations = generations
 
     app.include_router(open_routes())
@@ -71,7 +72,7 @@ def create_app(engine: Engine, *, settings: Settings) -> FastAPI:
     app.include_router(engine_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(swarm_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(metrics_routes(engine, generations), dependencies=shown_in_docs)
-    app.include_router(ollama_routes(engine, generations), dependencies=shown_in_docs)
+    app.include_router(ollama_routes(engine, generations, loads), dependencies=shown_in_docs)
     app.include_router(anthropic_routes(engine, generations), dependencies=shown_in_docs)
     app.include_router(petals_routes(engine, generations, shown_in_docs))
     app.include_router(responses_routes(engine, generations), dependencies=shown_in_docs)

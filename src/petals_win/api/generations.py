@@ -17,7 +17,7 @@ from petals_win.api import callers
 from petals_win.api.callers import Bill
 from petals_win.api.counting import Counts, Run
 from petals_win.api.errors import ApiError, from_engine
-from petals_win.engines.base import Engine, Event, Finished, GenerationRequest, Usage
+from petals_win.engines.base import Engine, Event, Finished, GenerationRequest, Loads, Usage
 from petals_win.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ T = TypeVar("T")
 class Generations:
     """All answers of one engine: at most `max_running` at a time, at most `max_waiting` in line behind them."""
 
-    def __init__(self, engine: Engine, max_running: int, max_waiting: int):
+    def __init__(self, engine: Engine, max_running: int, max_waiting: int, loads: Loads | None = None):
+        """`loads` is the engine, if models of it have to be loaded."""
+        self._loads = loads
         self.counts = Counts()
         self.stopping = asyncio.Event()
         self._engine = engine
@@ -53,6 +55,11 @@ class Generations:
         """How many wait for their turn."""
         return len(self._answers) - self.running
 
+    def of_model(self, model: str) -> tuple[int, int]:
+        """How many are being answered by the model of that name, and how many wait for their turn."""
+        running = [answer.has_turn for answer in self._answers if answer.model == model]
+        return sum(running), len(running) - sum(running)
+
     def start(self, requests: Sequence[GenerationRequest]) -> Answer:
         """Begin to answer the requests, one after the other, for the caller that asks now.
 
@@ -60,7 +67,7 @@ class Generations:
         """
         caller = self._admitted()
         bills = [Bill(caller, request) for request in requests]
-        answer = Answer(self._engine, self._slots, requests, bills, self.counts)
+        answer = Answer(self._engine, self._slots, requests, bills, self.counts, self._loads)
         self._answers.add(answer)
         answer.task.add_done_callback(lambda _: self._answers.discard(answer))
         self._keep(answer.task)
@@ -146,8 +153,11 @@ class Answer:
         requests: Sequence[GenerationRequest],
         bills: Sequence[Bill],
         counts: Counts,
+        loads: Loads | None = None,
     ):
         self.has_turn = False
+        self.model = requests[0].model
+        self._loads = loads
         self._counts = counts
         self._known = {card.id for card in engine.models()}
         self._sender, self._receiver = anyio.create_memory_object_stream[tuple[int, Event]](_EVENTS_AHEAD)
@@ -186,6 +196,9 @@ class Answer:
         run = self._count(requests[0])
         unused = list(bills)
         try:
+            if self._loads is not None:
+                # Without a place, so that who waits for a model to be loaded does not keep others from being answered.
+                await self._loads.load(self.model)
             async with _turn(slots):
                 self.has_turn = True
                 run.has_turn()

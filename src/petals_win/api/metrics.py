@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from petals_win.api import reply_schemas as sent
 from petals_win.api.generations import Generations
-from petals_win.engines.base import Engine, ModelCard
+from petals_win.engines.base import Engine, EngineStatus, SwarmStatus
 
 
 def metrics_routes(engine: Engine, generations: Generations) -> APIRouter:
@@ -46,23 +46,35 @@ class _State(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        status = self._engine.status()
-        models = self._engine.models()
-        running = self._generations.running
-        waiting = self._generations.waiting
-        yield _gauge("vllm:num_requests_running", "Requests that are being answered.", models, running)
-        yield _gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", models, waiting)
-        if status.cache_usage is not None:
-            yield _gauge(
-                "vllm:kv_cache_usage_perc",
-                "Share of the memory for conversations that is in use, 1 being all.",
-                models,
-                status.cache_usage,
-            )
-        yield _gauge("petals_win_ready", "1 if a question could be answered now, else 0.", models, status.ready)
-        yield _gauge("petals_win_blocks", "Blocks of the model.", models, status.num_blocks)
-        yield _gauge("petals_win_blocks_missing", "Blocks that have no server.", models, len(status.missing_blocks))
-        yield _gauge("petals_win_peers", "PCs that serve blocks.", models, len(status.peers))
+        engines = _by_engine(self._engine.status(), [card.id for card in self._engine.models()])
+        of_models = {model: self._generations.of_model(model) for models in engines.values() for model in models}
+        running = {model: counts[0] for model, counts in of_models.items()}
+        waiting = {model: counts[1] for model, counts in of_models.items()}
+        yield _gauge("vllm:num_requests_running", "Requests that are being answered.", running)
+        yield _gauge("vllm:num_requests_waiting", "Requests that wait for their turn.", waiting)
+
+        def told(value: Callable[[EngineStatus | SwarmStatus], float | None]) -> dict[str, float]:
+            """What is so for an engine, for each of its models, as far as it is known."""
+            return {
+                model: found
+                for engine, models in engines.items()
+                if (found := value(engine)) is not None
+                for model in models
+            }
+
+        yield _gauge(
+            "vllm:kv_cache_usage_perc",
+            "Share of the memory for conversations that is in use, 1 being all.",
+            told(lambda engine: engine.cache_usage),
+        )
+        ready = "1 if a question could be answered now, else 0."
+        yield _gauge("petals_win_ready", ready, told(lambda engine: engine.ready))
+        loaded = "1 if the model is in memory, 0 if it is loaded when somebody asks for it."
+        yield _gauge("petals_win_loaded", loaded, told(_loaded))
+        yield _gauge("petals_win_blocks", "Blocks of the model.", told(lambda engine: engine.num_blocks))
+        missing = "Blocks that have no server."
+        yield _gauge("petals_win_blocks_missing", missing, told(lambda engine: len(engine.missing_blocks)))
+        yield _gauge("petals_win_peers", "PCs that serve blocks.", told(lambda engine: len(engine.peers)))
         of_peer = ["model_name", "peer_id", "name"]
         speed = GaugeMetricFamily(
             "petals_win_peer_throughput", "Tokens per second of one block, as a PC says.", None, of_peer
@@ -71,9 +83,9 @@ class _State(Collector):
         relayed = GaugeMetricFamily(
             "petals_win_peer_relayed", "1 if a PC is reached through another one.", None, of_peer
         )
-        for model in models[:1]:
-            for peer in status.peers:
-                labels = [model.id, peer.peer_id, peer.name or ""]
+        for engine, models in engines.items():
+            for peer in engine.peers if models else ():
+                labels = [models[0], peer.peer_id, peer.name or ""]  # an engine has one swarm, that of its model
                 for family, value in (
                     (speed, peer.throughput),
                     (room, peer.cache_tokens_left),
@@ -84,8 +96,17 @@ class _State(Collector):
         yield from (speed, room, relayed)
 
 
-def _gauge(name: str, documentation: str, models: list[ModelCard], value: float) -> GaugeMetricFamily:
+def _by_engine(status: SwarmStatus, models: list[str]) -> dict[EngineStatus | SwarmStatus, list[str]]:
+    """The models of each engine; an engine that is not one of several stands for itself."""
+    return {engine: list(engine.models) for engine in status.engines} or {status: models}
+
+
+def _loaded(engine: EngineStatus | SwarmStatus) -> float | None:
+    return engine.state == "loaded" if isinstance(engine, EngineStatus) else None
+
+
+def _gauge(name: str, documentation: str, values: dict[str, float]) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(name, documentation, labels=["model_name"])
-    for model in models[:1]:  # an engine has one swarm, that of its model
-        gauge.add_metric([model.id], float(value))
+    for model, value in values.items():
+        gauge.add_metric([model], float(value))
     return gauge

@@ -73,7 +73,7 @@ class _Head(_Reply):
     created_at: str
     done: bool
     logprobs: list[OllamaChosen] | None = None
-    done_reason: Literal["stop", "length", "load"] | None = None
+    done_reason: Literal["stop", "length", "load", "unload"] | None = None
     total_duration: int | None = None
     load_duration: int | None = None
     prompt_eval_count: int | None = None
@@ -157,16 +157,16 @@ def nothing_yet(shape: Shape, model: str) -> JsonLine:
     return JsonLine(_line(shape, model))
 
 
-def loaded(shape: Shape, model: str) -> dict[str, Any]:
-    """What is answered to a request without a prompt: the model is there."""
-    return _line(shape, model, done=True) | {"done_reason": "load"}
+def loaded(shape: Shape, model: str, reason: Literal["load", "unload"]) -> dict[str, Any]:
+    """What is answered to a request without a prompt: the model is there, or goes as soon as it is idle."""
+    return _line(shape, model, done=True) | {"done_reason": reason}
 
 
 def now() -> str:
     return _time(datetime.now(UTC))
 
 
-def since(created: int) -> str:
+def since(created: float) -> str:
     """A time in Unix seconds, as Ollama writes times."""
     return _time(datetime.fromtimestamp(created, UTC))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from petals_win.api import ollama_replies, reply_schemas
-from petals_win.api.answering import answer_streamed, answer_whole
+from petals_win.api.answering import answer_streamed, answer_whole, unless_disconnected
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Generations
 from petals_win.api.ollama_replies import (
@@ -24,12 +26,13 @@ from petals_win.api.ollama_replies import (
     Shape,
 )
 from petals_win.api.ollama_schemas import OllamaChat, OllamaGenerate, OllamaShow
-from petals_win.engines.base import Engine, GenerationRequest, ModelCard, find_model
+from petals_win.engines.base import Engine, GenerationRequest, Loads, ModelCard, find_model
 
 # Of Ollama's own releases the one whose API this is: programs compare it with the oldest that they work with.
 _VERSION = "0.13.0"
 _TAG = ":latest"
 _FOR_EVER = "9999-12-31T23:59:59Z"
+_LONGEST_S = 1e9  # beyond it, a time is for ever
 _FAMILY = "petals-win"
 _CAPABILITIES = ("completion", "tools", "thinking")
 
@@ -121,9 +124,26 @@ def _answers(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: answered} | _errors(400, 401, 403, 404, 408, 413, 429, 500, 503)
 
 
-def ollama_routes(engine: Engine, generations: Generations) -> APIRouter:
-    """Everything below /api that Ollama's clients ask for."""
+def ollama_routes(engine: Engine, generations: Generations, loads: Loads | None = None) -> APIRouter:
+    """Everything below /api that Ollama's clients ask for; `loads` is the engine, if models of it have to be loaded."""
     router = APIRouter(route_class=_JsonByAnyName)
+
+    def keep(card: ModelCard, body: OllamaChat | OllamaGenerate) -> None:
+        if loads is not None and body.keep_s is not None:
+            loads.keep(card.id, body.keep_s)
+
+    async def only_load(
+        http: Request, card: ModelCard, body: OllamaChat | OllamaGenerate, shape: Shape
+    ) -> dict[str, Any]:
+        """What a request without a prompt is for: to load the model, or by keep_alive 0 to unload it as soon as it is idle."""
+        if loads is not None and body.keep_s == 0:
+            if card.id in loads.expires():
+                keep(card, body)
+            return ollama_replies.loaded(shape, body.model, "unload")
+        keep(card, body)
+        if loads is not None:
+            await unless_disconnected(http, loads.load(card.id))
+        return ollama_replies.loaded(shape, body.model, "load")
 
     @router.get("/api/version", response_model=OllamaVersion, responses=_errors(401, 403))
     async def version() -> dict[str, str]:
@@ -137,8 +157,10 @@ def ollama_routes(engine: Engine, generations: Generations) -> APIRouter:
 
     @router.get("/api/ps", response_model=OllamaPs, responses=_errors(401, 403, 500))
     async def ps() -> dict[str, Any]:
-        """The models that are loaded: all."""
-        return {"models": [_running(card) for card in engine.models()]}
+        """The models that are in memory, and until when they are if nobody asks for them."""
+        expires = None if loads is None else loads.expires()
+        cards = [card for card in engine.models() if expires is None or card.id in expires]
+        return {"models": [_running(card, math.inf if expires is None else expires[card.id]) for card in cards]}
 
     @router.post("/api/show", response_model=OllamaShown, responses=_errors(400, 401, 403, 404, 408, 413, 500))
     async def show(body: OllamaShow) -> dict[str, Any]:
@@ -150,7 +172,8 @@ def ollama_routes(engine: Engine, generations: Generations) -> APIRouter:
         """Answer a conversation, in lines of JSON or with "stream": false whole."""
         card = _find(engine, body.model)
         if not body.messages:
-            return ollama_replies.loaded(ChatShape, body.model)
+            return await only_load(http, card, body, ChatShape)
+        keep(card, body)
         return await _reply(http, generations, body, body.request(card.id), ChatShape)
 
     @router.post("/api/generate", response_model=None, responses=_answers(OllamaGenerateReply))
@@ -158,7 +181,8 @@ def ollama_routes(engine: Engine, generations: Generations) -> APIRouter:
         """Answer a prompt, in lines of JSON or with "stream": false whole."""
         card = _find(engine, body.model)
         if not body.prompt:
-            return ollama_replies.loaded(GenerateShape, body.model)
+            return await only_load(http, card, body, GenerateShape)
+        keep(card, body)
         return await _reply(http, generations, body, body.request(card.id), GenerateShape)
 
     for path, instead in _NOT_HERE.items():
@@ -222,8 +246,9 @@ def _listed(card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _running(card: ModelCard) -> dict[str, Any]:
-    return _listed(card) | {"expires_at": _FOR_EVER, "size_vram": 0, "context_length": card.context_length}
+def _running(card: ModelCard, left_s: float) -> dict[str, Any]:
+    until = _FOR_EVER if left_s > _LONGEST_S else ollama_replies.since(time.time() + left_s)
+    return _listed(card) | {"expires_at": until, "size_vram": 0, "context_length": card.context_length}
 
 
 def _shown(card: ModelCard) -> dict[str, Any]:

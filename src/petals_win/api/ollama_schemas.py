@@ -13,6 +13,8 @@ from petals_win.api.documented import null_is_left_out, text_or_list
 from petals_win.api.errors import ApiError
 from petals_win.api.schemas import Message, Text, penalty_in_bounds
 from petals_win.engines.base import Constraint, GenerationRequest
+from petals_win.engines.keep_alive import seconds_of
+from petals_win.errors import UserError
 
 _TEXT_ONLY = "The models here read text alone. Leave it out."
 _OFF = "0 and below: no limit"
@@ -80,8 +82,30 @@ class _Asked(Body):
         bool | Text | None,
         Field(description='for models that think: true, false, or how much ("low", "medium", "high")'),
     ] = None
+    keep_alive: Annotated[
+        str | float | None,
+        Field(
+            description='how long the model may then be idle ("5m", seconds, -1: for ever), if it is unloaded at all'
+        ),
+    ] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _known_duration(cls, value: Any) -> Any:
+        try:
+            if not isinstance(value, bool):
+                seconds_of(value)
+                return value
+        except (UserError, TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError('a text such as "5m", or a number of seconds, is needed')
+
+    @property
+    def keep_s(self) -> float | None:
+        """For how long the model may be idle (s, inf: for ever), if that is said."""
+        return None if self.keep_alive is None else seconds_of(self.keep_alive)
 
     @field_validator("format", mode="before")
     @classmethod
@@ -154,7 +178,7 @@ class OllamaTool(BaseModel):
 class OllamaChat(_Asked):
     """Body of POST /api/chat. Without messages, nothing is answered but that the model is there."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(("keep_alive", "truncate", "shift"))
+    ignored: ClassVar[frozenset[str]] = frozenset(("truncate", "shift"))
 
     messages: list[OllamaMessage] = []
     tools: list[OllamaTool] = []
@@ -175,7 +199,7 @@ class OllamaChat(_Asked):
 class OllamaGenerate(_Asked):
     """Body of POST /api/generate. Without a prompt, nothing is answered but that the model is there."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(("keep_alive", "truncate", "shift"))
+    ignored: ClassVar[frozenset[str]] = frozenset(("truncate", "shift"))
     refused: ClassVar[dict[str, str]] = {
         "context": "Send the conversation to /api/chat.",
         "images": _TEXT_ONLY,

@@ -55,6 +55,22 @@ class Worker(_Reply):
     tokens_per_s: float | None = Field(description="of one answer alone, as far as it was measured")
 
 
+class EngineState(_Reply):
+    """What computes answers with some of the models, and whether these are in memory."""
+
+    engine: str = Field(description="as --engine has it")
+    models: list[str]
+    state: Literal["loaded", "loading", "unloaded", "failed"]
+    detail: str = Field(description="a sentence for people")
+    ready: bool = Field(description="whether it can answer, be it after loading")
+    running: int
+    waiting: int = Field(description="questions that wait until it is loaded")
+    num_blocks: int
+    missing_blocks: list[int]
+    peers: list[Peer]
+    cache_usage: float | None
+
+
 class Readiness(_Reply):
     ready: bool
     detail: str = Field(description="a sentence for people")
@@ -63,6 +79,7 @@ class Readiness(_Reply):
     num_blocks: int
     cache_usage: float | None = Field(description="of the memory for conversations, where this PC computes alone")
     workers: list[Worker] = Field(description="with --workers")
+    engines: list[EngineState] = Field(description="those of this PC, also if there is one")
 
 
 class Block(_Reply):

@@ -43,7 +43,7 @@ def engine_routes(engine: Engine, generations: Generations) -> APIRouter:
         responses=sent.errors(401, 403, 500) | {503: {"model": sent.Readiness, "description": "It could not."}},
     )
     async def ready() -> JSONResponse:
-        """Whether the swarm could answer now (200) or not (503), which blocks no node serves, and who serves what."""
+        """Whether anything could answer now (200) or not (503), with engines, workers, and which blocks no node serves."""
         status = engine.status()
         headers = {} if status.ready else {"Retry-After": str(RETRY_AFTER_S)}
         return AsciiJson(asdict(status), 200 if status.ready else 503, headers)

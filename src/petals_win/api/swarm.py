@@ -29,7 +29,7 @@ def swarm_routes(engine: Engine, generations: Generations) -> APIRouter:
 
     @router.get("/v1/swarm", response_model=sent.Swarm, responses=sent.errors(401, 403, 500))
     async def swarm() -> dict[str, Any]:
-        """Every block with the PCs that serve it, the blocks that nobody serves, and the PCs."""
+        """Every block with the PCs that serve it, the blocks that nobody serves, the PCs, and the engines with their models."""
         return _state(engine)
 
     @router.get(
@@ -89,5 +89,6 @@ def _state(engine: Engine) -> dict[str, Any]:
         for block in range(status.num_blocks)
     ]
     # An engine has one swarm, that of its model; workers have several models, or none before the first one is there.
-    model = next((card.id for card in engine.models()), "")
+    of_swarm = (name for each in status.engines if each.peers or each.missing_blocks for name in each.models)
+    model = next(of_swarm, None) or next((card.id for card in engine.models()), "")
     return {"object": "swarm", "model": model, **asdict(status), "blocks": blocks}

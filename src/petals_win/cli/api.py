@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening
-from petals_win.engines.registry import AUTO, EngineSettings, check_engine_name, find_engine
+from petals_win.cli.models import KeepAlive, named_models, open_models
+from petals_win.engines.registry import AUTO, EngineSettings
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -57,12 +58,13 @@ EngineName = Annotated[
 def api(
     *,
     model: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             help="Hugging Face id, folder of safetensors, or .gguf file; with --engine openai a model of the other server, default "
-            "all; with --engine command the .toml file that describes the program. Not with --workers: they have theirs."
+            "all; with --engine command the .toml file that describes the program. May be given several times, each with an engine of "
+            "its own before it: onnx:FOLDER. Not with --workers: they have theirs."
         ),
-    ] = "",
+    ] = None,
     peers: Annotated[
         list[str] | None, typer.Option(help="Address of a peer of the swarm, as 'serve' prints it.")
     ] = None,
@@ -77,6 +79,7 @@ def api(
     ] = None,
     listen: listening.Listening,
     engine: EngineName = AUTO,
+    keep_alive: KeepAlive = None,
     device: Device = None,
     dtype: Dtype = None,
     quant: QuantName = None,
@@ -101,18 +104,23 @@ def api(
     from petals_win.host.threads import apply_thread_settings
 
     settings = listen.settings()
-    check_engine_name(engine)
-    if workers and (model or peers or engine != AUTO):
+    named = named_models(model or (), engine)
+    if workers and (model or peers or engine != AUTO or keep_alive is not None):
         raise UserError(
-            "With --workers it is the workers that compute, so --model, --engine and --peers are theirs. Leave them out here."
+            "With --workers it is the workers that compute, so --model, --engine, --peers and --keep-alive are theirs. Leave them out here."
         )
     if not (model or workers or engine == "openai"):
         raise UserError(
             "Which model? Give --model, or --workers with the addresses of PCs that answer with a model of theirs; only --engine openai "
             "offers all that there are without it."
         )
-    if engine != "openai" and (base_url or upstream_key_file):
+    named = named or [(engine, "")]
+    if (base_url or upstream_key_file) and "openai" not in [name for name, _ in named]:
         raise UserError("--base-url and --upstream-key-file are for --engine openai. Leave them out.")
+    if len(named) > 1 and listen.any_model:
+        raise UserError(
+            "--any-model is for one model, and there are several. Give --alias, which is of the first one, or leave it out."
+        )
     exit_with_parent()
     log_to_file("api")
     stop = stop_event()
@@ -123,8 +131,8 @@ def api(
 
             return open_workers(workers, workers_key_file)
         swarm, hub_token, key = tuple(peers or ()), read_token(token_file), _upstream_key(upstream_key_file)
-        wanted = EngineSettings(model, swarm, hub_token, device, dtype, quant, base_url, key)
-        return open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True))
+        common = EngineSettings("", swarm, hub_token, device, dtype, quant, base_url, key)
+        return open_models(named, common, keep_alive, lambda line: typer.echo(line, err=True))
 
     with closing(ApiServer(settings)) as server:  # before anything slow: a port in use shows at once
         apply_thread_settings(threads)
@@ -136,16 +144,6 @@ def api(
             settings,
             on_ready=lambda: typer.echo(f"The API and chat page: {server.url}"),
         )
-
-
-def open_chosen_engine(name: str, wanted: EngineSettings, tell: Callable[[str], None]) -> Engine:
-    """The engine of that name, or for "auto" the one that suits; `tell` gets a line that says why. Blocks until it is loaded."""
-    from petals_win.engines.choosing import choose_engine
-
-    choice = choose_engine(name, wanted)
-    if name == AUTO:
-        tell(f"Engine: {choice.name}, {choice.why}.")
-    return find_engine(choice.name)(wanted)
 
 
 def answer_until(

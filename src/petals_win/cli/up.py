@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening, logs
-from petals_win.cli.api import Threads, answer_until, open_chosen_engine
+from petals_win.cli.api import Threads, answer_until
+from petals_win.cli.models import open_models
 from petals_win.engines.registry import EngineSettings, check_engine_name
 from petals_win.errors import UserError
 from petals_win.host.signals import stop_event
@@ -86,7 +87,8 @@ def up(
             progress.detail(f"{source.name} is {source.content_id}")
             swarm = _two_nodes(source, model, threads, progress, stop, held)
         progress.step("Loading the model's embeddings and head" if swarm else f"Loading {model}")
-        opened = open_chosen_engine(engine, EngineSettings(model, tuple(swarm.peers) if swarm else ()), progress.note)
+        common = EngineSettings("", tuple(swarm.peers) if swarm else ())
+        opened = open_models([(engine, model)], common, None, progress.note)
         name = opened.models()[0].id
         if swarm is not None:
             progress.step("Waiting for the nodes to load their blocks")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petals_win.cli.api import Device, Dtype, EngineName, QuantName, Threads, open_chosen_engine, read_token
-from petals_win.engines.registry import AUTO, EngineSettings, check_engine_name
+from petals_win.cli.api import Device, Dtype, EngineName, QuantName, Threads, read_token
+from petals_win.cli.models import KeepAlive, named_models, open_models
+from petals_win.engines.registry import AUTO, EngineSettings
 from petals_win.errors import UserError
 from petals_win.host.children import exit_with_parent
 from petals_win.host.signals import stop_event
@@ -25,7 +26,13 @@ _USUAL = "grpc://0.0.0.0:31400"
 
 
 def worker(
-    model: Annotated[str, typer.Option(help="Hugging Face id, folder of safetensors, or .gguf file.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Hugging Face id, folder of safetensors, or .gguf file. May be given several times, each with an engine of its own "
+            "before it: onnx:FOLDER."
+        ),
+    ],
     listen: Annotated[
         list[str] | None,
         typer.Option(help="Where APIs reach this PC: grpc://ADDRESS:PORT or zmq://ADDRESS:PORT.", show_default=_USUAL),
@@ -45,6 +52,7 @@ def worker(
     drain: Annotated[
         float, typer.Option(help="Seconds that answers in work are given when this ends.", min=0, max=3600)
     ] = 30.0,
+    keep_alive: KeepAlive = None,
     device: Device = None,
     dtype: Dtype = None,
     quant: QuantName = None,
@@ -63,14 +71,14 @@ def worker(
     from petals_win.jobs.keys import default_key_file
     from petals_win.jobs.opening import open_doors
 
-    check_engine_name(engine)
+    named = named_models(model, engine)
     exit_with_parent()
     log_to_file("worker")
     stop = stop_event()
     doors = open_doors(listen or [_USUAL], key_file)  # before anything slow: what is missing shows at once
     apply_thread_settings(threads)
-    wanted = EngineSettings(model, tuple(peers or ()), read_token(token_file), device, dtype, quant)
-    opened = open_chosen_engine(engine, wanted, lambda line: typer.echo(line, err=True))
+    common = EngineSettings("", tuple(peers or ()), read_token(token_file), device, dtype, quant)
+    opened = open_models(named, common, keep_alive, lambda line: typer.echo(line, err=True))
 
     def tell(addresses: list[str]) -> None:
         typer.echo(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from petals_win.errors import UserError
 
@@ -66,11 +66,32 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True)
+class EngineStatus:
+    """One of the engines behind an API: its name as --engine has it, its models, and whether they are in memory.
+
+    detail: a sentence. ready: it can answer, be it after loading. running, waiting: questions that it answers, and that wait until
+    it is loaded. The rest is as in SwarmStatus.
+    """
+
+    engine: str
+    models: tuple[str, ...]
+    state: Literal["loaded", "loading", "unloaded", "failed"]
+    detail: str
+    ready: bool
+    running: int = 0
+    waiting: int = 0
+    num_blocks: int = 0
+    missing_blocks: tuple[int, ...] = ()
+    peers: tuple[PeerStatus, ...] = ()
+    cache_usage: float | None = None
+
+
+@dataclass(frozen=True)
 class SwarmStatus:
     """Whether a prompt could be answered now, and if not, what is missing. `detail` is one sentence for people.
 
     num_blocks: of the model. cache_usage: the share of this PC's own memory for conversations that is in use, from 0 to 1;
-    None where nodes have it.
+    None where nodes have it. Of several engines, blocks are those of the first one that a swarm has, and peers those of all.
     """
 
     ready: bool
@@ -80,6 +101,7 @@ class SwarmStatus:
     num_blocks: int = 0
     cache_usage: float | None = None
     workers: tuple[WorkerStatus, ...] = ()
+    engines: tuple[EngineStatus, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -290,6 +312,26 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Cancel what is running and release everything. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Loads(Protocol):
+    """What an Engine does beside that loads models when somebody asks for them."""
+
+    async def load(self, model: str) -> None:
+        """Returns when the model is in memory, which it may leave again. `generate` does it by itself, but holds a place meanwhile.
+
+        Who is cancelled does not stop the loading. Raises ModelNotFound, EngineClosed, Full, and SwarmUnavailable if it fails.
+        """
+        ...
+
+    def keep(self, model: str, seconds: float) -> None:
+        """Until it is unloaded, the model may be idle for so long (s), or for ever (inf). Of no effect on one that always stays."""
+        ...
+
+    def expires(self) -> dict[str, float]:
+        """The models that are in memory, and the seconds until each is unloaded if nobody asks for it; inf: never."""
         ...
 
 

@@ -9,6 +9,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,9 +18,10 @@ from transformers import PreTrainedModel
 
 from petals_win.client.decode import DecodeLoop
 from petals_win.client.hollow import hollow_model
-from petals_win.engines.base import Full, GenerationRequest, ModelCard, SwarmStatus
+from petals_win.engines.base import Engine, Full, GenerationRequest, ModelCard, SwarmStatus
 from petals_win.engines.constraints import Constraints
 from petals_win.engines.local_blocks import LocalBlocks
+from petals_win.engines.offers import Offer
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.sampling import sampler
 from petals_win.engines.text import TextEngine
@@ -38,6 +41,22 @@ _MIB = 2**20
 
 def open_engine(settings: EngineSettings) -> TextEngine:
     """Load the model that the settings name. Raises UserError if it cannot be opened, or does not fit into this PC."""
+    return TextEngine(LocalEngine.load(_fitting(settings)))
+
+
+def offer(settings: EngineSettings) -> Offer:
+    """The model that the settings name, before it is loaded. Raises UserError as `open_engine`, as far as is known then."""
+    here = _fitting(settings)
+    card = ModelCard(here.source.name, int(time.time()), here.source.context_length)
+
+    def promised(engine: Engine) -> dict[str, int]:
+        local = cast(LocalEngine, cast(TextEngine, engine).tokens)
+        return {str(here.device): local.promised_bytes}
+
+    return Offer("local", (card,), partial(open_engine, settings), True, takes=here.takes, promised=promised)
+
+
+def _fitting(settings: EngineSettings) -> WholeModel:
     if settings.peers:
         raise UserError(
             "The engine 'local' computes on this PC alone, so --peers are of no use to it. Leave them out, or take --engine petals."
@@ -47,7 +66,7 @@ def open_engine(settings: EngineSettings) -> TextEngine:
         raise UserError(
             f"{here.source.name} does not fit into this PC: {here.sizes}. Close other programs, or choose a smaller model."
         )
-    return TextEngine(LocalEngine.load(here))
+    return here
 
 
 @dataclass(frozen=True)
@@ -62,11 +81,15 @@ class WholeModel:
 
     @property
     def fits(self) -> bool:
-        """Whether what is free now has room for the weights and one long conversation, and something stays free."""
-        free = (1 - SPARE) * available_bytes(self.device)
-        if self.device.type == "cpu":
-            return self._on_device + self.needs.outside_bytes <= free
-        return self._on_device <= free and self.needs.outside_bytes <= (1 - SPARE) * available_bytes()
+        """Whether what is free now has room for it, and something stays free."""
+        return all(size <= (1 - SPARE) * available_bytes(device) for device, size in self.takes.items())
+
+    @property
+    def takes(self) -> dict[str, int]:
+        """Bytes, by device, of the weights and one long conversation."""
+        takes = {str(self.device): self._on_device}
+        takes["cpu"] = takes.get("cpu", 0) + self.needs.outside_bytes
+        return takes
 
     @property
     def _on_device(self) -> int:
@@ -147,6 +170,11 @@ class LocalEngine:
     def card(self) -> ModelCard:
         """The context is the model's, or what there is memory for."""
         return replace(self._card, context_length=self._blocks.longest(self._card.context_length))
+
+    @property
+    def promised_bytes(self) -> int:
+        """What answers may still come to take of the device's memory, beside what is held now."""
+        return self._blocks.promised_bytes
 
     def status(self) -> SwarmStatus:
         if self._closed:

@@ -41,6 +41,11 @@ class LocalBlocks:
         """The share of the sessions' memory that is in use, from 0 to 1."""
         return 1 - self._budget.bytes_left / self._budget.total_bytes
 
+    @property
+    def promised_bytes(self) -> int:
+        """What sessions may still take, beside what they hold and what ended ones have left."""
+        return max(self._budget.bytes_left - self._prefixes.nbytes, 0)
+
     def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
         session = LocalSession(self, max_length, tokens)
         self._open.add(session)

@@ -9,14 +9,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from petals_win.engines.base import GenerationRequest, ModelCard, SwarmStatus
+from petals_win.engines.base import Engine, GenerationRequest, ModelCard, SwarmStatus
 from petals_win.engines.constraints import Constraints
+from petals_win.engines.offers import Offer
 from petals_win.engines.onnx_steps import Steps, open_steps
 from petals_win.engines.onnx_turns import Answer, Turns
 from petals_win.engines.registry import EngineSettings
@@ -32,11 +34,32 @@ from petals_win.span.compute import ComputeThread
 from petals_win.span.needs import session_budget
 
 _LEAST_TOKENS = 4096  # for which there shall be memory, if it fits
+_CACHE_NUMBER_BYTES = 4  # of a number in a cache, at most
 _LOOK_AGAIN_S = 0.1  # whether there is memory for those that wait while nothing is computed
 
 
 def open_engine(settings: EngineSettings) -> TextEngine:
     """Load the folder that the settings name. Raises UserError if it is none, or is damaged, or this PC cannot compute it."""
+    return TextEngine(OnnxEngine.load(_folder(settings)))
+
+
+def offer(settings: EngineSettings) -> Offer:
+    """The model that the settings name, before it is loaded. Raises UserError as `open_engine`, as far as is known then."""
+    folder = _folder(settings)
+    card = ModelCard(folder.name, int(time.time()), folder.context_length)
+    load = partial(open_engine, settings)
+    if folder.device != "cpu":
+        return Offer("onnx", (card,), load, True, alone_on=folder.device)
+    tokens = min(_LEAST_TOKENS, folder.context_length)
+    takes = {"cpu": folder.graph_bytes + tokens * folder.cache_numbers * _CACHE_NUMBER_BYTES}
+
+    def promised(engine: Engine) -> dict[str, int]:
+        return {"cpu": cast(OnnxEngine, cast(TextEngine, engine).tokens).promised_bytes}
+
+    return Offer("onnx", (card,), load, True, takes=takes, promised=promised)
+
+
+def _folder(settings: EngineSettings) -> OnnxFolder:
     if settings.peers:
         raise UserError(
             "The engine 'onnx' computes on this PC alone, so --peers are of no use to it. Leave them out, or take --engine petals."
@@ -51,7 +74,7 @@ def open_engine(settings: EngineSettings) -> TextEngine:
             f"{settings.model} is no model for ONNX Runtime: there is no {CONFIG}. Make one of it with 'petals-win convert "
             f"{settings.model} --to onnx', and give the folder that it makes as --model."
         )
-    return TextEngine(OnnxEngine.load(open_onnx_folder(Path(settings.model).expanduser())))
+    return open_onnx_folder(Path(settings.model).expanduser())
 
 
 class OnnxEngine:
@@ -89,6 +112,11 @@ class OnnxEngine:
             compute.stop()
             raise
         return cls(folder, language, steps, compute)
+
+    @property
+    def promised_bytes(self) -> int:
+        """What answers may still come to take of the memory, beside what is held now."""
+        return max(self.steps.budget - self.steps.held, 0)
 
     @property
     def held(self) -> int:

@@ -60,8 +60,13 @@ OpenEngine = Callable[[EngineSettings], Engine]
 
 def check_engine_name(name: str) -> None:
     """Raises UserError, which says what there is, for the name of no engine; "auto" leaves the choice to petals-win."""
-    if name not in (names := [AUTO, *sorted(_entry_points())]):
+    if name not in (names := engine_names()):
         raise UserError(f"There is no engine {name!r}. Use one of: {', '.join(names)}.")
+
+
+def engine_names() -> list[str]:
+    """All that --engine takes."""
+    return [AUTO, *sorted(_entry_points())]
 
 
 def find_engine(name: str) -> OpenEngine:

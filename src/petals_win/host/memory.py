@@ -5,6 +5,8 @@ Knows how to ask the system and torch. Does not know what the memory is wanted f
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,3 +37,17 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
 def own_bytes() -> int:
     """Bytes of memory that this process keeps resident."""
     return psutil.Process().memory_info().rss
+
+
+def give_back_memory() -> None:
+    """Hand to the system what nothing refers to any more: garbage in cycles, what torch keeps of a GPU, what C's allocator keeps."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch is not None and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+        if trim is not None:
+            trim(0)

@@ -45,6 +45,11 @@ class OnnxFolder:
     plain: bool
     generation: GenerationConfig
 
+    @property
+    def graph_bytes(self) -> int:
+        """Of the graph and the files of its weights, which are named after it."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.name.startswith(self.graph.name))
+
     def tokenizer(self) -> Any:
         """Raises UserError if its files are missing or damaged."""
         return load_tokenizer(self.name, str(self.path))

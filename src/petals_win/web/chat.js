@@ -71,7 +71,10 @@ async function lookAtSwarm() {
     if (swarm.error) throw new ApiError(swarm.error.message);
     const count = swarm.peers.length;
     const nodes = `${count} ${count === 1 ? "node" : "nodes"}`;
-    if (swarm.ready) show("ready", `Ready · ${count ? nodes : "this PC alone"}`);
+    const chosen = swarm.engines.find(({ models }) => models.includes(model.value));
+    if (swarm.engines.length > 1 && chosen && chosen.state !== "loaded") {
+      show(chosen.ready ? "waiting" : "missing", chosen.detail);
+    } else if (swarm.ready) show("ready", `Ready · ${count ? nodes : "this PC alone"}`);
     else show("missing", `${swarm.detail} (${nodes} online)`);
   } catch (error) {
     show("broken", sentence(error));
@@ -263,6 +266,7 @@ byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   keyDialog.close(keyInput.value.trim());
 });
+model.addEventListener("change", lookAtSwarm);
 document.addEventListener("visibilitychange", lookAtSwarm);
 
 fit();
