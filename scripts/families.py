@@ -82,7 +82,7 @@ def table(figures: dict[str, Differences]) -> str:
     for family in sorted(FAMILIES):
         config = config_of(family)
         decoder = text_config(config)
-        spans = ", ".join(f"{start}:{end}" for start, end in cut_of(decoder.num_hidden_layers))
+        spans = ", ".join(f"{start}:{end}" for start, end in cut_of(config))
         found = figures.get(family)
         measures = (found.prefill, found.decode, found.chunked, found.batched) if found else ()
         numbers = " | ".join("0" if value == 0 else f"{value:.1e}" for value in measures)

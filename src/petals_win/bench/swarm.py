@@ -85,10 +85,11 @@ async def _measure(
     model: str, rounds: int, tokens: int, sessions: Sequence[int], prompt: int, report: Callable[[str], None]
 ) -> BenchReport:
     source = open_model(model)
-    half = source.num_blocks // 2
     started = time.perf_counter()
     with ExitStack() as ends:
-        swarm = ends.enter_context(LocalSwarm(model, [f"0:{half}", f"{half}:{source.num_blocks}"]))
+        swarm = ends.enter_context(
+            LocalSwarm(model, [f"{start}:{end}" for start, end in Cuts.of(source.config).halves])
+        )
         report("two nodes have joined, loading their blocks")
         await asyncio.to_thread(swarm.wait_until_serving)
         async with connected(model, swarm.peers) as asker:
