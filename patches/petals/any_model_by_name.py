@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.client.config import ClientConfig
 from petals.client.ptune import PTuneConfig
-from petals_win.models.architecture import counted_in_blocks, text_config
+from petals_win.models.architecture import counted_in_blocks, queries_of_a_key, text_config
 from petals_win.models.source import ModelSource, open_model
 
 _OWN_FIELDS = {field.name: field for kind in (ClientConfig, PTuneConfig) for field in dataclasses.fields(kind)}
@@ -62,8 +62,7 @@ class AutoDistributedConfig:
             own_fields["dht_prefix"] = source.dht_prefix
         for name, value in {**_own_defaults(), **own_fields}.items():
             setattr(config, name, value)
-        heads = config.num_attention_heads
-        config.num_key_value_groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        config.num_key_value_groups = queries_of_a_key(config)
         return config
 
 

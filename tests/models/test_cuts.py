@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from span.families import config_of
 
 from petals_win.errors import UserError
 from petals_win.models.cuts import Cuts, sources_of_choices, sources_of_keys
-from span.families import config_of
 
 
 def test_most_models_may_be_cut_anywhere():

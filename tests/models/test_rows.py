@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from span.families import config_of
 
 from petals_win.models.rows import Row
-from span.families import config_of
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,10 @@ def test_there_and_back(streams):
     hidden, own = torch.randn(shape), torch.randn(2, 7, 8)
     rows = row.pack(hidden, own)
     assert rows.shape == (2, 7, row.width)
-    assert torch.equal(row.hidden_of(rows), hidden) and torch.equal(row.all_own(rows), own)
-    assert torch.equal(row.own_of(rows, 1, 3), own.view(2, 7, 4, 2)[:, :, 1:3])
+    found, some = row.all_own(rows), row.own_of(rows, 1, 3)
+    assert found is not None and some is not None
+    assert torch.equal(row.hidden_of(rows), hidden) and torch.equal(found, own)
+    assert torch.equal(some, own.view(2, 7, 4, 2)[:, :, 1:3])
     # A token of a sequence is a row by itself, so that chunks and beams are parts of the whole.
     assert torch.equal(row.hidden_of(rows[1:, 3:4]), hidden[..., 1:, 3:4, :])
 

@@ -14,11 +14,13 @@ from petals_win.client.hollow import hollow_model
 from petals_win.errors import NodeRefused, UserError
 from petals_win.models.source import open_model
 from petals_win.node.budget import CacheBudget
+from petals_win.node.container import default_length
 from petals_win.node.service import BlockService
+from petals_win.span.needs import needs_of
 from petals_win.span.prefixes import PAGE_TOKENS
 from petals_win.span.span import Span
 from span.equal_logits import Served, cut_of, whole_model
-from span.families import COMMON, FAMILIES, VOCABULARY
+from span.families import COMMON, FAMILIES, VOCABULARY, config_of
 
 WIDE = ["gemma3n_text", "gemma4_text"]
 TEXT = torch.randint(3, VOCABULARY, (100,), generator=torch.Generator().manual_seed(5))
@@ -106,6 +108,14 @@ def test_what_a_session_has_left_is_gone_on_from(folder, whole):
 def test_blocks_without_keys_of_their_own_take_no_memory_for_them(whole):
     kept = [shape.bytes_per_token for shape in whole._shapes]
     assert all(kept[:5]) and not any(kept[5:])
+
+
+@pytest.mark.parametrize(("family", "places"), [("gemma3n_text", (0, 1, 2, 8)), ("gemma4-experts", (0, 1, 2, 3, 4))])
+def test_what_a_plan_needs_to_know(family, places):
+    """Also of models whose blocks differ in their heads."""
+    needed = needs_of(config_of(family), torch.bfloat16)
+    assert needed.cuts.places == places and needed.cache_tokens == 16384, "heads share keys"
+    assert default_length(config_of(family)) == 8192
 
 
 @pytest.mark.parametrize("quant", ["int4"])

@@ -20,6 +20,7 @@ from petals_win.bench.busy import busy_program
 from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
 from petals_win.bench.one_process import OneProcess, fastest_process
 from petals_win.host.threads import most_threads
+from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.footprint import model_bytes
 from petals_win.swarm.local import LocalSwarm

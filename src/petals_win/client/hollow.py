@@ -118,6 +118,9 @@ def hollow_model(
     for config in (decoder.config, text_config(model.config)):  # a model of more than text makes its masks by its own
         config._attn_implementation = _NO_ATTENTION
     layer = RemoteLayer(remote, row, takes.index(_OWN) - 2 if row.own else -1)
+    for name, value in vars(blocks.layers[0]).items():  # some loops look at what kind a layer is
+        if isinstance(value, str | int) and not hasattr(layer, name):
+            setattr(layer, name, value)
     setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
     layer.wrap = _expected_wrapping(decoder, layer)
     head = model.get_output_embeddings()

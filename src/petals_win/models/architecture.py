@@ -86,6 +86,13 @@ def num_blocks(decoder_config: PreTrainedConfig) -> int:
     return decoder_config.num_hidden_layers // attentions_of_a_block(decoder_config)
 
 
+def queries_of_a_key(decoder_config: PreTrainedConfig) -> int:
+    """How many heads share keys and values, in the first block if blocks differ."""
+    first = decoder_config.per_layer_config[0]
+    heads = getattr(first, "num_attention_heads", None) or 1
+    return heads // (getattr(first, "num_key_value_heads", None) or heads)
+
+
 def counted_in_blocks(decoder_config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy whose `num_hidden_layers` is how many blocks there are, as whoever cuts a model counts."""
     counted = copy.deepcopy(decoder_config)

@@ -56,7 +56,7 @@ class CutDecoder:
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
         if self.row.own:
-            self._frame.project_per_layer_inputs = _as_given  # the client has made them
+            object.__setattr__(self._frame, "project_per_layer_inputs", _as_given)  # the client has made them
         self._rotaries = [part for part in self._frame._modules.values() if isinstance(part, DeclaredRotary)]
         self._views: dict[tuple[int, int], nn.Module] = {}
         self._configs: dict[tuple[int, int], list[PreTrainedConfig]] = {}

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
-from petals_win.models.architecture import empty_model, find_blocks, text_config
+from petals_win.models.architecture import empty_model, find_blocks, queries_of_a_key, text_config
 from petals_win.models.cuts import Cuts
 from petals_win.span.footprint import model_footprint
 from petals_win.span.quantized_linear import Quant, kept_bytes
@@ -78,10 +78,7 @@ def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none"
 
 def least_cache_tokens(config: PreTrainedConfig) -> int:
     """For how many tokens of all sessions together a node sets memory aside at least, if it fits."""
-    decoder = text_config(config)
-    heads = decoder.num_attention_heads
-    grouped = (getattr(decoder, "num_key_value_heads", None) or heads) < heads
-    return _CACHE_TOKENS_GROUPED if grouped else _CACHE_TOKENS
+    return _CACHE_TOKENS_GROUPED if queries_of_a_key(text_config(config)) > 1 else _CACHE_TOKENS
 
 
 def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: torch.device) -> int:
