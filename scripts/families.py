@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/families.py --write
 
-A row for each small random model of tests/span/families.py: a family or a layout of its own. `--check` takes the measured differences as they
+A row for each small random model of tests/span/families.py and hybrids.py: a family or a layout of its own. `--check` takes the measured differences as they
 stand, since tests/span/test_equal_logits.py holds them to the bound; so a new family is a line there and a call of this.
 """
 
@@ -27,13 +27,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from span.equal_logits import BOUND, Differences, cut_of, differences  # noqa: E402
-from span.families import FAMILIES, VOCABULARY, config_of, random_model  # noqa: E402
+from span.families import FAMILIES as WITHOUT_STATES  # noqa: E402
+from span.families import VOCABULARY, config_of, random_model  # noqa: E402
+from span.hybrids import HYBRIDS, ROUGH  # noqa: E402
 
 from petals_win.errors import UserError  # noqa: E402
-from petals_win.models.architecture import attention_windows, check_supported, text_config  # noqa: E402
+from petals_win.models.architecture import (  # noqa: E402
+    attention_windows,
+    attentions_of_a_block,
+    check_supported,
+    text_config,
+)
+from petals_win.models.cuts import sources_of_choices, sources_of_keys  # noqa: E402
 from petals_win.models.gguf_metadata import MODEL_TYPES  # noqa: E402
+from petals_win.models.rows import Row  # noqa: E402
 
 README = ROOT / "README.md"
+FAMILIES = {**WITHOUT_STATES, **{family: HYBRIDS[family] for family in HYBRIDS if family not in ROUGH}}
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 HEAD = "| family | layout | spans | prefill | decode | chunked | batched | files |\n|---|---|---|---|---|---|---|---|"
 ROW = re.compile(r"^\| `(.+?)` \|.*?((?: (?:0|\d\.\de-\d\d) \|){4}) [^|]* \|$", re.MULTILINE)
@@ -82,7 +92,7 @@ def table(figures: dict[str, Differences]) -> str:
     for family in sorted(FAMILIES):
         config = config_of(family)
         decoder = text_config(config)
-        spans = ", ".join(f"{start}:{end}" for start, end in cut_of(decoder.num_hidden_layers))
+        spans = ", ".join(f"{start}:{end}" for start, end in cut_of(config))
         found = figures.get(family)
         measures = (found.prefill, found.decode, found.chunked, found.batched) if found else ()
         numbers = " | ".join("0" if value == 0 else f"{value:.1e}" for value in measures)
@@ -101,12 +111,21 @@ def layout(config: PreTrainedConfig) -> str:
         said.append(" and ".join(kind.replace("_", " ") for kind in kinds))
     elif windows:
         said.append("sliding windows")
+    elif "indexed_attention" in kinds:
+        said.append("attention to chosen tokens")
     for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if isinstance(getattr(decoder, name, None), int) and hasattr(decoder, "num_experts_per_tok"):
+        chosen = hasattr(decoder, "num_experts_per_tok") or getattr(decoder, "enable_moe_block", False)
+        if isinstance(getattr(decoder, name, None), int) and chosen:
             said.append("experts")
             break
-    if getattr(decoder, "kv_lora_rank", None):
+    if getattr(decoder.per_layer_config[0], "kv_lora_rank", None):
         said.append("latent attention")
+    row = Row.of(decoder)
+    said += [f"{row.streams} streams"] if row.streams > 1 else []
+    said += ["inputs for each block"] if row.own else []
+    said += ["blocks that use others' keys"] if sources_of_keys(decoder) else []
+    said += ["blocks that use others' choices"] if sources_of_choices(decoder) else []
+    said += ["attends twice in a block"] if attentions_of_a_block(decoder) > 1 else []
     rope = getattr(decoder, "rope_parameters", None) or {}
     ropes = {table.get("rope_type") for table in (rope, *rope.values()) if isinstance(table, dict)}
     said += [f"rotary tables: {name}" for name in sorted(ropes - {None, "default"})]

@@ -196,7 +196,7 @@ def check_too_large(asked: Asked) -> Iterator[Result]:
     from petals_win.span.span import Span
 
     span = Span.load(open_model(str(_make_model(asked.folder / "room", "llama"))), 0, BLOCKS, device=asked.device)
-    hidden = torch.randn(1, PROMPT, span.hidden_size, generator=torch.Generator().manual_seed(2))
+    hidden = torch.randn(1, PROMPT, span.row.width, generator=torch.Generator().manual_seed(2))
 
     def compute() -> torch.Tensor:
         session = span.open(1, 2 * PROMPT)

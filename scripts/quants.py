@@ -55,7 +55,7 @@ def random_span(blocks: int, quant: Quant, **shape: int) -> Span:
 def step_ms(spans: Sequence[Span], rows: int, rounds: int) -> list[list[float]]:
     """For each span the ms of each round's step of one token of `rows` sequences; the spans take turns."""
     sessions = [span.open(rows, rounds + 1) for span in spans]
-    hidden = torch.randn(rows, 1, spans[0].hidden_size, dtype=torch.bfloat16)
+    hidden = torch.randn(rows, 1, spans[0].row.width, dtype=torch.bfloat16)
     found: list[list[float]] = [[] for _ in spans]
     for turn in range(rounds + 1):
         for span, session, times in zip(spans, sessions, found, strict=True):

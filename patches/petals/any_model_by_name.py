@@ -11,7 +11,6 @@ from petals_win.upstream.declare import replace_module
 
 replace_module("petals.utils.auto_config", digest="2c6ff128d6c47105")
 
-import copy
 import dataclasses
 import os
 from typing import Optional, Union
@@ -21,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals.client.config import ClientConfig
 from petals.client.ptune import PTuneConfig
+from petals_win.models.architecture import counted_in_blocks, queries_of_a_key, text_config
 from petals_win.models.source import ModelSource, open_model
 
 _OWN_FIELDS = {field.name: field for kind in (ClientConfig, PTuneConfig) for field in dataclasses.fields(kind)}
@@ -57,13 +57,12 @@ class AutoDistributedConfig:
             raise TypeError(
                 f"Unknown setting {', '.join(sorted(unknown))}: known are {', '.join(sorted(_OWN_FIELDS))}"
             )
-        config = copy.deepcopy(source.config.get_text_config(decoder=True))
+        config = counted_in_blocks(text_config(source.config))
         if own_fields.get("dht_prefix") is None:
             own_fields["dht_prefix"] = source.dht_prefix
         for name, value in {**_own_defaults(), **own_fields}.items():
             setattr(config, name, value)
-        heads = config.num_attention_heads
-        config.num_key_value_groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        config.num_key_value_groups = queries_of_a_key(config)
         return config
 
 

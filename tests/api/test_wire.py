@@ -177,7 +177,7 @@ def named(name: str) -> dict:
         (
             chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
             "messages[0].content",
-            "only parts of type text",
+            "and no images, sound or files, such as image_url",
         ),
         (
             chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom"}]}]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from span.equal_logits import equal, whole_model
+from span.equal_logits import cut_of, equal, whole_model
 from span.families import FAMILIES, VOCABULARY
 from torch import nn
 
@@ -16,6 +16,8 @@ from petals_win.span.lean import LeanBlocks
 from petals_win.span.span import Span
 
 LENGTH = 32
+# generate() leaves tokens out of blocks without keys, and keys that are expanded lie otherwise in a cache that grows: sums come in another order.
+IN_ANOTHER_ORDER = {"gemma4_text", "gemma4", "gemma4_unified_text", "glm_moe_dsa", "longcat_flash"}
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +30,11 @@ def plain_computing(monkeypatch):
 
 
 class Swarm(nn.Module):
-    """Two spans, as if each were on a PC of its own."""
+    """Spans, as if each were on a PC of its own."""
 
     def __init__(self, source) -> None:
         super().__init__()
-        self._spans = [Span.load(source, 0, 1), Span.load(source, 1, source.num_blocks)]
+        self._spans = [Span.load(source, *cut) for cut in cut_of(source.config)]
         self.open(1)
 
     def open(self, batch: int) -> None:
@@ -69,4 +71,4 @@ def test_family(checkpoint, family):
     ]
     assert torch.equal(made[0].sequences, made[1].sequences)
     for mine, theirs in zip(made[0].logits, made[1].logits, strict=True):
-        assert equal(mine, theirs)
+        assert torch.allclose(mine, theirs, atol=5e-5) if family in IN_ANOTHER_ORDER else equal(mine, theirs)

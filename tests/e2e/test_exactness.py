@@ -17,6 +17,7 @@ FAMILIES = {
     "mistral": dict(num_key_value_heads=2, intermediate_size=128, sliding_window=16),
     "qwen3": dict(num_key_value_heads=2, intermediate_size=128, head_dim=32),
     "gpt2": dict(),
+    "gemma3n_text": dict(num_hidden_layers=8),  # more than a hidden state passes between nodes
 }
 
 
@@ -61,9 +62,10 @@ def test_smollm2(remote):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family, checkpoint):
-    folder = checkpoint(family, **SMALL, **FAMILIES[family])
+    settings = SMALL | FAMILIES[family]
+    folder = checkpoint(family, **settings)
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with LocalSwarm(str(folder), ["0:1", "1:4"]) as swarm:
+    with LocalSwarm(str(folder), ["0:1", f"1:{settings['num_hidden_layers']}"]) as swarm:
         swarm.wait_until_serving()
         remote = connect(swarm, str(folder))
         try:

@@ -209,7 +209,7 @@ def test_what_is_kept_gives_way_to_answers(folder):
 def test_nothing_is_kept_of_what_deep_prompts_played_a_part_in(folder):
     async def ask(_engine: TextEngine, tokens: LocalEngine):
         blocks, prompt = tokens._blocks, list(range(1, 91))
-        size = blocks._span.hidden_size
+        size = blocks._span.row.width
         chance = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, len(prompt), size, generator=chance)
         deep = torch.randn(blocks._span.end, 1, 3, size, generator=chance)
@@ -231,7 +231,7 @@ def test_nothing_is_kept_of_what_deep_prompts_played_a_part_in(folder):
 
 def test_a_session_takes_tokens_back(folder):
     async def ask(_engine: TextEngine, tokens: LocalEngine):
-        hidden = torch.randn(1, 9, tokens._blocks._span.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(1, 9, tokens._blocks._span.row.width, generator=torch.Generator().manual_seed(0))
         whole, session = tokens._blocks.open(20), tokens._blocks.open(20)
         expected = await whole.step(hidden)
         await session.step(torch.cat([hidden[:, :4], -hidden[:, 4:]], dim=1))

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from petals_win.client.ends import Ends
 from petals_win.client.hollow import hollow_model
+from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.session import Session
 from petals_win.span.span import Span
@@ -41,9 +42,11 @@ class Differences:
         return max(self.prefill, self.decode, self.chunked, self.batched)
 
 
-def cut_of(blocks: int) -> tuple[tuple[int, int], ...]:
-    """Three spans, of which the second and the third begin in the middle of most patterns of layers."""
-    return (0, 1), (1, blocks - 1), (blocks - 1, blocks)
+def cut_of(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Three spans where there may be, of which the second and the third begin in the middle of most patterns of layers."""
+    cuts = Cuts.of(config)
+    places = sorted({0, cuts.after(1), cuts.before(cuts.num_blocks - 1), cuts.num_blocks})
+    return list(zip(places, places[1:], strict=False))
 
 
 def whole_model(folder: Path) -> PreTrainedModel:
@@ -60,7 +63,7 @@ class Served:
 
     def __init__(self, source: ModelSource) -> None:
         self.ends = Ends(hollow_model(source, torch.nn.Identity()))
-        self.spans = [Span.load(source, start, end) for start, end in cut_of(source.num_blocks)]
+        self.spans = [Span.load(source, start, end) for start, end in cut_of(source.config)]
 
     def open(self, tokens: int) -> list[Session]:
         """A session at each span."""

@@ -47,6 +47,65 @@ _LLAMA4 = {
     "floor_scale": 16,
 }
 
+# Of eight blocks the last ones have no keys and values of their own: those that a block of each kind makes early are theirs.
+_SHARING = {
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "sliding_window": 8,
+    "layer_types": [
+        *["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "sliding_attention",
+        "full_attention",
+    ],
+    "num_kv_shared_layers": 3,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 10,
+}
+_GEMMA4 = {
+    **_SHARING,
+    "intermediate_size": 96,
+    "global_head_dim": 20,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA3N = {
+    **_SHARING,
+    "intermediate_size": [96, 128] * 4,
+    "activation_sparsity_pattern": [0.9, 0.0] * 4,
+    "altup_num_inputs": 3,
+    "laurel_rank": 6,
+}
+_GEMMA4_EXPERTS = {
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "head_dim": 12,
+    "global_head_dim": 20,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+
+_CHOOSING = {
+    **LATENT,
+    "num_hidden_layers": 6,
+    "intermediate_size": 96,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "index_topk": 6,
+    "index_head_dim": 20,
+    "index_n_heads": 12,
+}
+
 # By a name of our own: the model type and what its configuration has besides the common dimensions.
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", _GROUPED),
@@ -74,6 +133,24 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "mm_tokens_per_image": 4,
         },
     ),
+    "gemma3n_text": ("gemma3n_text", _GEMMA3N),
+    "gemma4_text": ("gemma4_text", _GEMMA4),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": {**COMMON, **_GEMMA4},
+            "vision_config": {**_IMAGES, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16},
+            "audio_config": None,
+        },
+    ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {
+            **{name: value for name, value in _GEMMA4.items() if not name.endswith("_per_layer_input")},
+            "num_kv_shared_layers": 4,
+        },
+    ),
+    "gemma4-experts": ("gemma4_text", _GEMMA4_EXPERTS),
     "qwen2_vl": (
         "qwen2_vl",
         {
@@ -284,6 +361,26 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "topk_group": 1,
             "first_k_dense_replace": 1,
             **LATENT,
+        },
+    ),
+    "deepseek_v32": ("deepseek_v32", {**_CHOOSING, "n_group": 2, "topk_group": 1}),
+    "axk2": ("axk2", {**_CHOOSING, "n_group": 2, "topk_group": 1}),
+    "dots3_note_text": ("dots3_note_text", _CHOOSING),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        {**_CHOOSING, "indexer_types": ["full", "shared", "full", "full", "shared", "shared"]},
+    ),
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            **LATENT,
+            "num_hidden_layers": 2 * BLOCKS,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "head_dim": 8,
         },
     ),
 }

@@ -16,12 +16,20 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from petals_win.client import hollow
+from petals_win.errors import UserError
 from petals_win.models.source import open_model
 from petals_win.span import span as span_module
 from petals_win.span import speed
 from petals_win.span.span import Span
-from span.families import BLOCKS, VOCABULARY
+from span.equal_logits import cut_of, whole_model
+from span.families import VOCABULARY
 
+SPECIAL = [
+    "gemma3n_text",
+    "gemma4",
+    "glm_moe_dsa",
+    "longcat_flash",
+]  # what passes between blocks, or what they keep, is
 IDS = torch.randint(3, VOCABULARY, (1, 13), generator=torch.Generator().manual_seed(1))
 
 
@@ -64,7 +72,7 @@ class Blocks(torch.nn.Module):
 
     def __init__(self, source) -> None:
         super().__init__()
-        self.spans = [Span.load(source, 0, 1), Span.load(source, 1, BLOCKS)]
+        self.spans = [Span.load(source, *cut) for cut in cut_of(source.config)]
         self.active_session: Session | None = None
 
     @property
@@ -101,10 +109,10 @@ def distributed(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mpt", "bloom", "codegen", "falcon-alibi", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mpt", "bloom", "codegen", "falcon-alibi", "gpt2", *SPECIAL])
 def test_generate(checkpoint, distributed, family):
     folder = checkpoint(family)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = whole_model(folder)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = whole.generate(IDS, use_cache=True, attention_mask=torch.ones_like(IDS), **settings)
     assert torch.equal(distributed(folder).generate(IDS, **settings), expected)
@@ -124,6 +132,20 @@ def test_prompt_tuning_of_the_text_among_images(checkpoint, distributed, mode):
     with torch.no_grad():
         outputs = model(IDS, labels=IDS)
     assert outputs.logits.shape == (1, 13, VOCABULARY) and torch.isfinite(outputs.loss)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4"])
+def test_what_is_made_of_token_ids_cannot_be_made_of_embeddings(checkpoint, distributed, family):
+    model = distributed(checkpoint(family))
+    with pytest.raises(ValueError, match=f"type {family} .* Send input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(IDS))
+    with pytest.raises(UserError, match="prompt tuning cannot be used"):
+        distributed(checkpoint(family), tuning_mode="ptune", pre_seq_len=3)
+
+
+def test_a_block_that_attends_twice_is_one_block(checkpoint):
+    source = open_model(str(checkpoint("longcat_flash")))
+    assert AutoDistributedConfig.of(source).num_hidden_layers == source.num_blocks == 4
 
 
 def test_the_speed_of_text_among_images(checkpoint, home, monkeypatch):

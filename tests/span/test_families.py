@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from petals_win.models.architecture import find_blocks
+from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span import span as span_module
 from petals_win.span.lean import LeanBlocks
@@ -29,31 +31,39 @@ def plain_computing(monkeypatch):
 
 @dataclass
 class Blocks:
-    """What goes into the first block of a model and comes out of its last, at each of its calls."""
+    """What goes into the first block of a model and comes out of its last, in the rows of models/rows.py."""
 
     model: PreTrainedModel
-    calls: list[list[torch.Tensor]] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    own: list[torch.Tensor] = field(default_factory=list)  # what each block gets for itself
 
     def __post_init__(self):
-        def enter(_module, args, kwargs):
-            self.calls.append([(args[0] if args else kwargs["hidden_states"]).clone()])
+        def enter(module, args, kwargs):
+            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            self.hidden.append(given["hidden_states"].clone())
+            if self.row.own:
+                self.own.append(given["per_layer_input"])
 
         def leave(_module, _args, output):
-            self.calls[-1].append((output[0] if isinstance(output, tuple) else output).clone())
+            self.hidden.append((output[0] if isinstance(output, tuple) else output).clone())
 
         layers = find_blocks(self.model).layers
-        layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+        self.row = Row.of(find_blocks(self.model).decoder.config)
+        for layer in layers:
+            layer.register_forward_pre_hook(enter, with_kwargs=True)
         layers[-1].register_forward_hook(leave)
 
     @torch.inference_mode()
     def of(self, *arguments, **keywords) -> tuple[torch.Tensor, torch.Tensor]:
+        self.hidden.clear()
+        self.own.clear()
         self.model(*arguments, **keywords)
-        inputs, outputs = self.calls[-1]
-        return inputs, outputs
+        own = torch.cat(self.own, dim=-1) if self.own else None
+        return self.row.pack(self.hidden[0], own), self.row.pack(self.hidden[-1], own)
 
 
 def load(source: ModelSource) -> list[Span]:
-    return [Span.load(source, start, end) for start, end in cut_of(source.num_blocks)]
+    return [Span.load(source, start, end) for start, end in cut_of(source.config)]
 
 
 def steps_of(spans: list[Span], batch: int, length: int) -> Callable[..., torch.Tensor]:

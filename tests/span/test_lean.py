@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
 
 
+def whole_span(folder: Path) -> Span:
+    source = open_model(str(folder))
+    return Span.load(source, 0, source.num_blocks)
+
+
 def hidden_states(
     batch: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32, width: int = HIDDEN
 ) -> torch.Tensor:
@@ -37,7 +43,7 @@ def usual(source, monkeypatch, start: int = 0, end: int = 4, **settings) -> Span
 
 
 def test_which_families_take_it(checkpoint):
-    lean = {family for family in FAMILIES if Span.load(open_model(str(checkpoint(family))), 0, 4)._joint.is_lean}
+    lean = {family for family in FAMILIES if whole_span(checkpoint(family))._joint.is_lean}
     assert lean == PLAIN | WITH_IMAGES
 
 

@@ -14,7 +14,7 @@ from petals_win.span.native import NativeBlocks, NativeLinear
 from petals_win.span.packed_linear import can_pack
 from petals_win.span.span import Span
 from span.families import FAMILIES
-from span.test_lean import PLAIN, WITH_IMAGES, hidden_states, usual
+from span.test_lean import PLAIN, WITH_IMAGES, hidden_states, usual, whole_span
 
 DENSE = PLAIN - {"qwen2_moe", "qwen3_moe"}
 
@@ -24,7 +24,7 @@ def is_native(span: Span) -> bool:
 
 
 def test_which_families_take_it(checkpoint):
-    native = {family for family in FAMILIES if is_native(Span.load(open_model(str(checkpoint(family))), 0, 4))}
+    native = {family for family in FAMILIES if is_native(whole_span(checkpoint(family)))}
     assert native == DENSE | WITH_IMAGES
 
 

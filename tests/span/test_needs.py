@@ -38,7 +38,7 @@ def settled():
         ctypes.CDLL(None).malloc_trim(0)
     return own_bytes()
 first = Span.load(source, 0, 1)
-first.step(first.open(1, 8), torch.zeros(1, 4, first.hidden_size, dtype=first.dtype))
+first.step(first.open(1, 8), torch.zeros(1, 4, first.row.width, dtype=first.dtype))
 before = settled()
 span = Span.load(source, 1, {BLOCKS} + 1)
 loaded = settled()

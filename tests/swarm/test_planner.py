@@ -26,6 +26,38 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
+def together(*places: int) -> Needs:
+    """A GiB each, and no cut but at these places."""
+    blocks = places[-1]
+    return Needs((GIB,) * blocks, (0,) * blocks, cache_tokens=4096, outside_bytes=0, places=places)
+
+
+def gpus(*sizes: int) -> list[Pc]:
+    return [Pc("gpu", size * GIB) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares", "missing"),
+    [
+        ((8, 16), [(0, 4), (4, 10)], 0),
+        ((9, 6), [(4, 10), (0, 4)], 0),  # in this order the second one would have no room for what is left
+        ((6, 6, 6), [(0, 4), (4, 4), (4, 4)], 6),
+        ((16, 16), [(0, 10), (10, 10)], 0),
+    ],
+)
+def test_blocks_that_stay_together(sizes, shares, missing):
+    needed = together(0, 1, 2, 3, 4, 10)
+    made = make_plan([(pc, needed) for pc in gpus(*sizes)])
+    found = [(share.start, share.end) for share in made.shares]
+    assert found == shares and len(made.missing) == missing
+
+
+def test_pcs_for_blocks_that_stay_together():
+    needed = together(0, 1, 2, 3, 4, 10)
+    assert [pcs_needed(needed, pc) for pc in gpus(16, 9, 6)] == [1, 2, None]
+    assert pcs_needed(needed, gpus(9)[0], 6) == 1
+
+
 # Billions of parameters as their makers publish them.
 @pytest.mark.parametrize(
     ("name", "billions"),

@@ -102,7 +102,10 @@ class Message(BaseModel):
             return value
         texts = [part if isinstance(part, str) else _text_of(part) for part in value]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("only parts of type text are supported here")
+            kind = next(
+                (_kind_of(part) for part, text in zip(value, texts, strict=True) if not isinstance(text, str)), ""
+            )
+            raise ValueError(f"only parts of type text are supported here, and no images, sound or files{kind}")
         return "".join(texts)
 
     def turn(self) -> dict[str, Any]:
@@ -122,6 +125,12 @@ class Message(BaseModel):
                 for call in self.tool_calls
             ]
         return turn
+
+
+def _kind_of(part: Any) -> str:
+    """What an unsupported part says it is, as the end of a sentence."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return f", such as {kind:.40}" if isinstance(kind, str) else ""
 
 
 def _text_of(part: Any) -> Any:

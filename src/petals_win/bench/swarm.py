@@ -20,6 +20,7 @@ from petals_win.bench.busy import busy_program
 from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
 from petals_win.bench.one_process import OneProcess, fastest_process
 from petals_win.host.threads import most_threads
+from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.footprint import model_bytes
 from petals_win.swarm.local import LocalSwarm
@@ -85,10 +86,11 @@ async def _measure(
     model: str, rounds: int, tokens: int, sessions: Sequence[int], prompt: int, report: Callable[[str], None]
 ) -> BenchReport:
     source = open_model(model)
-    half = source.num_blocks // 2
     started = time.perf_counter()
     with ExitStack() as ends:
-        swarm = ends.enter_context(LocalSwarm(model, [f"0:{half}", f"{half}:{source.num_blocks}"]))
+        swarm = ends.enter_context(
+            LocalSwarm(model, [f"{start}:{end}" for start, end in Cuts.of(source.config).halves])
+        )
         report("two nodes have joined, loading their blocks")
         await asyncio.to_thread(swarm.wait_until_serving)
         async with connected(model, swarm.peers) as asker:

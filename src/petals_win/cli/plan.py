@@ -124,8 +124,13 @@ def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | No
 def _why_none(pc: Pc, needs: Needs) -> str:
     from petals_win.span.needs import blocks_that_fit
 
-    if blocks_that_fit(pc.free_bytes, needs):
-        return "no block is left for it"
+    if fitting := blocks_that_fit(pc.free_bytes, needs):
+        together = (
+            ""
+            if needs.cuts.anywhere
+            else f" that it has room for: of {fitting} blocks at most, those that stay together included"
+        )
+        return f"no block is left for it{together}"
     return f"too small for a block, which takes {needs.served_block_bytes / _MIB:,.0f} MiB with its caches"
 
 

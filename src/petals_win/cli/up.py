@@ -120,11 +120,11 @@ def _two_nodes(
     source: ModelSource, model: str, threads: int | None, progress: Progress, stop: threading.Event, held: ExitStack
 ) -> LocalSwarm:
     """Start a swarm of two nodes, which ends with `held`. They load their blocks meanwhile."""
+    from petals_win.models.cuts import Cuts
     from petals_win.swarm.local import LocalSwarm
 
-    half = source.num_blocks // 2
-    spans = [f"0:{half}", f"{half}:{source.num_blocks}"]
-    progress.step(f"Starting two nodes for the blocks {spans[0]} and {spans[1]}")
+    spans = [f"{start}:{end}" for start, end in Cuts.of(source.config).halves]
+    progress.step(f"Starting {'two nodes' if len(spans) > 1 else 'a node'} for the blocks {' and '.join(spans)}")
 
     def show(blocks: str, line: str) -> None:
         tell = progress.note if logs.is_bad_news(line) else progress.detail

@@ -84,8 +84,8 @@ class Ends:
         hooks += [
             child.register_forward_hook(lambda child, *_: behind.append(child)) for child in self._decoder.children()
         ]
-        embedding: Any = self._model.get_input_embeddings()
-        hidden = torch.randn(_TRIED_TOKENS, embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        row = remote_layer(self._model).row
+        hidden = torch.randn(_TRIED_TOKENS, row.width, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(self._model.dtype)
         with torch.inference_mode():
             try:
@@ -94,7 +94,8 @@ class Ends:
                 for hook in hooks:
                     hook.remove()
 
-            def by_modules(hidden: torch.Tensor) -> torch.Tensor:
+            def by_modules(rows: torch.Tensor) -> torch.Tensor:
+                hidden = row.hidden_of(rows[:, None])[..., 0, :]
                 for module in behind:
                     hidden = module(hidden)
                 return head(hidden).float()

@@ -5,6 +5,8 @@ Knows how transformers' models and generate() use their layers and their cache. 
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from petals_win.client.head import fast_head
 from petals_win.host.threads import computing
 from petals_win.models.architecture import config_of_blocks, find_blocks, text_config
 from petals_win.models.loading import load_parts, model_to_fill
+from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
 
 _TASKS = {
@@ -28,6 +31,8 @@ _TASKS = {
 
 # No attention is computed here, so no causal mask is needed; but some models do arithmetic with theirs and cannot do without.
 _NO_ATTENTION = "petals_win_remote"
+
+_OWN = "per_layer_input"  # the argument of a block that is for it alone
 
 
 def _mask_without_memory(batch_size: int, q_length: int, kv_length: int, device: Any = None, **_: Any) -> torch.Tensor:
@@ -92,7 +97,7 @@ def hollow_model(
 ) -> PreTrainedModel:
     """The transformers model of `source`, frozen, with `remote` in the place of its layers.
 
-    `remote` maps hidden states [batch, tokens, hidden] to the same shape. Only the tensors outside of the layers are read.
+    `remote` maps rows (models/rows.py), mostly hidden states, [batch, tokens, width] to the same shape. Only the tensors outside of the layers are read.
     `task` is "causal_lm", "base" (without a head) or "sequence_classification". Called with an attention mask that hides
     tokens, the model raises ValueError.
     """
@@ -105,12 +110,19 @@ def hollow_model(
 
     load_parts(source, model, [is_local], dtype=dtype, device=torch.device("cpu"))
     decoder = blocks.decoder
+    row = Row.of(decoder.config)
+    takes = list(inspect.signature(type(blocks.layers[0]).forward).parameters)
+    if row.own:
+        _make_all_own(decoder)
     decoder.config = config_of_blocks(decoder.config, 0, 1)
     for config in (decoder.config, text_config(model.config)):  # a model of more than text makes its masks by its own
         config._attn_implementation = _NO_ATTENTION
-    layer = RemoteLayer(remote)
+    layer = RemoteLayer(remote, row, takes.index(_OWN) - 2 if row.own else -1)
+    for name, value in vars(blocks.layers[0]).items():  # some loops look at what kind a layer is
+        if isinstance(value, str | int) and not hasattr(layer, name):
+            setattr(layer, name, value)
     setattr(decoder, blocks.list_name, nn.ModuleList([layer]))
-    layer.in_a_tuple = _expects_tuples(decoder, layer)
+    layer.wrap = _expected_wrapping(decoder, layer)
     head = model.get_output_embeddings()
     if head is not None:
         if (faster := fast_head(head, model.get_input_embeddings())) is not head:
@@ -122,20 +134,26 @@ def hollow_model(
             True  # whatever the model was saved with: its nodes keep what they have seen
         )
     model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    if row.own:
+        model.register_forward_pre_hook(_of_token_ids, with_kwargs=True)
     return model
 
 
 class RemoteLayer(nn.Module):
     """What the decoder's loop takes for its only layer. `remote` may be replaced."""
 
-    def __init__(self, remote: nn.Module) -> None:
+    def __init__(self, remote: nn.Module, row: Row, own_at: int) -> None:
+        """`own_at`: which of the further arguments is what blocks get for themselves, if they get anything."""
         super().__init__()
-        self.remote = remote
-        self.in_a_tuple = False
+        self.remote, self.row = remote, row
+        self._own_at = own_at
+        self.wrap: Callable[[torch.Tensor], Any] = _plainly
 
-    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        output = self.remote(hidden_states)
-        return (output,) if self.in_a_tuple else output
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.row.is_hidden_state:
+            own = (kwargs[_OWN] if _OWN in kwargs else args[self._own_at]) if self.row.own else None
+            hidden_states = self.row.pack(hidden_states, own)
+        return self.wrap(self.row.hidden_of(self.remote(hidden_states)))
 
 
 def remote_layer(model: PreTrainedModel) -> RemoteLayer:
@@ -143,16 +161,41 @@ def remote_layer(model: PreTrainedModel) -> RemoteLayer:
     return next(module for module in model.modules() if isinstance(module, RemoteLayer))
 
 
-def _expects_tuples(decoder: PreTrainedModel, layer: RemoteLayer) -> bool:
-    """Whether the decoder's loop takes the hidden states out of a tuple, as Falcon's and BLOOM's do.
+def _make_all_own(decoder: Any) -> None:
+    """Let the decoder give its only layer what it makes for each of its blocks, [batch, tokens, blocks x own]."""
+    whole = copy.copy(decoder)  # which keeps the configuration of all blocks
+    decoder.get_per_layer_inputs = whole.get_per_layer_inputs
+    decoder.project_per_layer_inputs = lambda *args: whole.project_per_layer_inputs(*args).flatten(2).unsqueeze(2)
+
+
+def _plainly(output: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+def _alone(output: torch.Tensor) -> tuple[torch.Tensor]:
+    return (output,)
+
+
+def _with_nothing_for_the_next(output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return output, None
+
+
+def _expected_wrapping(decoder: PreTrainedModel, layer: RemoteLayer) -> Callable[[torch.Tensor], Any]:
+    """How the decoder's loop takes the hidden states from its layer: some, as Falcon's and GLM 5's, do it out of a tuple.
 
     A loop that does would take the first row of a plain tensor instead, so two rows go through and are counted.
     """
     remote, layer.remote = layer.remote, nn.Identity()
     try:
-        with torch.no_grad():
-            output = decoder(input_ids=torch.zeros(2, 3, dtype=torch.int64), use_cache=False)
-        return output.last_hidden_state.shape[:2] != (2, 3)
+        for layer.wrap in (_plainly, _alone):
+            try:
+                with torch.no_grad():
+                    output = decoder(input_ids=torch.zeros(2, 3, dtype=torch.int64), use_cache=False)
+            except ValueError:  # it takes more out of the tuple
+                continue
+            if output.last_hidden_state.shape[:2] == (2, 3):
+                return layer.wrap
+        return _with_nothing_for_the_next
     finally:
         layer.remote = remote
 
@@ -165,6 +208,19 @@ def _with_free_cores(forward: Callable[..., torch.Tensor]) -> Callable[..., torc
             return forward(*args, **kwargs)
 
     return call
+
+
+def _of_token_ids(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not args and kwargs.get("input_ids") is None:
+        raise ValueError(takes_no_embeddings(model.config.model_type))
+
+
+def takes_no_embeddings(model_type: str) -> str:
+    """What to tell whoever has embeddings for a model whose blocks get inputs that are made of token ids."""
+    return (
+        f"Blocks of models of the type {model_type} get inputs that are made of the tokens' ids, so that inputs_embeds and prompt tuning "
+        "cannot be used with it. Send input_ids, or choose a model of another type, such as Llama or Qwen."
+    )
 
 
 def _without_mask(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from petals_win.client.hollow import RemoteCache, hollow_model
+from petals_win.client.hollow import RemoteCache, hollow_model, takes_no_embeddings
+from petals_win.errors import UserError
+from petals_win.models.architecture import text_config
+from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
 
 _deep_prompts: ContextVar[torch.Tensor | None] = ContextVar("deep_prompts", default=None)
@@ -118,8 +121,11 @@ def remote_model(
     """The model of `source` with `sequential`, petals' RemoteSequential, for its blocks, and what `mixin` gives it.
 
     `mixin` has RemoteModelMixin among its bases. Of `config` come the settings of prompt tuning and the swarm. `task` is as
-    in petals_win.client.hollow.
+    in petals_win.client.hollow. Raises UserError for prompt tuning of a model that cannot have it.
     """
+    decoder_config = text_config(source.config)
+    if config.tuning_mode is not None and Row.of(decoder_config).own:
+        raise UserError(takes_no_embeddings(decoder_config.model_type))
     blocks = RemoteBlocks(sequential)
     model: Any = hollow_model(source, blocks, dtype=dtype, task=task)
     # The instance keeps its class's code and gains the mixin's: no subclass has to exist for each architecture.

@@ -16,18 +16,22 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from petals_win.errors import UserError
+from petals_win.models.eyes import without_eyes
 
 _RECURRENT = "its blocks carry a recurrent state in a form of their own, which petals-win cannot keep"
 _EMBEDDED = "its blocks share weights, and need the embeddings beside the previous block's output"
 _ONE_BY_ONE = (
     "transformers drops what its blocks have seen when several tokens follow at once, so its answers would be wrong"
 )
-_SHARED = "its blocks need more than the previous block's output"
 _LOOPED = "a token goes through some of its blocks several times"
+_MORE = "its blocks need more than the previous block's output, in a form that petals-win does not pass on"
+_DRAFTS = "it guesses ahead for another model, to whose keys and values its blocks attend"
+_CHOICES = "its blocks choose what they attend to by more than petals-win keeps between tokens"
 _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
 # Of what blocks keep between tokens: keys and values, and those that have recurrent states, too or instead.
-ONLY_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+ONLY_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
 _WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+_TWICE = ("longcat_flash",)  # models each of whose blocks attends twice, and is counted as two layers
 _REFUSED = {
     "falcon_mamba": _ONE_BY_ONE,
     "jamba": _ONE_BY_ONE,
@@ -41,10 +45,19 @@ _REFUSED = {
     "dory": _LOOPED,
     "inkling2_loop": _LOOPED,
     "inkling2_loop_text": _LOOPED,
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "glm5_next": _CHOICES,
+    "glm5_next_text": _CHOICES,
+    "hy_v4": _MORE,
+    "hy_v4_vl": _MORE,
+    "hy_v4_vl_text": _MORE,
+    "mistral_large4": _CHOICES,
+    "mistral_large4_text": _CHOICES,
+    "qwen4_exp": _MORE,
+    "qwen4_exp_text": _MORE,
     "mllama": _IMAGES,
     "mllama_text_model": _IMAGES,
-    "gemma3n": _SHARED,
-    "gemma3n_text": _SHARED,
 }
 
 
@@ -61,6 +74,32 @@ class Blocks:
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of the configuration that describes the decoder of text."""
     return config.get_text_config(decoder=True)
+
+
+def attentions_of_a_block(decoder_config: PreTrainedConfig) -> int:
+    """How often each block attends, with keys and values of its own each time."""
+    return 2 if decoder_config.model_type in _TWICE else 1
+
+
+def num_blocks(decoder_config: PreTrainedConfig) -> int:
+    """How many blocks a decoder with this configuration has. Raises AttributeError for one that does not say it."""
+    return decoder_config.num_hidden_layers // attentions_of_a_block(decoder_config)
+
+
+def queries_of_a_key(decoder_config: PreTrainedConfig) -> int:
+    """How many heads share keys and values, in the first block if blocks differ."""
+    first = decoder_config.per_layer_config[0]
+    heads = getattr(first, "num_attention_heads", None) or 1
+    return heads // (getattr(first, "num_key_value_heads", None) or heads)
+
+
+def counted_in_blocks(decoder_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy whose `num_hidden_layers` is how many blocks there are, as whoever cuts a model counts."""
+    counted = copy.deepcopy(decoder_config)
+    count = num_blocks(decoder_config)
+    if counted.num_hidden_layers != count:
+        counted.__class__ = type(type(counted).__name__, (type(counted),), {"num_hidden_layers": count})
+    return counted
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -83,8 +122,9 @@ def check_supported(config: PreTrainedConfig) -> None:
             "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         )
     strange = set(kinds_of_blocks(decoder)) - {*ONLY_ATTENTION, *_WITH_STATES}
-    # Keys and values of another block have the name of those that keep nothing.
-    if getattr(decoder, "kv_sharing_modes", None) is None:
+    # Blocks that take keys and values of others (models/cuts.py) have the name of those that keep nothing.
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    if "store" in modes or "reuse" not in modes:
         strange -= {"dummy"}
     if strange:
         raise UserError(
@@ -95,12 +135,13 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 def kinds_of_blocks(decoder_config: PreTrainedConfig) -> list[str]:
     """For each block, by transformers' name, what it keeps between tokens."""
-    return get_layer_types_and_kwargs(decoder_config)[0]
+    return get_layer_types_and_kwargs(decoder_config)[0][:: attentions_of_a_block(decoder_config)]
 
 
 def attention_windows(decoder_config: PreTrainedConfig) -> list[int | None]:
     """For each block the length of its sliding window in tokens; None: it sees all, or has no attention."""
-    return [setting.get("sliding_window") for setting in get_layer_types_and_kwargs(decoder_config)[1]]
+    settings = get_layer_types_and_kwargs(decoder_config)[1][:: attentions_of_a_block(decoder_config)]
+    return [setting.get("sliding_window") for setting in settings]
 
 
 def chunked_blocks(decoder_config: PreTrainedConfig) -> list[bool]:
@@ -119,7 +160,7 @@ def empty_model(
         auto_class = AutoModelForImageTextToText  # whose text is served alone
     try:
         with init_empty_weights(include_buffers=False):
-            model = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
+            model = auto_class.from_config(without_eyes(copy.deepcopy(config)), dtype=dtype)
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
@@ -138,7 +179,11 @@ def _leave_text_alone(model: PreTrainedModel) -> None:
     if base is decoder:
         return
     for name, child in base.named_children():
-        if not any(module is decoder for module in child.modules()) and any(True for _ in child.parameters()):
+        embeds_ids = hasattr(
+            child, "vocab_offset"
+        )  # token ids of its own, which the whole model asks it for with any text
+        has_text = embeds_ids or any(module is decoder for module in child.modules())
+        if not has_text and any(True for _ in child.parameters()):
             setattr(base, name, None)
 
 
@@ -154,7 +199,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _lists_of_blocks(decoder: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
-    count = getattr(decoder.config, "num_hidden_layers", None)
+    if not isinstance(getattr(decoder.config, "num_hidden_layers", None), int):
+        return []
+    count = num_blocks(decoder.config)
     return [
         (name, child)
         for name, child in decoder.named_children()
@@ -177,7 +224,7 @@ def config_of_blocks(decoder_config: PreTrainedConfig, start: int, end: int) -> 
     for name, value in vars(decoder_config).items():
         if "layer" in name and isinstance(value, (list, tuple)) and len(value) == count:
             setattr(part, name, value[start:end])
-    part.num_hidden_layers = end - start
+    part.num_hidden_layers = (end - start) * attentions_of_a_block(decoder_config)
     # What is computed from the number of a block would be that of the first ones.
     whole = {name: getattr(decoder_config, name) for name in _computed_lists(decoder_config)}
     wrong = {

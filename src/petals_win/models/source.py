@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import __version__ as VERSION
 
 from petals_win.errors import UserError
-from petals_win.models.architecture import check_supported, text_config
+from petals_win.models.architecture import check_supported, num_blocks, text_config
 from petals_win.models.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
 from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
@@ -77,7 +77,7 @@ class ModelSource:
 
     @property
     def num_blocks(self) -> int:
-        return text_config(self.config).num_hidden_layers
+        return num_blocks(text_config(self.config))
 
     @property
     def hidden_size(self) -> int:

@@ -16,7 +16,8 @@ from petals.server.reachability import validate_reachability
 from transformers import PreTrainedConfig
 
 from petals_win.host.memory import available_bytes
-from petals_win.models.architecture import text_config
+from petals_win.models.architecture import queries_of_a_key, text_config
+from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
 from petals_win.node.announcing import Announcer
 from petals_win.node.budget import CacheBudget
@@ -152,9 +153,7 @@ class Container:
 
 def default_length(config: PreTrainedConfig) -> int:
     """Tokens of a session or a request where nobody says: upstream's figures, for models with and without grouped heads."""
-    decoder = text_config(config)
-    heads = decoder.num_attention_heads
-    return 8192 if (getattr(decoder, "num_key_value_heads", None) or heads) < heads else 2048
+    return 8192 if queries_of_a_key(text_config(config)) > 1 else 2048
 
 
 def throughput_info(speed: SpanSpeed, config: PreTrainedConfig, num_blocks: int, relayed: bool) -> dict[str, Any]:
@@ -162,6 +161,8 @@ def throughput_info(speed: SpanSpeed, config: PreTrainedConfig, num_blocks: int,
 
     A request uses (num_blocks + 1) / 2 of a node's blocks on average, if its first block is equally likely to be any.
     """
-    network_rps = NETWORK_BITS_PER_SECOND / (16 * text_config(config).hidden_size) * (RELAY_PENALTY if relayed else 1)
+    network_rps = (
+        NETWORK_BITS_PER_SECOND / (16 * Row.of(text_config(config)).width) * (RELAY_PENALTY if relayed else 1)
+    )
     throughput = min(speed.forward_rps / ((num_blocks + 1) / 2), network_rps)
     return {"throughput": throughput, "network_rps": network_rps, **asdict(speed)}

@@ -80,7 +80,9 @@ class Node:
         quant = choose_quant(settings.quant, device, bool(settings.adapters))
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
-            check_fits(source.name, start, end, needs_of(source.config, dtype, quant), device)
+            needs = needs_of(source.config, dtype, quant)
+            needs.cuts.check(start, end)
+            check_fits(source.name, start, end, needs, device)
         on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))
         if settings.internet and on_this_pc:
             raise UserError(

@@ -124,9 +124,7 @@ class TransformerConnectionHandler(ServicerBase):
             "cache_tokens_available": info.tokens_left,
         }
         if request.uid:
-            hidden = BatchTensorDescriptor(
-                1, 2048, info.hidden_size, dtype=info.dtype, compression=self._served.compression
-            )
+            hidden = BatchTensorDescriptor(1, 2048, info.width, dtype=info.dtype, compression=self._served.compression)
             prompts = BatchTensorDescriptor((), dtype=info.dtype)
             hypo_ids = BatchTensorDescriptor((), dtype=torch.int64)
             answer |= {
@@ -317,7 +315,7 @@ class TransformerConnectionHandler(ServicerBase):
     async def _pieces(self, requests: AsyncIterator[ExpertRequest]) -> _Incoming:
         served, service = self._served, self._service
         blocks = served.end - served.start
-        return await wire.gather(requests, wire.most_bytes(service.request_tokens, service.span.hidden_size, blocks))
+        return await wire.gather(requests, wire.most_bytes(service.request_tokens, service.span.row.width, blocks))
 
     def _request(self, uid: str, metadata: dict[str, Any], tensors: Sequence[WireTensor]) -> _Request:
         """Raises ValueError for what another node may do, NodeRefused for what none will."""

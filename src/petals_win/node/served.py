@@ -72,7 +72,7 @@ class ServedSession:
         self.batch_size, self._adapter, self._blocks, self._priority = batch_size, adapter, blocks, priority
         self._prefixes, self._owner = prefixes, (owner, *blocks, adapter)
         self._pages_of_past = 0
-        self._max_length, self._hidden_size = max_length, span.hidden_size  # looking it up takes longer than a check
+        self._max_length, self._width = max_length, span.row.width  # looking it up takes longer than a check
         self.longest = span.longest_session(budget.total_bytes, max_length, batch_size, *blocks)
         if self.longest < 1:
             raise NodeRefused(f"This PC has no room for {batch_size} sequences.")
@@ -97,9 +97,9 @@ class ServedSession:
 
     def check_step(self, shape: Sequence[int]) -> None:
         """Raise NodeRefused for hidden states of a shape that the session cannot take now."""
-        if len(shape) != 3 or shape[0] != self.batch_size or shape[2] != self._hidden_size or shape[1] < 0:
+        if len(shape) != 3 or shape[0] != self.batch_size or shape[2] != self._width or shape[1] < 0:
             raise NodeRefused(
-                f"Hidden states must be [{self.batch_size}, tokens, {self._hidden_size}], not {list(shape)}."
+                f"Hidden states must be [{self.batch_size}, tokens, {self._span.row}], not {list(shape)}."
             )
         tokens = self.position + shape[1]
         if tokens <= self.longest:

@@ -18,13 +18,14 @@ import torch
 from hivemind import DHT
 from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.data_structures import ModelInfo, ServerInfo, ServerState
-from petals.server import block_selection
 from petals.server.reachability import ReachabilityProtocol, check_direct_reachability
 from petals.utils.dht import get_remote_module_infos
 
 from petals_win.dht.joining import patiently
 from petals_win.errors import UserError
+from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
+from petals_win.node import placement
 from petals_win.node.container import Container, throughput_info
 from petals_win.node.settings import ServerSettings
 from petals_win.span.choices import choose_dtype
@@ -57,10 +58,16 @@ class Server:
         self._dtype = _dtype(settings.torch_dtype, source, self._device)
         self._quant: Quant = settings.quant_type or ("nf4" if self._device.type == "cuda" else "none")
         self._block_range = _range(settings.block_indices, source.num_blocks)
+        self._cuts = Cuts.of(source.config)
         if self._block_range is not None:
+            self._cuts.check(self._block_range.start, self._block_range.stop)
             self._num_blocks = len(self._block_range)
         elif settings.num_blocks is not None:
             self._num_blocks = min(settings.num_blocks, source.num_blocks)
+            if self._num_blocks < (fewest := self._cuts.fewest_together):
+                raise UserError(
+                    f"{settings.num_blocks} blocks are too few: at least {fewest} of this model have to stay together."
+                )
         else:
             self._num_blocks = choose_num_blocks(needs_of(source.config, self._dtype, self._quant), self._device)
         self._model_info = ModelInfo(num_blocks=source.num_blocks)
@@ -160,14 +167,14 @@ class Server:
         infos, own = self._module_infos(), self.dht.peer_id
         # As long as this node's own announcement is not found it may be late.
         known = any(own in info.servers for info in infos)
-        return known and block_selection.should_choose_other_blocks(own, infos, self._settings.balance_quality)
+        quality = self._settings.balance_quality
+        return known and placement.others_are_better(own, self._cuts, self._num_blocks, infos, quality)
 
     def _choose_blocks(self) -> tuple[int, int]:
         if self._block_range is None:
             # Of nodes that start at the same time each shall see what the one before it has chosen.
             self.stop.wait(random.uniform(0, 2) * self._settings.mean_block_selection_delay)
-            chosen = block_selection.choose_best_blocks(self._num_blocks, self._module_infos())
-            return chosen[0], chosen[-1] + 1
+            return placement.choose_blocks(self._cuts, self._num_blocks, self._module_infos())
         return self._block_range.start, self._block_range.stop
 
     def _module_infos(self) -> Any:

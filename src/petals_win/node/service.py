@@ -32,7 +32,7 @@ class ServiceInfo:
     session_tokens: int  # of one conversation, prompt and answer together
     tokens_left: int  # that the memory for sessions has room for now, in one block
     dtype: torch.dtype
-    hidden_size: int
+    width: int  # of what passes from block to block for a token
 
 
 class BlockService:
@@ -66,7 +66,7 @@ class BlockService:
             session_tokens=span.longest_session(self.budget.total_bytes, self.context_length),
             tokens_left=max(0, self.budget.bytes_left) // span.block_cache_bytes_per_token,
             dtype=span.dtype,
-            hidden_size=span.hidden_size,
+            width=span.row.width,
         )
 
     def open(
@@ -108,10 +108,9 @@ class BlockService:
 
     def check_hidden(self, shape: Sequence[int]) -> None:
         """Raise NodeRefused for hidden states of a shape that no pass takes."""
-        if len(shape) != 3 or shape[-1] != self.span.hidden_size or min(shape) < 0:
-            raise NodeRefused(
-                f"Hidden states must have the shape [batch, tokens, {self.span.hidden_size}], got {tuple(shape)}"
-            )
+        row = self.span.row
+        if len(shape) != 3 or shape[-1] != row.width or min(shape) < 0:
+            raise NodeRefused(f"Hidden states must have the shape [batch, tokens, {row}], got {tuple(shape)}")
         tokens = shape[0] * shape[1]
         if tokens > self.request_tokens:
             raise NodeRefused(f"A request may have {self.request_tokens} tokens on this node, got {tokens}")
@@ -153,6 +152,8 @@ class BlockService:
         """Raises ValueError: another node may have what this one lacks."""
         if not self.span.start <= start < end <= self.span.end:
             raise ValueError(f"This node has the blocks {self.span.start}:{self.span.end}, not {start}:{end}")
+        if not self.span.cuts.allow(start, end):
+            raise NodeRefused(self.span.cuts.why_not(start, end))
         if adapter and adapter not in self._adapters:
             raise ValueError(f"This node has no adapter {adapter!r}")
 

@@ -38,6 +38,8 @@ class KvShape:
     dtype: torch.dtype
     states: tuple[StateShape, ...] = ()
     chunked: bool = False  # whether the window does not slide: it begins anew every so many tokens
+    mark_size: int = 0  # of a key beside the others, by which the block chooses the tokens that it attends to
+    times: int = 1  # that the block attends, with keys and values of its own each time; the same for all blocks
 
     @property
     def attends(self) -> bool:
@@ -56,7 +58,8 @@ class KvShape:
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values."""
-        return (self.key_heads * self.key_size + self.value_heads * self.value_size) * self.dtype.itemsize
+        numbers = self.key_heads * self.key_size + self.value_heads * self.value_size + self.mark_size
+        return self.times * numbers * self.dtype.itemsize
 
     def tokens_kept(self, tokens: int) -> int:
         """For how many of so many tokens memory is needed."""
@@ -85,13 +88,15 @@ class SessionCache(Cache):
         """
         self.position = 0
         self.capacity = capacity
-        self._first = first
+        self._first = first * shapes[0].times
         self._made_of = list(shapes), first, batch_size
         self._device = device
         self.has_states = any(shape.states for shape in shapes)
         self.kept: int | None = None
         self.places: Any = None  # what native.py derives from where keys and values lie, until they move
-        super().__init__(layers=[_layer(self, shape, batch_size, capacity, device) for shape in shapes])
+        super().__init__(
+            layers=[_layer(self, shape, batch_size, capacity, device) for shape in shapes for _ in range(shape.times)]
+        )
 
     @property
     def nbytes(self) -> int:
@@ -174,12 +179,19 @@ class SessionCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        slots: Any = self.layers[layer_idx - self._first]
-        return slots.update(key_states, value_states)
+        return self.layer(layer_idx).update(key_states, value_states)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Takes [batch, tokens, size], and returns that of all tokens."""
+        return self.layer(layer_idx).mark(indexer_key_states)
+
+    def layer(self, layer_idx: int) -> Any:
+        """What belongs to a layer, by its number in the whole model."""
+        return self.layers[layer_idx - self._first]
 
     def states(self, layer_idx: int) -> States:
         """Of the block with this absolute index. Raises ValueError for one that keeps none."""
-        layer = self.layers[layer_idx - self._first]
+        layer = self.layer(layer_idx)
         if not isinstance(layer, States):
             raise ValueError(f"Block {layer_idx} keeps no recurrent state")
         return layer
@@ -244,8 +256,13 @@ class _Slots(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def _held(self) -> dict[str, torch.Tensor]:
+        """All tensors [batch, heads, slots, size], by the names of their attributes."""
+        return {} if self.keys is None or self.values is None else {"keys": self.keys, "values": self.values}
+
+    @property
     def nbytes(self) -> int:
-        return sum(held.nbytes for held in (self.keys, self.values) if held is not None)
+        return sum(held.nbytes for held in self._held.values())
 
     def go_back(self, position: int) -> None:
         """Nothing has to be undone."""
@@ -254,12 +271,11 @@ class _Slots(CacheLayerMixin):
         self.keys = self.values = None
 
     def resize(self, capacity: int) -> None:
-        assert self.keys is not None and self.values is not None
         slots = self._shape.tokens_kept(capacity)
         if self._owner.position - self._first > slots:
             self._let_go(self._owner.position)
-        self.keys = self._resized(self.keys, slots)
-        self.values = self._resized(self.values, slots)
+        for name, held in self._held.items():
+            setattr(self, name, self._resized(held, slots))
 
     def _resized(self, held: torch.Tensor, slots: int) -> torch.Tensor:
         batch_size, heads, old, size = held.shape
@@ -280,20 +296,18 @@ class _Slots(CacheLayerMixin):
 
     def take_from(self, other: _Slots) -> None:
         """What the other one holds of the tokens before the owner's position, which may be before the other's."""
-        assert (
-            self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
-        )
+        assert self.keys is not None
         end = self._owner.position
         self._first = max(other._first, end - self.keys.shape[2])
         count, begin = end - self._first, self._first - other._first
-        self.keys[:, :, :count] = other.keys[:, :, begin : begin + count]
-        self.values[:, :, :count] = other.values[:, :, begin : begin + count]
+        for name, held in self._held.items():
+            held[:, :, :count] = other._held[name][:, :, begin : begin + count]
 
     def fill(self, chance: torch.Generator) -> None:
         """Hold random keys and values of as many tokens as the owner says."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
         self._first = max(0, self._owner.position - self.keys.shape[2])
-        for held in (self.keys, self.values):
+        for held in self._held.values():
             rows, heads, _, size = held.shape
             held[:, :, : self._end] = torch.randn(rows, heads, self._end, size, generator=chance)
 
@@ -363,10 +377,34 @@ class _Slots(CacheLayerMixin):
         return self._owner.capacity
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        assert self.keys is not None and self.values is not None
         end = self._end
-        for held in (self.keys, self.values):
+        for held in self._held.values():
             held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
+
+
+class _MarkedSlots(_Slots):
+    """A block that chooses by marks which tokens it attends to: one of [size] for each, beside keys and values. It has no window."""
+
+    def __init__(
+        self, owner: SessionCache, shape: KvShape, batch_size: int, capacity: int, device: torch.device
+    ) -> None:
+        super().__init__(owner, shape, batch_size, capacity, device)
+        self.marks: torch.Tensor | None = allocate((batch_size, 1, capacity, shape.mark_size), shape.dtype, device)
+
+    @property
+    def _held(self) -> dict[str, torch.Tensor]:
+        return super()._held | ({} if self.marks is None else {"marks": self.marks})
+
+    def mark(self, marks: torch.Tensor) -> torch.Tensor:
+        """Keep those of new tokens [batch, tokens, size], and return those of all."""
+        assert self.marks is not None
+        end = self._owner.position + marks.shape[1]
+        self.marks[:, 0, end - marks.shape[1] : end] = marks
+        return self.marks[:, 0, :end]
+
+    def free(self) -> None:
+        super().free()
+        self.marks = None
 
 
 class _SlotsAndStates(States, _Slots):
@@ -413,7 +451,7 @@ def _layer(
 ) -> _Slots | States:
     if not shape.attends:
         return States(owner, shape.states, batch_size, device)
-    made = _SlotsAndStates if shape.states else _Slots
+    made = _SlotsAndStates if shape.states else _MarkedSlots if shape.mark_size else _Slots
     return made(owner, shape, batch_size, capacity, device)
 
 
@@ -424,13 +462,23 @@ class _Recorded(Exception):
 class ShapeRecorder(Cache):
     """Learns the shape of what a single block stores, from a pass through it of one token.
 
-    `attends`: the block keeps keys and values and nothing else, so that the pass may end with them.
+    `attends`: the block keeps keys and values and nothing else, so that the pass may end with them, or with the marks beside them
+    if it `chooses` by such.
     """
 
-    def __init__(self, window: int | None, dtype: torch.dtype, attends: bool, chunked: bool) -> None:
+    def __init__(
+        self,
+        window: int | None,
+        dtype: torch.dtype,
+        *,
+        attends: bool,
+        chooses: bool = False,
+        chunked: bool = False,
+        times: int = 1,
+    ) -> None:
         super().__init__(layers=[])
-        self.shape = KvShape(0, 0, 0, 0, window, dtype, chunked=chunked)
-        self._attends = attends
+        self.shape = KvShape(0, 0, 0, 0, window, dtype, chunked=chunked, times=times)
+        self._attends, self._chooses = attends, chooses
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -439,9 +487,13 @@ class ShapeRecorder(Cache):
         _, value_heads, _, value_size = value_states.shape
         kept = dict(key_heads=key_heads, key_size=key_size, value_heads=value_heads, value_size=value_size)
         self.shape = replace(self.shape, **kept, dtype=key_states.dtype)
-        if self._attends:
+        if self._attends and not self._chooses:
             raise _Recorded
         return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        self.shape = replace(self.shape, mark_size=indexer_key_states.shape[-1])
+        raise _Recorded
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         return None

@@ -21,11 +21,14 @@ from petals_win.errors import UserError
 from petals_win.models.architecture import (
     ONLY_ATTENTION,
     attention_windows,
+    attentions_of_a_block,
     chunked_blocks,
     config_of_blocks,
     find_blocks,
     kinds_of_blocks,
 )
+from petals_win.models.cuts import Cuts, sources_of_choices, sources_of_keys
+from petals_win.models.rows import Row
 from petals_win.span.cache import KvShape, SessionCache, ShapeRecorder
 from petals_win.span.rotary import DeclaredRotary, declared, depends_on_length
 
@@ -46,8 +49,14 @@ class CutDecoder:
         self._windows = attention_windows(self._config)
         self._kinds = kinds_of_blocks(self._config)
         self._chunked = chunked_blocks(self._config)
+        self.row = Row.of(self._config)
+        self.cuts = Cuts.of(self._config)
+        self.sources_of_keys = sources_of_keys(self._config)
+        self._sources_of_choices = sources_of_choices(self._config)
         self._layers = list(blocks.layers)[start:end]
         self._frame = _without_own_parameters(blocks.decoder, blocks.list_name)
+        if self.row.own:
+            object.__setattr__(self._frame, "project_per_layer_inputs", _as_given)  # the client has made them
         self._rotaries = [part for part in self._frame._modules.values() if isinstance(part, DeclaredRotary)]
         self._views: dict[tuple[int, int], nn.Module] = {}
         self._configs: dict[tuple[int, int], list[PreTrainedConfig]] = {}
@@ -100,7 +109,7 @@ class CutDecoder:
         prompts: Prompts | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] through the blocks [start, end), which lie within this run.
+        """Rows [batch, tokens, width], of most models hidden states, through the blocks [start, end), which lie within this run.
 
         `prompts` has an entry for each block: None or [batch or 1, p, hidden], added to the block's input at its first p
         tokens. `position_ids`, [1 or batch, tokens], default to what follows the cache's length.
@@ -108,10 +117,12 @@ class CutDecoder:
         layers = self._layers[start - self.start : end - self.start]
         output: list[torch.Tensor] = []
 
+        states = self.row.hidden_of(hidden)
+
         # The decoder's own way to the first block (scales, norms, positions) has been gone at the client: only what comes
         # out of it is put aside.
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return _with_hidden(hidden, args, kwargs)
+            return _with_hidden(states, args, kwargs)
 
         def leave(_module: nn.Module, _args: Any, result: Any) -> None:
             output.append(result[0] if isinstance(result, tuple) else result)
@@ -121,18 +132,21 @@ class CutDecoder:
             if prompt is not None:
                 hooks.append(layer.register_forward_pre_hook(_adding(prompt), with_kwargs=True))
         hooks.append(layers[-1].register_forward_hook(leave))
-        in_its_place = torch.zeros_like(hidden)  # not `hidden` itself, which some models scale in place
+        # Not the states themselves, which some models scale in place.
+        in_its_place = hidden.new_zeros(*hidden.shape[:-1], self.row.hidden)
         try:
             if position_ids is None and isinstance(cache, SessionCache) and cache.has_states:
                 # Some hybrids count the positions of their attention from what comes in, not from what the cache has.
                 past, length = cache.position, hidden.shape[1]
                 position_ids = torch.arange(past, past + length, device=hidden.device)[None]
-            positions = {} if position_ids is None else {"position_ids": position_ids}
-            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **positions)
+            more = {} if position_ids is None else {"position_ids": position_ids}
+            if (own := self.row.own_of(hidden, start, end)) is not None:
+                more["per_layer_inputs"] = own
+            self._view(start, end)(inputs_embeds=in_its_place, cache=cache, use_cache=cache is not None, **more)
         finally:
             for hook in hooks:
                 hook.remove()
-        return output[0]
+        return self.row.pack(output[0], self.row.all_own(hidden))
 
     def kv_shapes(self, dtype: torch.dtype) -> list[KvShape]:
         """What each block keeps per token of `dtype`, found by running it on the meta device.
@@ -142,6 +156,9 @@ class CutDecoder:
         """
         shapes = []
         for index in range(self.start, self.end):
+            if index in self.sources_of_keys:  # it cannot be run alone, and keeps nothing
+                shapes.append(KvShape(0, 0, 0, 0, None, dtype))
+                continue
             try:
                 shapes.append(self._kv_shape(index, dtype, "meta", _buffers_on_meta))
             except Exception:  # whatever a block raises that looks at values on its way, which there are none of
@@ -163,8 +180,16 @@ class CutDecoder:
 
     def _kv_shape(self, index: int, dtype: torch.dtype, device: str, preparing: Preparing) -> KvShape:
         attends = self._kinds[index] in ONLY_ATTENTION
-        recorder = ShapeRecorder(self._windows[index], dtype, attends, self._chunked[index])
-        hidden = torch.zeros(1, 1, self._config.hidden_size, dtype=dtype, device=device)
+        chooses = self._kinds[index] == "indexed_attention" and index not in self._sources_of_choices
+        recorder = ShapeRecorder(
+            self._windows[index],
+            dtype,
+            attends=attends,
+            chooses=chooses,
+            chunked=self._chunked[index],
+            times=attentions_of_a_block(self._config),
+        )
+        hidden = torch.zeros(1, 1, self.row.width, dtype=dtype, device=device)
         try:
             with suppress(ShapeRecorder.recorded), preparing(self._frame, self._layers[index - self.start]):
                 self.run(hidden, index, index + 1, cache=recorder)
@@ -172,6 +197,8 @@ class CutDecoder:
             self._views.clear()  # they hold the buffers that the frame had in this run
         if attends and not recorder.shape.attends:
             raise ValueError("it keeps no keys and values")
+        if chooses and not recorder.shape.mark_size:
+            raise ValueError("it keeps nothing by which it chooses what it attends to")
         return recorder.shape
 
     def _view(self, start: int, end: int) -> nn.Module:
@@ -183,6 +210,8 @@ class CutDecoder:
             )  # some models move theirs to where their inputs are, even to meta
             view._modules[self._list_name] = nn.ModuleList(self._layers[start - self.start : end - self.start])
             view.config = config_of_blocks(self._config, start, end)
+            if self.row.streams > 1:
+                view.config.altup_num_inputs = 1  # the others are made by the client, and put in at the first block
             self._views[start, end] = view
         return self._views[start, end]
 
@@ -200,6 +229,10 @@ class _PassThrough(nn.Module):
 
     def forward(self, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
         return hidden
+
+
+def _as_given(_hidden: torch.Tensor, per_layer_inputs: torch.Tensor) -> torch.Tensor:
+    return per_layer_inputs
 
 
 def _without_own_parameters(decoder: PreTrainedModel, list_name: str) -> PreTrainedModel:

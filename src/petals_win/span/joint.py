@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,7 +100,10 @@ class JointPass:
         ordered = [parts[index] for index in order]
         hidden = torch.cat([hidden.reshape(1, -1, hidden.shape[-1]) for _, hidden in ordered], dim=1)
         joint = JointCache(
-            [cache for cache, _ in ordered], [hidden.shape[:2] for _, hidden in ordered], start, self._device
+            [cache for cache, _ in ordered],
+            [hidden.shape[:2] for _, hidden in ordered],
+            self._device,
+            self._decoder.sources_of_keys,
         )
         hidden = hidden.to(self._device, self._dtype)
         if self._lean is not None:
@@ -122,11 +125,16 @@ class JointCache(Cache):
     """The caches of several sessions as one, while all their new tokens stand in one row: single ones first."""
 
     def __init__(
-        self, caches: Sequence[SessionCache], shapes: Sequence[Sequence[int]], first: int, device: torch.device
+        self,
+        caches: Sequence[SessionCache],
+        shapes: Sequence[Sequence[int]],
+        device: torch.device,
+        sources: Mapping[int, int],
     ) -> None:
-        """`shapes` are batch and new tokens of each session; `first` is the number of the first block."""
+        """`shapes` are batch and new tokens of each session; `sources` tells of blocks without keys and values whose they take."""
         super().__init__(layers=[])
-        self._first = first
+        self._sources, self._to_others = sources, frozenset(sources.values())
+        self._held_by: dict[int, tuple[list[tuple[torch.Tensor, torch.Tensor]], int | None, bool]] = {}
         self._device = device
         self._caches = caches
         rows = [batch * tokens for batch, tokens in shapes]
@@ -152,12 +160,19 @@ class JointCache(Cache):
 
     def take(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep keys and values [rows, heads, size] of the block `index`, each session its own."""
-        slots: list[Any] = [cache.layers[index - self._first] for cache in self._caches]
+        slots = [cache.layer(index) for cache in self._caches]
         self._window, self._chunked = slots[0].window, slots[0].chunked
         self.held = [slot.append(*one) for slot, *one in zip(slots, key[: self.singles], value, strict=False)]
         if self._rows:
             others = zip(slots[self.singles :], self.of_the_others(key), self.of_the_others(value), strict=True)
             self.held += [slot.update(keys, values) for slot, keys, values in others]
+        if index in self._to_others:
+            self._held_by[index] = self.held, self._window, self._chunked
+
+    def turn_to(self, index: int) -> None:
+        """The block `index` attends now: to what another one holds, if it takes that one's keys and values."""
+        if index in self._sources:
+            self.held, self._window, self._chunked = self._held_by[self._sources[index]]
 
     def of_the_others(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Of [rows, heads, size] the part [batch, heads, tokens, size] of each session with more than one row."""
@@ -243,6 +258,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """[1, heads, length, size] to [1, length, heads, size]: what the model's usual function computes for each session alone."""
     joint: JointCache = _of_this_thread.joint
+    joint.turn_to(getattr(module, "layer_idx", -1))
     usual = _usual_attention(module, _of_this_thread.usual)
     plain = usual is sdpa_attention_forward and settings.get("position_bias") is None
     if plain:

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
-from petals_win.models.architecture import empty_model, find_blocks, text_config
+from petals_win.models.architecture import empty_model, find_blocks, queries_of_a_key, text_config
+from petals_win.models.cuts import Cuts
 from petals_win.span.footprint import model_footprint
 from petals_win.span.quantized_linear import Quant, kept_bytes
 
@@ -42,10 +43,15 @@ class Needs:
     cache_bytes_per_token: tuple[int, ...]  # of one sequence, by block
     cache_tokens: int
     outside_bytes: int  # embeddings, final norm, head
+    places: tuple[int, ...] | None = None  # where the model may be cut, as in models/cuts.py; None: before each block
 
     @property
     def num_blocks(self) -> int:
         return len(self.block_bytes)
+
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts(tuple(range(self.num_blocks + 1)) if self.places is None else self.places)
 
     @property
     def cache_bytes(self) -> int:
@@ -66,15 +72,13 @@ def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none"
         cache_bytes_per_token=footprint.cache_bytes_per_token,
         cache_tokens=least_cache_tokens(config),
         outside_bytes=footprint.outside_bytes,
+        places=Cuts.of(config).places,
     )
 
 
 def least_cache_tokens(config: PreTrainedConfig) -> int:
     """For how many tokens of all sessions together a node sets memory aside at least, if it fits."""
-    decoder = text_config(config)
-    heads = decoder.num_attention_heads
-    grouped = (getattr(decoder, "num_key_value_heads", None) or heads) < heads
-    return _CACHE_TOKENS_GROUPED if grouped else _CACHE_TOKENS
+    return _CACHE_TOKENS_GROUPED if queries_of_a_key(text_config(config)) > 1 else _CACHE_TOKENS
 
 
 def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: torch.device) -> int:
@@ -94,7 +98,7 @@ def session_budget(free_bytes: int, least_bytes: int, token_bytes: int, device: 
 
 
 def blocks_that_fit(free_bytes: int, needs: Needs) -> int:
-    """How many blocks of the model fit, with their caches, into memory of which so many bytes are free."""
+    """How many blocks of the model fit, with their caches, into memory of which so many bytes are free, wherever it may be cut."""
     return min(int((1 - SPARE) * free_bytes / needs.served_block_bytes), needs.num_blocks)
 
 
@@ -106,6 +110,11 @@ def choose_num_blocks(needs: Needs, device: torch.device) -> int:
         raise UserError(
             f"This PC has {free / _MIB:,.0f} MiB free on {device}, but one block with its caches takes "
             f"{needs.served_block_bytes / _MIB:,.0f} MiB: 0 blocks fit. Close other programs, or serve a smaller model."
+        )
+    if num_blocks < (fewest := needs.cuts.fewest_together):
+        raise UserError(
+            f"This PC has {free / _MIB:,.0f} MiB free on {device}, which is room for {num_blocks} blocks, but of this model at least "
+            f"{fewest} have to stay together. Close other programs, or serve a smaller model."
         )
     logger.info("%d of %d blocks fit into %.0f MiB free on %s", num_blocks, needs.num_blocks, free / _MIB, device)
     return num_blocks
@@ -123,7 +132,8 @@ def check_fits(name: str, start: int, end: int, needs: Needs, device: torch.devi
         if total > free:
             break
         fitting += 1
-    advice = f"Serve fewer, such as --blocks {start}:{start + fitting}" if fitting else "Choose a smaller model"
+    fewer = needs.cuts.run_from(start, fitting)
+    advice = f"Serve fewer, such as --blocks {start}:{fewer}" if fewer > start else "Choose a smaller model"
     raise UserError(
         f"The blocks {start}:{end} of {name} take {needed / _MIB:,.0f} MiB, but {free / _MIB:,.0f} MiB are free on {device}: "
         f"{fitting} blocks fit. {advice}, or close other programs."

@@ -82,7 +82,7 @@ class Passes:
         """The pieces of a forward pass, and what comes out of the last one."""
         pieces, blocks, first = list[_Piece](), 1, start
         while start < end:
-            stop = min(start + blocks, end)
+            stop = min(self._span.cuts.after(start + blocks), end)
             piece = _Piece(hidden, start, stop, None if prompts is None else prompts[start - first : stop - first])
             hidden, seconds = await self._compute.submit(self._forward_piece, piece, adapter, priority=self._priority)
             pieces.append(piece)

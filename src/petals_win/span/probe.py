@@ -39,37 +39,48 @@ def agrees(
     `together` takes the caches and hidden states [rows, tokens, hidden] of sessions, and a range of blocks. `exact`: the
     blocks compute in 32 bits. Raises whatever the model does.
     """
-    kinds = {
-        _kind(layer, shape): index for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
-    }
     # A length beyond all of the trial, so that the texts compared have one rotary table.
     with decoder.declared(2 * _LONGEST):
-        return all(_agrees_in(decoder, index, shapes[index], together, device, exact) for index in kinds.values())
+        return all(
+            _agrees_in(decoder, part, shapes[part.start : part.stop], together, device, exact)
+            for part in _parts(decoder, shapes)
+        )
+
+
+def _parts(decoder: CutDecoder, shapes: Sequence[KvShape]) -> list[range]:
+    """Counted from the decoder's first block: one block of each kind, and those that can only be run together."""
+    places = [place - decoder.start for place in decoder.cuts.places if decoder.start <= place <= decoder.end]
+    parts = {
+        "".join(_kind(decoder.layers[index], shapes[index]) for index in range(start, end)): range(start, end)
+        for start, end in zip(places, places[1:], strict=False)
+    }
+    return list(parts.values())
 
 
 def _agrees_in(
     decoder: CutDecoder,
-    index: int,
-    shape: KvShape,
+    part: range,
+    shapes: Sequence[KvShape],
     together: Callable[[Parts, int, int], list[torch.Tensor]],
     device: torch.device,
     exact: bool,
 ) -> bool:
-    number = decoder.start + index
+    start, end = decoder.start + part.start, decoder.start + part.stop
     chance = torch.Generator().manual_seed(0)
     room = max(max(each) for each in _NEW_TOKENS)
-    pasts = [min(past, _LONGEST) for past in (*_PASTS[:-1], (shape.window or 0) + _PASTS[-1])]
+    window = max(shape.window or 0 for shape in shapes)
+    pasts = [min(past, _LONGEST) for past in (*_PASTS[:-1], window + _PASTS[-1])]
 
     def caches() -> list[SessionCache]:
         made = []
         for rows, past in zip(_ROWS, pasts, strict=True):
-            cache = SessionCache([shape], number, rows, past + room, device)
+            cache = SessionCache(shapes, start, rows, past + room, device)
             cache.fill(past, chance)
             made.append(cache)
         return made
 
     def alone(parts: Parts) -> list[torch.Tensor]:
-        return [decoder.run(hidden.to(device), number, number + 1, cache).cpu() for cache, hidden in parts]
+        return [decoder.run(hidden.to(device), start, end, cache).cpu() for cache, hidden in parts]
 
     ours, others = caches(), caches()
     right: list[torch.Tensor] = []
@@ -77,13 +88,13 @@ def _agrees_in(
         for tokens in _NEW_TOKENS:
             # Small, so that what the block adds to its input is most of the output.
             hidden = [
-                (0.1 * torch.randn(rows, new, decoder.config.hidden_size, generator=chance)).to(shape.dtype)
+                (0.1 * torch.randn(rows, new, decoder.row.width, generator=chance)).to(shapes[0].dtype)
                 for rows, new in zip(_ROWS, tokens, strict=True)
             ]
             parts = list(zip(ours, hidden, strict=True))
             expected, other = alone(parts), alone(list(zip(others, hidden, strict=True)))
             matters = max(_distance(*pair).max() for pair in zip(other, expected, strict=True))
-            for want, got in zip(expected, together(parts, number, number + 1), strict=True):
+            for want, got in zip(expected, together(parts, start, end), strict=True):
                 right.append((_distance(got, want) <= (_EXACT if exact else _ROUNDED) * matters).flatten())
     finally:
         for cache in [*ours, *others]:
@@ -104,7 +115,7 @@ def continues(decoder: CutDecoder, shapes: Sequence[KvShape], device: torch.devi
 def _continues_in(decoder: CutDecoder, index: int, shape: KvShape, device: torch.device) -> bool:
     number, first, more = decoder.start + index, 5, 6
     chance = torch.Generator().manual_seed(0)
-    hidden = 0.1 * torch.randn(1, first + more, decoder.config.hidden_size, generator=chance)
+    hidden = 0.1 * torch.randn(1, first + more, decoder.row.width, generator=chance)
     hidden = hidden.to(device, shape.dtype)
     cache = SessionCache([shape], number, 1, first + more, device)
     try:
@@ -125,7 +136,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one.float() - other.float()).norm(dim=-1)
 
 
-def _kind(layer: nn.Module, shape: KvShape) -> object:
+def _kind(layer: nn.Module, shape: KvShape) -> str:
     """Equal for blocks that compute alike."""
     parts = []
     for name, module in layer.named_modules():

@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from petals_win.models.architecture import empty_model, find_blocks
+from petals_win.models.cuts import Cuts
 from petals_win.models.loading import load_parts
+from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
 from petals_win.span import native
 from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
@@ -91,7 +93,9 @@ class Span:
         device, dtype = torch.device(device), dtype or source.dtype
         model = empty_model(source.config, dtype)
         blocks = find_blocks(model)
-        shapes = CutDecoder(model, start, end).kv_shapes(dtype)
+        empty = CutDecoder(model, start, end)
+        empty.cuts.check(start, end)
+        shapes = empty.kv_shapes(dtype)
 
         def block(index: int) -> Callable[[str], bool]:
             return lambda name: name.startswith(f"{blocks.prefix}{index}.")
@@ -146,8 +150,14 @@ class Span:
         return self.end - self.start
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.get_text_config(decoder=True).hidden_size
+    def row(self) -> Row:
+        """What passes from block to block for each token."""
+        return self._decoder.row
+
+    @property
+    def cuts(self) -> Cuts:
+        """Where the model may be cut."""
+        return self._decoder.cuts
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -372,28 +382,32 @@ class Span:
         start, end = self.start if start is None else start, self.end if end is None else end
         if not self.start <= start < end <= self.end:
             raise ValueError(f"This span has the blocks {self.start}:{self.end}; {start}:{end} is no part of them")
+        if not self.cuts.allow(start, end):
+            raise ValueError(self.cuts.why_not(start, end))
         return start, end
 
     def _shapes_of(self, start: int, end: int) -> list[KvShape]:
         return self._shapes[start - self.start : end - self.start]
 
     def _check_hidden(self, hidden: torch.Tensor) -> None:
-        if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"Hidden states must be [batch, tokens, {self.hidden_size}], not {list(hidden.shape)}")
+        if hidden.ndim != 3 or hidden.shape[-1] != self.row.width:
+            raise ValueError(f"Hidden states must be [batch, tokens, {self.row}], not {list(hidden.shape)}")
 
     def _check_prompts(
         self, prompts: Prompts | None, num_blocks: int, batch_size: int
     ) -> list[torch.Tensor | None] | None:
         if prompts is None or all(prompt is None for prompt in prompts):
             return None
+        if not self.row.is_hidden_state:
+            raise ValueError("Blocks of this model get more than a hidden state, so that they take no deep prompts")
         if len(prompts) != num_blocks:
             raise ValueError(f"There are prompts for {len(prompts)} blocks, but {num_blocks} blocks")
         for prompt in prompts:
             if prompt is None:
                 continue
-            if prompt.ndim != 3 or prompt.shape[0] not in (1, batch_size) or prompt.shape[2] != self.hidden_size:
+            if prompt.ndim != 3 or prompt.shape[0] not in (1, batch_size) or prompt.shape[2] != self.row.hidden:
                 raise ValueError(
-                    f"A prompt must be [1 or {batch_size}, tokens, {self.hidden_size}], not {list(prompt.shape)}"
+                    f"A prompt must be [1 or {batch_size}, tokens, {self.row.hidden}], not {list(prompt.shape)}"
                 )
         return [prompt if prompt is None else prompt.to(self.device, self.dtype) for prompt in prompts]
 

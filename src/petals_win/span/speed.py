@@ -62,7 +62,7 @@ def measure_speed(span: Span) -> SpanSpeed:
 
 def _decode_rps(span: Span) -> float:
     session = span.open(batch_size=1, max_length=256)
-    hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype)
+    hidden = torch.zeros(1, 1, span.row.width, dtype=span.dtype)
     try:
         rounds, seconds = _rounds(lambda: span.step(session, hidden), at_most=255)
     finally:
@@ -72,7 +72,7 @@ def _decode_rps(span: Span) -> float:
 
 def _forward_rps(span: Span) -> float:
     tokens = 128
-    hidden = torch.zeros(1, tokens, span.hidden_size, dtype=span.dtype)
+    hidden = torch.zeros(1, tokens, span.row.width, dtype=span.dtype)
     rounds, seconds = _rounds(lambda: span.forward(hidden, span.start, span.end), at_most=100)
     return rounds * tokens * span.num_blocks / seconds
 

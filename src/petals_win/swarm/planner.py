@@ -51,20 +51,37 @@ class Plan:
 
 
 def make_plan(pcs: Sequence[tuple[Pc, Needs]]) -> Plan:
-    """Give each PC in turn as many blocks as fit. One model may take less on one PC than on another, where it is quantized."""
-    shares, start, num_blocks = [], 0, 0
-    for pc, needs in pcs:
+    """Give each PC in turn as many blocks as fit. One model may take less on one PC than on another, where it is quantized.
+
+    Where blocks have to stay together, it may be another one's turn last: that has room for them.
+    """
+    plans = [_in_turn(pcs, range(len(pcs)))]
+    if plans[0].missing and not pcs[0][1].cuts.anywhere:
+        plans += [_in_turn(pcs, [*(n for n in range(len(pcs)) if n != last), last]) for last in range(len(pcs))]
+    return min(plans, key=lambda plan: len(plan.missing))
+
+
+def _in_turn(pcs: Sequence[tuple[Pc, Needs]], order: Sequence[int]) -> Plan:
+    shares, start, num_blocks = dict[int, Share](), 0, 0
+    for number in order:
+        pc, needs = pcs[number]
         num_blocks = needs.num_blocks
-        end = min(start + blocks_that_fit(pc.free_bytes, needs), num_blocks)
-        shares.append(Share(pc, start, end))
+        end = needs.cuts.run_from(start, blocks_that_fit(pc.free_bytes, needs))
+        shares[number] = Share(pc, start, end)
         start = end
-    return Plan(tuple(shares), range(start, num_blocks))
+    return Plan(tuple(shares[number] for number in range(len(pcs))), range(start, num_blocks))
 
 
 def pcs_needed(needs: Needs, pc: Pc, num_blocks: int | None = None) -> int | None:
-    """How many PCs like `pc` hold `num_blocks` blocks (default: all); None if it cannot hold a single one."""
-    fitting = blocks_that_fit(pc.free_bytes, needs)
-    return -(-(needs.num_blocks if num_blocks is None else num_blocks) // fitting) if fitting else None
+    """How many PCs like `pc` hold the last `num_blocks` blocks (default: all); None if none of those do, however many there are."""
+    fitting, count = blocks_that_fit(pc.free_bytes, needs), 0
+    start = 0 if num_blocks is None else needs.num_blocks - num_blocks
+    while start < needs.num_blocks:
+        end = needs.cuts.run_from(start, fitting)
+        if end == start:
+            return None
+        start, count = end, count + 1
+    return count
 
 
 def parse_size(text: str) -> int:
