@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import connect, disconnect
+from span.families import FAMILIES as SMALL_FAMILIES
 from transformers import AutoModelForCausalLM
 
 from petals_win.models.source import DEFAULT_MODEL, open_model
@@ -17,7 +18,7 @@ FAMILIES = {
     "mistral": dict(num_key_value_heads=2, intermediate_size=128, sliding_window=16),
     "qwen3": dict(num_key_value_heads=2, intermediate_size=128, head_dim=32),
     "gpt2": dict(),
-    "gemma3n_text": dict(num_hidden_layers=8),  # more than a hidden state passes between nodes
+    "gemma3n_text": SMALL_FAMILIES["gemma3n_text"][1],  # more than a hidden state passes between nodes
 }
 
 
