@@ -79,7 +79,7 @@ def test_both_answer_the_same_after_they_were_unloaded(folders):
             first = await asyncio.gather(*(whole(engine, asked(name)) for name in names))
             assert first[0].text != first[1].text
             lives = [weakref.ref(each.life.engine) for each in engine._members if each.life is not None]
-            tokens = [weakref.ref(each.life.engine.tokens) for each in engine._members if each.life is not None]
+            tokens = [weakref.ref(getattr(life(), "tokens")) for life in lives]
             assert len(lives) == len(tokens) == 2
             for name in names:
                 engine.keep(name, 0)
