@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import httpx
@@ -105,7 +106,7 @@ def test_what_is_shown():
         assert metrics["vllm:kv_cache_usage_perc", "a"] == 0.25
         assert metrics["vllm:generation_tokens_total", "a"] == 1
         with pytest.raises(openai.NotFoundError, match="Ask for one of: a, b, swarm"):
-            served.client().chat.completions.create(**served.chat("hello") | {"model": "c"})
+            served.client().chat.completions.create(**replace(served, model="c").chat("hello"))
 
 
 def test_everything_goes_by_name():
@@ -123,7 +124,7 @@ def test_aliases_are_of_the_first():
     with serving(Models().engine(), model="gpt-4o", aliases=("gpt-4o",), any_model=True) as served:
         assert served.client().chat.completions.create(**served.chat("say x")).model == "a"
         with pytest.raises(openai.NotFoundError):
-            served.client().chat.completions.create(**served.chat("say x") | {"model": "whatever"})
+            served.client().chat.completions.create(**replace(served, model="whatever").chat("say x"))
 
 
 def test_who_waits_for_a_load_waits_without_a_place():

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from pathlib import Path
+from typing import cast
 
 import pytest
 from contract import soon, started, whole
@@ -16,6 +17,7 @@ from petals_win.engines.base import GenerationRequest
 from petals_win.engines.offers import look
 from petals_win.engines.registry import EngineSettings
 from petals_win.engines.several import SeveralEngines
+from petals_win.engines.text import TextEngine
 from petals_win.errors import UserError
 from petals_win.host.memory import give_back_memory, own_bytes
 from petals_win.models.onnx_conversion import convert_to_onnx
@@ -79,7 +81,7 @@ def test_both_answer_the_same_after_they_were_unloaded(folders):
             first = await asyncio.gather(*(whole(engine, asked(name)) for name in names))
             assert first[0].text != first[1].text
             lives = [weakref.ref(each.life.engine) for each in engine._members if each.life is not None]
-            tokens = [weakref.ref(each.life.engine.tokens) for each in engine._members if each.life is not None]
+            tokens = [weakref.ref(cast(TextEngine, life()).tokens) for life in lives]
             assert len(lives) == len(tokens) == 2
             for name in names:
                 engine.keep(name, 0)
