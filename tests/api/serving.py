@@ -44,7 +44,12 @@ def serving(engine: Any = None, model: str = MODEL, **settings: Any) -> Iterator
     server = ApiServer(chosen)
     app = create_app(engine, settings=chosen)
     ready = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(app, ready.set)), daemon=True)
+
+    async def serve() -> None:
+        await engine.start(lambda why: None)
+        await server.serve(app, ready.set)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     try:
         assert ready.wait(10), "the server did not start"

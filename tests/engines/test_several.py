@@ -140,10 +140,6 @@ class TestSeveral(EngineContract):
         async with started(engine):
             yield Subject(engine, held, full)
 
-    def test_closing_twice_and_asking_afterwards(self):
-        """What was never asked for was never loaded."""
-        super().test_closing_twice_and_asking_afterwards()
-
 
 def test_all_models_are_listed_and_each_question_goes_to_its_engine(disk):
     files = disk(a=1, b=2)

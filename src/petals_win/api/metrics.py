@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from fastapi import APIRouter, Request
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -105,7 +105,7 @@ def _loaded(engine: EngineStatus | SwarmStatus) -> float | None:
     return engine.state == "loaded" if isinstance(engine, EngineStatus) else None
 
 
-def _gauge(name: str, documentation: str, values: dict[str, float]) -> GaugeMetricFamily:
+def _gauge(name: str, documentation: str, values: Mapping[str, float]) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(name, documentation, labels=["model_name"])
     for model, value in values.items():
         gauge.add_metric([model], float(value))

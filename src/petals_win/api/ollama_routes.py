@@ -137,7 +137,7 @@ def ollama_routes(engine: Engine, generations: Generations, loads: Loads | None 
     ) -> dict[str, Any]:
         """What a request without a prompt is for: to load the model, or by keep_alive 0 to unload it as soon as it is idle."""
         if loads is not None and body.keep_s == 0:
-            if loads.expires().get(card.id, math.inf) < math.inf:
+            if card.id in loads.expires():
                 keep(card, body)
             return ollama_replies.loaded(shape, body.model, "unload")
         keep(card, body)

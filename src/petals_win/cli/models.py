@@ -116,5 +116,6 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(
-                f"Two of the models have the name {name}, by which they are asked for. Rename the folder or file of one, or leave one out."
+                f"Two of the models have the name {name}, by which they are asked for. Leave one out, or give it another: that of its folder "
+                "or file, or of a model made by 'petals-win convert' the \"name\" in petals_win_conversion.json."
             )
