@@ -363,6 +363,7 @@ def test_ready():
             "num_blocks": 30,
             "cache_usage": None,
             "workers": [],
+            "engines": [],
         }
         assert httpx.get(f"{served.url}/health").status_code == 200
 
