@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petals_win.span.cache import SessionCache
+from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.chunks import Chunks, Decodes
 from petals_win.span.company import Company
 from petals_win.span.session import Session
 
+SHAPE = KvShape(1, 2, 1, 2, None, torch.float32)
+
 
 def session() -> Session:
-    return Session(1, 10, 10, 10, 0, 1, "", SessionCache([], 0, 1, 10, torch.device("cpu")))
+    return Session(1, 10, 10, 10, 0, 1, "", SessionCache([SHAPE], 0, 1, 10, torch.device("cpu")))
 
 
 def settled(chunks: Chunks, decodes: Decodes, others_s: float, token_s: float, away_s: float = 0.0) -> int:
