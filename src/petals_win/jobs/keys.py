@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from petals_win.errors import UserError
 from petals_win.host.folders import data_folder, private_folder, write_private
+from petals_win.host.locks import hold_lock
 from petals_win.host.tls import Tls, self_signed
 
 _KEY = re.compile(r"[!-~]{20,512}")
 _CURVE_BYTES = 32
+_OTHERS_S = 30.0
 
 
 def default_key_file() -> Path:
@@ -41,9 +45,10 @@ def shared_key(file: Path | None, *, make: bool) -> str:
     """
     named, file = file is not None, file or default_key_file()
     try:
-        if make and not named and not file.exists():
-            private_folder(file.parent)
-            write_private(file, (secrets.token_urlsafe(32) + "\n").encode())
+        if make and not named:
+            with _first_use(file.parent):
+                if not file.exists():
+                    write_private(file, (secrets.token_urlsafe(32) + "\n").encode())
         key = file.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError as e:
         raise UserError(
@@ -58,6 +63,14 @@ def shared_key(file: Path | None, *, make: bool) -> str:
             f"{file} holds no key of workers: that is one line of 20 to 512 ASCII letters, digits and signs."
         )
     return key
+
+
+@contextmanager
+def _first_use(folder: Path) -> Iterator[None]:
+    """One at a time: workers that start together make what there is to be made only once."""
+    private_folder(folder)
+    with hold_lock(folder / "lock", "the making of a worker's keys", timeout=_OTHERS_S):
+        yield
 
 
 @dataclass(frozen=True)
@@ -75,16 +88,17 @@ class OwnSecrets:
     @cached_property
     def tls(self) -> Tls:
         """Raises UserError if it cannot be kept."""
-        return self_signed(self.folder)
+        with _first_use(self.folder):
+            return self_signed(self.folder)
 
     @cached_property
     def curve(self) -> bytes:
         """The private key of CURVE. Raises UserError if it cannot be kept."""
         file = self.folder / "curve.key"
         try:
-            private_folder(self.folder)
-            if not file.exists():
-                write_private(file, secrets.token_bytes(_CURVE_BYTES))
+            with _first_use(self.folder):
+                if not file.exists():
+                    write_private(file, secrets.token_bytes(_CURVE_BYTES))
             private = file.read_bytes()
         except OSError as e:
             raise UserError(f"The worker's own key cannot be kept in {file}: {e.strerror}. Make room there.") from e
