@@ -306,8 +306,8 @@ def test_what_the_user_types(scheme, home):
     assert OwnSecrets.kept("k").pin(scheme) == OwnSecrets.kept("k").pin(scheme)
 
 
-def test_workers_that_start_together_for_the_first_time_have_the_same_keys(home):
+def test_workers_that_start_together_for_the_first_time_have_the_same_keys(scheme, home):
     with ThreadPoolExecutor(8) as at_once:
         keys = set(at_once.map(lambda _: shared_key(None, make=True), range(8)))
-        pins = set(at_once.map(lambda _: OwnSecrets.kept("k").pin("grpc"), range(8)))
+        pins = set(at_once.map(lambda _: OwnSecrets.kept("k").pin(scheme), range(8)))
     assert len(keys) == len(pins) == 1
