@@ -40,7 +40,7 @@ class Blocks:
     def __post_init__(self):
         def enter(module, args, kwargs):
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-            self.hidden.append(given["hidden_states"].clone())
+            self.hidden.append(next(iter(given.values())).clone())  # whatever a model calls them
             if self.row.own:
                 self.own.append(given["per_layer_input"])
 

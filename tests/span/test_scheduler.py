@@ -302,7 +302,7 @@ def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, com
 
 def test_decodes_that_come_again_are_thought_of_between_their_turns(span, scheduler, monkeypatch):
     asked = []
-    monkeypatch.setattr(scheduler_module.Chunks, "tokens", lambda _, decodes: asked.append(decodes) or 20)
+    monkeypatch.setattr(scheduler_module.Chunks, "tokens", lambda _, decodes, _room: asked.append(decodes) or 20)
     decoding, reading = span.open(1, 10), span.open(1, 100)
     scheduler.step(reading, hidden_states(20)).result(30)
     scheduler.step(decoding, hidden_states(1)).result(30)

@@ -45,6 +45,8 @@ def suits(block: nn.Module, model_type: str, dtype: torch.dtype, device: torch.d
     if not is_dense(block):
         return False
     kinds = {type(module) for module in _linears(block)}
+    if not all(module.weight.is_contiguous() for module in _linears(block) if isinstance(module, nn.Linear)):
+        return False
     return kinds <= {nn.Linear, Int4Linear} and (Int4Linear in kinds or _reads_fastest(dtype))
 
 

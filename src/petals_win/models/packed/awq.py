@@ -25,7 +25,7 @@ def _plain(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         f"it has {columns} inputs, {rows} outputs, zero points of the shape {list(zeros.shape)} and scales of {list(scales.shape)}",
     )
     size = columns // len(scales)
-    return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T
+    return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T.contiguous()
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
