@@ -553,9 +553,10 @@ def test_forward_and_backward_whole_and_in_pieces(rpc, span):
 
     outputs, gradients = run(ask())
     for (output,) in outputs:
-        assert torch.equal(output, wanted)
+        torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)  # the order of sums depends on threads
     for got in gradients:
-        assert torch.equal(got[0], grad) and torch.equal(got[1], torch.stack(grad_prompts))
+        torch.testing.assert_close(got[0], grad, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[1], torch.stack(grad_prompts), atol=1e-5, rtol=1e-5)
 
 
 def test_answers_in_the_compression_that_is_asked_for(rpc, span):

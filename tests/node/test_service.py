@@ -47,6 +47,11 @@ def test_steps_are_those_of_the_span_and_memory_comes_back(span, service):
     assert torch.allclose(run(ask()), wanted, atol=1e-5)
 
 
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """The order of sums depends on how many threads there were."""
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_passes_without_a_session(span, service):
     states, grads, prompts = hidden(2, 5, 64), hidden(2, 5, 64, seed=1), hidden(3, 1, 2, 64, seed=2)
 
@@ -55,9 +60,10 @@ def test_passes_without_a_session(span, service):
         return output, await service.backward(states, grads, 1, 4, prompts=prompts)
 
     output, (grad, grad_prompts) = run(ask())
-    assert torch.equal(output, span.forward(states, 1, 4, prompts=list(prompts)))
+    close(output, span.forward(states, 1, 4, prompts=list(prompts)))
     wanted, wanted_prompts = span.backward(states, grads, 1, 4, prompts=list(prompts))
-    assert torch.equal(grad, wanted) and torch.equal(grad_prompts, torch.stack(wanted_prompts))
+    close(grad, wanted)
+    close(grad_prompts, torch.stack(wanted_prompts))
     assert [each.shape for each in run(service.backward(states, grads, 2, 4))] == [states.shape]
 
 
