@@ -45,13 +45,14 @@ __declspec(dllimport) int __stdcall SwitchToThread(void);
 #define MOST_AT_ONCE 6 /* rows whose sums are kept in registers */
 #elif defined(__AVX2__)
 #define LANES 8
-#define MOST_AT_ONCE 3
+#define MOST_AT_ONCE 4
 #else
 #define LANES 4
 #define MOST_AT_ONCE 4
 #endif
 
 #define MOST_ROWS 16
+#define STREAMED 4       /* rows that one pass over an output's weights is fastest for */
 #define OUTPUTS 4        /* of a matrix that are computed together */
 #define AWAKE 2000       /* looks at a counter before the core is offered to others */
 #define STAGES 6         /* of a block, each of which needs all of the one before */
@@ -146,13 +147,6 @@ always float sum(lanes value) {
     return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-/* The sums of four at once, in a fraction of the steps. */
-always four four_sums(const lanes values[4]) {
-    four a = folded(values[0]), b = folded(values[1]), c = folded(values[2]), d = folded(values[3]);
-    four ab = shuffle(a, b, 0, 4, 1, 5) + shuffle(a, b, 2, 6, 3, 7), cd = shuffle(c, d, 0, 4, 1, 5) + shuffle(c, d, 2, 6, 3, 7);
-    return shuffle(ab, cd, 0, 1, 4, 5) + shuffle(ab, cd, 2, 3, 6, 7);
-}
-
 /* LANES numbers from the index `i` on, of a kind that is known when it is compiled. */
 always lanes numbers(const void *from, int64_t i, int kind) {
     if (kind == FLOAT32) return load((const float *)from + i);
@@ -174,19 +168,36 @@ always const void *row_of(const void *weight, int64_t row, int64_t size, int kin
     return (const char *)weight + row * size * (kind == FLOAT32 ? 4 : 2);
 }
 
-/* One output of one row. Weights come as one stream, which is fetched as fast as memory gives it. */
-always float stream(const void *weight, int64_t size, const float *input, int kind) {
+/* results[row * stride] = inputs[row] . weight, one output of up to STREAMED rows, whose number is known when it is compiled. Weights come as
+   one stream, which is fetched as fast as memory gives it. */
+always void stream(const void *weight, int64_t size, const float *inputs, int kind, int rows, float *results, int64_t stride) {
     const int64_t width = kind == FLOAT32 ? 4 : 2, line = 64, ahead = 8192; /* bytes */
-    lanes sums[4] = {0};
+    const int chains = rows <= 2 ? 4 : 2;                                   /* sums that do not wait for one another */
+    lanes sums[STREAMED][4] = {0};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        for (int part = 0; part < 4; part++) sums[part] += numbers(weight, i + part * LANES, kind) * load(input + i + part * LANES);
+#pragma unroll
+        for (int part = 0; part < 4; part++) {
+            lanes these = numbers(weight, i + part * LANES, kind);
+            for (int row = 0; row < rows; row++) sums[row][part % chains] += these * load(inputs + row * size + i + part * LANES);
+        }
         for (int64_t at = 0; at < 4 * LANES * width; at += line) __builtin_prefetch((const char *)weight + i * width + at + ahead);
     }
-    for (; i + LANES <= size; i += LANES) sums[0] += numbers(weight, i, kind) * load(input + i);
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < size; i++) total += number(weight, i, kind) * input[i];
-    return total;
+    for (; i + LANES <= size; i += LANES)
+        for (int row = 0; row < rows; row++) sums[row][0] += numbers(weight, i, kind) * load(inputs + row * size + i);
+    for (int row = 0; row < rows; row++) {
+        float total = sum((sums[row][0] + sums[row][1]) + (sums[row][2] + sums[row][3]));
+        for (int64_t rest = i; rest < size; rest++) total += number(weight, rest, kind) * inputs[row * size + rest];
+        results[row * stride] = total;
+    }
+}
+
+#if MOST_AT_ONCE > STREAMED
+/* The sums of four at once, in a fraction of the steps. */
+always four four_sums(const lanes values[4]) {
+    four a = folded(values[0]), b = folded(values[1]), c = folded(values[2]), d = folded(values[3]);
+    four ab = shuffle(a, b, 0, 4, 1, 5) + shuffle(a, b, 2, 6, 3, 7), cd = shuffle(c, d, 0, 4, 1, 5) + shuffle(c, d, 2, 6, 3, 7);
+    return shuffle(ab, cd, 0, 1, 4, 5) + shuffle(ab, cd, 2, 3, 6, 7);
 }
 
 /* results[row * stride + output] = inputs[row] . weight[output] for OUTPUTS outputs and `rows` rows of a kind, both known when it is compiled.
@@ -217,30 +228,31 @@ always void tile(const void *weight, int64_t size, const float *inputs, int kind
     }
 }
 
+#endif
+
 /* The same for any numbers up to MOST_ROWS and OUTPUTS. */
 always void products_of(const void *weight, int64_t size, const float *all_inputs, int64_t rows, int64_t outputs, float *all_results, int64_t stride, int kind) {
+    int64_t most = outputs < OUTPUTS ? STREAMED : MOST_AT_ONCE;
     for (int64_t done = 0; done < rows;) {
-        int64_t parts = (rows - done + MOST_AT_ONCE - 1) / MOST_AT_ONCE, now = (rows - done + parts - 1) / parts;
+        int64_t parts = (rows - done + most - 1) / most, now = (rows - done + parts - 1) / parts;
         const float *inputs = all_inputs + done * size;
         float *results = all_results + done * stride;
         done += now;
-        if (now == 1 || outputs < OUTPUTS) {
-            for (int64_t output = 0; output < outputs; output++)
-                for (int64_t row = 0; row < now; row++)
-                    results[row * stride + output] = stream(row_of(weight, output, size, kind), size, inputs + row * size, kind);
+#if MOST_AT_ONCE > STREAMED
+        if (now > STREAMED) {
+            if (now == 5) tile(weight, size, inputs, kind, 5, results, stride, done == rows);
+            else tile(weight, size, inputs, kind, 6, results, stride, done == rows);
             continue;
         }
-        int last = done == rows;
-        switch (now) {
-            case 2: tile(weight, size, inputs, kind, 2, results, stride, last); break;
-            case 3: tile(weight, size, inputs, kind, 3, results, stride, last); break;
-#if MOST_AT_ONCE > 3
-            case 4: tile(weight, size, inputs, kind, 4, results, stride, last); break;
 #endif
-#if MOST_AT_ONCE > 4
-            case 5: tile(weight, size, inputs, kind, 5, results, stride, last); break;
-            case 6: tile(weight, size, inputs, kind, 6, results, stride, last); break;
-#endif
+        for (int64_t output = 0; output < outputs; output++) {
+            const void *row = row_of(weight, output, size, kind);
+            switch (now) {
+                case 1: stream(row, size, inputs, kind, 1, results + output, stride); break;
+                case 2: stream(row, size, inputs, kind, 2, results + output, stride); break;
+                case 3: stream(row, size, inputs, kind, 3, results + output, stride); break;
+                case 4: stream(row, size, inputs, kind, 4, results + output, stride); break;
+            }
         }
     }
 }
@@ -366,7 +378,9 @@ apart void linear(const Linear *layer, const float *inputs, const float *sums, i
 }
 
 static void rms_norm(const float *inputs, const float *weight, float eps, int64_t size, float *outputs) {
-    float factor = 1 / __builtin_sqrtf(stream(inputs, size, inputs, FLOAT32) / (float)size + eps);
+    float squares;
+    stream(inputs, size, inputs, FLOAT32, 1, &squares, 1);
+    float factor = 1 / __builtin_sqrtf(squares / (float)size + eps);
     for (int64_t i = 0; i < size; i++) outputs[i] = weight[i] * (inputs[i] * factor);
 }
 
