@@ -49,6 +49,20 @@ def test_a_chunk_between_two_turns_of_decodes_fits_into_the_time_that_they_are_a
     assert settled(chunks, Decodes.ELSEWHERE, 0.0, 0.001, away_s) * 0.001 == pytest.approx(expected, rel=0.3)
 
 
+def test_prompts_that_come_in_short_parts_do_not_hide_that_a_chunk_is_too_long():
+    chunks = Chunks(1024)
+    chunks.took(Decodes.HERE, 0, 0.02, 0.0)
+    settled(chunks, Decodes.ELSEWHERE, 0.0, 0.0001, 0.1)
+    assert chunks.tokens(Decodes.ELSEWHERE) > 600
+    for _ in range(30):
+        tokens = min(chunks.tokens(Decodes.ELSEWHERE), 256)
+        chunks.took(Decodes.ELSEWHERE, tokens, 0.001 * tokens, 0.02)
+    assert chunks.tokens(Decodes.ELSEWHERE) < 30
+    for _ in range(30):
+        chunks.took(Decodes.NOWHERE, 100, 0.01, 0.0)
+    assert chunks.tokens(Decodes.NOWHERE) == 256, "a short part that is fast tells nothing of longer ones"
+
+
 def test_before_any_decode_was_measured_a_chunk_beside_it_stays_small():
     assert settled(Chunks(1024), Decodes.HERE, 1.0, 0.001) == Chunks(1024).tokens(Decodes.HERE) <= 32
 

@@ -44,20 +44,23 @@ class Chunks:
         `away_s`: for how many seconds decodes are elsewhere between two turns.
         """
         if decodes is Decodes.NOWHERE:
-            self._change(decodes, _TURN_S, seconds)
+            if tokens >= self._sizes[decodes]:  # who sends shorter parts is not to find them cut in two
+                self._change(decodes, tokens, _TURN_S, seconds)
         elif not tokens:
             before = seconds if self._decodes_s is None else self._decodes_s
             self._decodes_s = before + _RECENT * (seconds - before)
         elif self._decodes_s is not None:
             if decodes is Decodes.HERE:
-                beside = seconds - self._decodes_s
-                # That a few tokens take next to nothing says nothing about more.
-                if tokens >= self._sizes[decodes] or beside > _BESIDE * self._decodes_s:
-                    self._change(decodes, _BESIDE * self._decodes_s, beside)
+                self._change(decodes, tokens, _BESIDE * self._decodes_s, seconds - self._decodes_s)
             else:
-                self._change(decodes, min(max(_BETWEEN * self._decodes_s, away_s), _TURN_S), seconds)
+                self._change(decodes, tokens, min(max(_BETWEEN * self._decodes_s, away_s), _TURN_S), seconds)
 
-    def _change(self, decodes: Decodes, allowed: float, seconds: float) -> None:
-        """Not at once: a single turn may have been held up by something else."""
-        ratio = min(max(allowed / max(seconds, 1e-6), 0.6), 1.5)
-        self._sizes[decodes] = max(min(round(self._sizes[decodes] * ratio), self._most), _LEAST)
+    def _change(self, decodes: Decodes, tokens: int, allowed: float, seconds: float) -> None:
+        """Not at once: a single turn may have been held up by something else. Fewer tokens than there might have been tell of more only
+        that they would take too long."""
+        size, ratio = self._sizes[decodes], min(max(allowed / max(seconds, 1e-6), 0.6), 1.5)
+        if tokens < size:
+            changed = min(size, max(tokens * ratio, 0.6 * size)) if ratio < 1 else size
+        else:
+            changed = size * ratio
+        self._sizes[decodes] = max(min(round(changed), self._most), _LEAST)

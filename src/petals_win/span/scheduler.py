@@ -181,9 +181,7 @@ class Scheduler:
         for group in groups.values():
             self._compute_group(group)
         ended = time.perf_counter()
-        # A chunk that a prompt did not fill says little about what a whole one takes.
-        if left <= 0 or not prefills:
-            self._chunks.took(where, whole - left, ended - began, self._company.away_s)
+        self._chunks.took(where, whole - left, ended - began, self._company.away_s)
         if decodes:
             self._decoded = ended
         self._company.turned((each.session for each in decodes), began, ended)
