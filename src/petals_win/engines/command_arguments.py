@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
+from petals_win.engines.command_messages import Sampling
 from petals_win.errors import UserError
 from petals_win.host.programs import LONGEST_ARGUMENT
 
@@ -19,19 +20,7 @@ _OPENERS = ("-", "/") if sys.platform == "win32" else ("-",)
 # These start a shell, which reads a quote or an ampersand of a prompt as its own.
 _SHELL_FILES = (".bat", ".cmd")
 
-Option = Literal[
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-    "min_tokens",
-    "ignore_eos",
-]
+Option = Literal["max_tokens", "temperature", Sampling]
 
 
 def takes_prompt(arguments: Iterable[str]) -> bool:

@@ -24,21 +24,7 @@ _SECONDS = Field(gt=0, le=86_400)
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f\x7f]{1,200}$")]
 # What of a request may be left out, if the file says so.
-Passed = Literal[
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-    "min_tokens",
-    "ignore_eos",
-    "tools",
-    "chat_template_kwargs",
-]
+Passed = Literal[Option, "tools", "chat_template_kwargs"]
 
 
 class _Part(BaseModel):

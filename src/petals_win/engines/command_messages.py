@@ -14,7 +14,7 @@ VERSION = 1
 _Id = Annotated[str, Field(min_length=1, max_length=64)]
 _Count = Annotated[int, Field(ge=0, le=2**31)]
 Input = Literal["messages", "text"]
-Option = Literal[
+Sampling = Literal[
     "top_p",
     "top_k",
     "min_p",
@@ -24,6 +24,9 @@ Option = Literal[
     "seed",
     "min_tokens",
     "ignore_eos",
+]
+Option = Literal[
+    Sampling,
     "json_schema",
     "regex",
     "grammar",

@@ -132,10 +132,9 @@ class Panels(nn.Module):
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
-        library = _library()
         if 0 < len(inputs) <= MOST_ROWS:
             layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], INT4)
-            return library.linear(layer, inputs.float()).to(inputs.dtype)
+            return _library().linear(layer, inputs.float())
         # In 16 bits where the processor multiplies such numbers.
         dtype = torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
         output, inputs = inputs.new_empty(len(inputs), len(self.panels) * PANEL, dtype=dtype), inputs.to(dtype)
