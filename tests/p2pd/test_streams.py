@@ -99,9 +99,14 @@ def test_47_close_reaches_the_other_side(both: Pair, sockets: Path, who: str) ->
         stream, _ = opening.open_stream(serving.peer_id, "s")
         inner, _ = listener.accept()
         closing, seeing = (stream, inner) if who == "opener" else (inner, stream)
+        closes_at = opening if who == "opener" else serving
         closing.sock.sendall(b"last words")
+        heard = b""
+        if closes_at.program.name == "reference":
+            # It may reset a stream whose own side is closed, and a reset overtakes what has not been read.
+            heard = seeing.take(len(b"last words"))
         closing.close()
-        assert seeing.take_all() == b"last words"
+        assert heard + seeing.take_all() == b"last words"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="closing a TCP socket with unread input destroys what it has sent")
