@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,22 @@ def summary(said: str) -> str:
     )
 
 
+def not_run(said: str, folders: set[str], every_test: Sequence[pytest.Item]) -> Iterator[str]:
+    """Which tests of these folders were not run there, and why."""
+    skipped: Counter[tuple[str, str]] = Counter()
+    for count, file, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+?):\d+: (.*)$", said, re.MULTILINE):
+        skipped[file, reason] += int(count)
+    of_these = [item for item in every_test if item.path.relative_to(ROOT / "tests").parts[0] in folders]
+    marks = [(item, mark) for item in of_these for mark in item.iter_markers()]
+    lacking = Counter((item.path.name, mark.args[0]) for item, mark in marks if mark.name == "wine_lacks")
+    elsewhere = {item.nodeid for item, mark in marks if mark.name == "skipif" and mark.args[:1] == (True,)}
+    yield f"Only on Linux: {skipped.total()}, only on other systems: {len(elsewhere)}"
+    for (file, reason), count in skipped.items():
+        yield f"    {count} of {file}: {reason}"
+    for (file, what), count in lacking.items():
+        yield f"    {count} of {file}, on Windows PCs only: Wine lacks {what}"
+
+
 def everything_in(folders: set[str]) -> list[str]:
     # By what is ignored: named together, folders would get each other's conftest.
     others = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name not in folders]
@@ -139,25 +156,18 @@ def everything_in(folders: set[str]) -> list[str]:
     ]
 
 
-@pytest.mark.timeout(SETUP_SECONDS + 2 * UNIT_SECONDS)
-def test_the_tests_under_windows_python(wheel, every_test, capsys):
-    outputs = [
-        pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel),
-        pytest_in_the_bench(*everything_in(WITH_THE_DAEMON), PETALS_WIN_TESTED_P2PD=P2PD),
-    ]
-    skipped: Counter[tuple[str, str]] = Counter()
-    for count, file, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+?):\d+: (.*)$", "\n".join(outputs), re.MULTILINE):
-        skipped[file, reason] += int(count)
-    marks = [(item, mark) for item in every_test for mark in item.iter_markers()]
-    lacking = Counter((item.path.name, mark.args[0]) for item, mark in marks if mark.name == "wine_lacks")
-    elsewhere = {item.nodeid for item, mark in marks if mark.name == "skipif" and mark.args[:1] == (True,)}
+@pytest.mark.timeout(SETUP_SECONDS + UNIT_SECONDS)
+def test_units_under_windows_python(wheel, every_test, capsys):
+    said = pytest_in_the_bench(*everything_in(WITH_THE_WHEEL), PETALS_WIN_WHEEL=wheel)
     with capsys.disabled():
-        print("", *map(summary, outputs), sep="\n")
-        print(f"Only on Linux: {skipped.total()}, only on other systems: {len(elsewhere)}")
-        for (file, reason), count in skipped.items():
-            print(f"    {count} of {file}: {reason}")
-        for (file, what), count in lacking.items():
-            print(f"    {count} of {file}, on Windows PCs only: Wine lacks {what}")
+        print("", summary(said), *not_run(said, WITH_THE_WHEEL, every_test), sep="\n")
+
+
+@pytest.mark.timeout(SETUP_SECONDS + UNIT_SECONDS)
+def test_programs_under_windows_python(every_test, capsys):
+    said = pytest_in_the_bench(*everything_in(WITH_THE_DAEMON), PETALS_WIN_TESTED_P2PD=P2PD)
+    with capsys.disabled():
+        print("", summary(said), *not_run(said, WITH_THE_DAEMON, every_test), sep="\n")
         print("    left out for their time:", *LEFT_OUT)
         print("    not seen to pass on Windows yet:", "jobs", *NOT_SEEN)
 
