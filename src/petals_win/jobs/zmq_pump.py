@@ -1,7 +1,7 @@
-"""A ZeroMQ socket on a thread of its own, beside any event loop: pyzmq's own asyncio needs a loop that watches sockets, which the one of
-Windows does not.
+"""A ZeroMQ socket on an event loop. pyzmq's own asyncio needs a loop that watches sockets, which the one of Windows does not; there a
+thread watches, and touches nothing else.
 
-Knows sockets and threads. Does not know what is sent. A message goes as one frame of ZeroMQ's, in which its own frames stand each behind its length:
+Knows sockets and loops. Does not know what is sent. A message goes as one frame of ZeroMQ's, in which its own frames stand each behind its length:
 where a peer is killed between two real ones, libzmq 4.3.5 now and then ends the process of the other by a failed assertion.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import select
+import socket as sockets
 import threading
-from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import zmq
 
@@ -21,9 +20,6 @@ from petals_win.errors import printable
 from petals_win.jobs.links import CLOSE_S, HANDSHAKE_S
 from petals_win.jobs.model import MOST_BYTES
 
-logger = logging.getLogger(__name__)
-
-_BATCHES_AHEAD = 8  # that the thread reads while the event loop is busy
 _BATCH = 64
 _MOST_FRAMES = 4
 _FRAMING = 1024  # bytes, more than what stands around a message
@@ -31,109 +27,127 @@ Frames = list[bytes]
 Deliver = Callable[[list[tuple[Frames, str]]], None]  # messages, each with the address that it came from
 
 
-class Pump(threading.Thread):
-    """A socket in a thread: what was sent goes out, what comes in is given to the event loop in batches.
+class Pump:
+    """A socket of the loop that runs now: messages go out at once, and what comes in is delivered in batches.
 
-    Once the thread runs, nobody else touches the socket. `others` are further sockets that it reads, each with its own function.
-    `undelivered` gets the first frame of what could not be sent.
+    `others` are further sockets with what reads a message of theirs. `undelivered` gets the first frame of what could not be sent.
     """
 
     def __init__(
-        self, context: zmq.Context, socket: zmq.Socket, deliver: Deliver, undelivered: Callable[[bytes], None]
+        self,
+        context: zmq.Context,
+        socket: zmq.Socket,
+        deliver: Deliver,
+        undelivered: Callable[[bytes], None],
+        others: dict[zmq.Socket, Callable[[], None]],
     ):
-        super().__init__(name="zmq", daemon=True)
-        self.others: dict[zmq.Socket, Callable[[], None]] = {}
         self.loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self.loop.create_future()
         self._context, self._socket, self._deliver = context, socket, deliver
         self._addressed = socket.type == zmq.ROUTER  # its messages have the peer's name before them
         self._undelivered = undelivered
-        self._out: deque[Frames] = deque()
-        self._ahead = threading.Semaphore(_BATCHES_AHEAD)
-        self._stopping = False
-        self._bell, self._rung = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-        self._rung.bind(f"inproc://bell-{id(self)}")
-        self._bell.connect(f"inproc://bell-{id(self)}")
+        self._others = others
+        self._looking: asyncio.Handle | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._watch = watch(self.loop, [int(each.getsockopt(zmq.FD)) for each in (socket, *others)], self._look)
+        self._look_soon()
 
     def send(self, frames: Frames) -> None:
-        """Called on the event loop's thread, as `stop`."""
-        self._out.append(frames)
-        self._ring()
+        """Without waiting; nothing once it has stopped."""
+        if self._ended is not None:
+            return
+        name, content = (frames[:1], frames[1:]) if self._addressed else ([], frames)
+        try:
+            self._socket.send_multipart([*name, packed(content)], zmq.DONTWAIT)
+        except zmq.ZMQError:  # whoever it was for has gone
+            self.loop.call_soon(self._undelivered, frames[0])
+        self._look_soon()  # sending may have taken notice of what came, of which the descriptor then says nothing
 
     async def stop(self) -> None:
         """Send what is left, and close all."""
-        if not self._stopping:
-            self._stopping = True
-            self._ring()
-        await asyncio.wait_for(asyncio.shield(self.ended), CLOSE_S)
-
-    def _ring(self) -> None:
-        if not self._bell.closed:
-            with contextlib.suppress(zmq.Again):  # it has not heard the last ones yet
-                self._bell.send(b"", zmq.DONTWAIT)
-
-    def tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the event loop, from this thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(function, *arguments)
-
-    def run(self) -> None:
-        try:
-            poller = zmq.Poller()
-            for socket in (self._socket, self._rung, *self.others):
-                poller.register(socket, zmq.POLLIN)
-            while not self._stopping:
-                for socket, _ in poller.poll():
-                    if socket is self._rung:
-                        self._drain_bell()
-                    elif socket is self._socket:
-                        self._read()
-                    else:
-                        self.others[socket]()
-                self._write()
-        except Exception:
-            logger.exception("The thread of a ZeroMQ socket broke down")
-        finally:
-            for socket in self.others:
+        if self._ended is None:
+            self._watch()
+            if self._looking is not None:
+                self._looking.cancel()
+            for socket in self._others:
                 socket.close(0)
             self._socket.close(200)
-            self._rung.close(0)
-            self.tell(self._bell.close, 0)
-            self._context.term()  # when all are closed, and what was left is sent
-            self.tell(self.ended.set_result, None)
+            self._ended = asyncio.ensure_future(asyncio.to_thread(self._context.term))  # when what was left is sent
+        await asyncio.wait_for(asyncio.shield(self._ended), CLOSE_S)
 
-    def _drain_bell(self) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._rung.recv(zmq.DONTWAIT)
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            self._looking = self.loop.call_soon(self._look)
 
-    def _write(self) -> None:
-        while self._out:
-            frames = self._out.popleft()
-            try:
-                name, content = (frames[:1], frames[1:]) if self._addressed else ([], frames)
-                self._socket.send_multipart([*name, packed(content)], zmq.DONTWAIT)
-            except zmq.ZMQError:  # whoever it was for has gone
-                self.tell(self._undelivered, frames[0])
-
-    def _read(self) -> None:
+    def _look(self) -> None:
+        """Read what is there. The descriptors tell once that there is something, so that nothing may be left."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if self._ended is not None:
+            return
+        for socket, read in self._others.items():
+            while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                read()
         batch: list[tuple[Frames, str]] = []
         with contextlib.suppress(zmq.Again):
             while len(batch) < _BATCH:
-                *name, message = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
-                frames = [*(each.bytes for each in name), *unpacked(message.bytes)]
-                address = message.get("Peer-Address") if self._addressed and len(frames) > 3 else ""
-                batch.append((frames, str(address)))
-        while batch and not self._stopping:
-            if self._ahead.acquire(timeout=0.2):
-                self.tell(self._delivered, batch)
-                return
-
-    def _delivered(self, batch: list[tuple[Frames, str]]) -> None:
-        try:
+                batch.append(self._read())
+            self._look_soon()
+        if batch:
             self._deliver(batch)
+
+    def _read(self) -> tuple[Frames, str]:
+        *name, message = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        frames = [*(each.bytes for each in name), *unpacked(message.bytes)]
+        address = message.get("Peer-Address") if self._addressed and len(frames) > 3 else ""
+        return frames, str(address)
+
+
+def watch(loop: asyncio.AbstractEventLoop, descriptors: list[int], look: Callable[[], None]) -> Callable[[], None]:
+    """Have the loop call `look` when there is something to read, until the function that is returned is called."""
+    try:
+        for descriptor in descriptors:
+            loop.add_reader(descriptor, look)
+    except NotImplementedError:
+        return _Watcher(loop, descriptors, look).end
+
+    def end() -> None:
+        for descriptor in descriptors:
+            loop.remove_reader(descriptor)
+
+    return end
+
+
+class _Watcher(threading.Thread):
+    """For loops that watch no sockets: waits beside the loop, and lets it look."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, descriptors: list[int], look: Callable[[], None]):
+        super().__init__(name="zmq", daemon=True)
+        self._loop, self._descriptors, self._look = loop, descriptors, look
+        self._looked = threading.Semaphore(0)
+        self._bell, self._rung = sockets.socketpair()
+        self.start()
+
+    def end(self) -> None:
+        """Returns when it waits on none of them any more."""
+        self._bell.close()
+        self._looked.release()
+        self.join()
+        self._rung.close()
+
+    def run(self) -> None:
+        while self._rung not in select.select([*self._descriptors, self._rung], [], [])[0]:
+            try:
+                self._loop.call_soon_threadsafe(self._look_now)
+            except RuntimeError:  # the loop has ended
+                return
+            self._looked.acquire()  # until then they would be ready again and again
+
+    def _look_now(self) -> None:
+        try:
+            self._look()
         finally:
-            self._ahead.release()
+            self._looked.release()
 
 
 def packed(frames: Frames) -> bytes:

@@ -86,10 +86,8 @@ class ZmqDoor:
             ) from e
         bound = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._answer = answer
-        self._pump = Pump(context, socket, self._came, self._forget)
         known = curve_public(curve_of_callers(self._secrets.key))
-        self._pump.others[gate] = lambda: self._judge(gate, known)
-        self._pump.start()
+        self._pump = Pump(context, socket, self._came, self._forget, {gate: lambda: self._judge(gate, known)})
         self._sweeping = asyncio.create_task(self._sweep())
         return bound
 
@@ -219,13 +217,10 @@ class ZmqLink:
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a lost link is lost: what ran on it is not there any more
         socket.setsockopt(zmq.IMMEDIATE, 1)
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | sum(_HANDSHAKES))
-        self._pump = Pump(context, socket, self._came, self._ignore)
-        self.let_in: asyncio.Future[None] = self._pump.loop.create_future()
-        self._pump.others[monitor] = lambda: self._pump.tell(
-            self._happened, parse_monitor_message(monitor.recv_multipart())
-        )
+        self.let_in: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        events = {monitor: lambda: self._happened(parse_monitor_message(monitor.recv_multipart()))}
+        self._pump = Pump(context, socket, self._came, self._ignore, events)
         socket.connect(tcp(address.host, address.port))
-        self._pump.start()
         self._pinging = asyncio.create_task(self._ping())
 
     def _happened(self, what: Any) -> None:
