@@ -66,11 +66,25 @@ class FreeCores:
                 self._running -= 1
                 if self._running == 0:
                     self._ended = _clocks()
-                    self._seconds += self._ended[0] - self._began[0]
-                    self._taken += self._ended[1] - self._began[1]
-                    if self._seconds >= self._window:
-                        self._decide(self._seconds, self._taken)
-                        self._window = _WINDOW_S
+                    self._count(self._ended)
+
+    def look(self) -> int | None:
+        """In the middle of a computation: the number of threads for the rest of it; None: there is no news."""
+        if time.perf_counter() - self._began[0] < _FIRST_WINDOW_S:
+            return None
+        with self._lock:
+            now = _clocks()
+            self._count(now)
+            self._began = now
+            return max(1, self._threads // max(1, self._running))
+
+    def _count(self, now: tuple[float, float]) -> None:
+        """What has passed since this process began to compute."""
+        self._seconds += now[0] - self._began[0]
+        self._taken += now[1] - self._began[1]
+        if self._seconds >= self._window:
+            self._decide(self._seconds, self._taken)
+            self._window = _WINDOW_S
 
     def _decide(self, seconds: float, taken: float, at_least: int = 1) -> None:
         """Others have had `taken` core seconds in so many seconds."""
@@ -134,18 +148,28 @@ def computing() -> Iterator[None]:
     if _free_cores is None or getattr(_this_thread, "computes", False):
         yield
         return
-    torch = sys.modules["torch"]
+    before = sys.modules["torch"].get_num_threads()  # of this thread: OpenMP keeps a number for each
     with _free_cores.computing() as threads:
-        before = torch.get_num_threads()  # of this thread: OpenMP keeps a number for each
-        if before != threads:
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         _this_thread.computes = True
         try:
             yield
         finally:
             _this_thread.computes = False
-            if before != threads:
-                torch.set_num_threads(before)
+            _set_threads(before)
+
+
+def look_around() -> None:
+    """Between two parts of a computation of this thread that may be long: go on with as many threads as there are free cores by now."""
+    if _free_cores is not None and getattr(_this_thread, "computes", False):
+        if (threads := _free_cores.look()) is not None:
+            _set_threads(threads)
+
+
+def _set_threads(threads: int) -> None:
+    torch = sys.modules["torch"]
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _threads_of_the_user() -> int | None:

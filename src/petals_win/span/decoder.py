@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from petals_win.errors import UserError
+from petals_win.host.threads import look_around
 from petals_win.models.architecture import (
     ONLY_ATTENTION,
     attention_windows,
@@ -34,6 +35,7 @@ from petals_win.span.rotary import DeclaredRotary, declared, depends_on_length
 
 logger = logging.getLogger(__name__)
 
+_FEW_ROWS = 16  # are through before there is news of what else the PC does
 Prompts = Sequence["torch.Tensor | None"]
 Preparing = Callable[..., AbstractContextManager[None]]  # of modules, for one run
 
@@ -132,6 +134,8 @@ class CutDecoder:
             if prompt is not None:
                 hooks.append(layer.register_forward_pre_hook(_adding(prompt), with_kwargs=True))
         hooks.append(layers[-1].register_forward_hook(leave))
+        if hidden.shape[0] * hidden.shape[1] > _FEW_ROWS:
+            hooks += [layer.register_forward_pre_hook(lambda *_: look_around()) for layer in layers]
         # Not the states themselves, which some models scale in place.
         in_its_place = hidden.new_zeros(*hidden.shape[:-1], self.row.hidden)
         try:

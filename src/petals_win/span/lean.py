@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm
 from transformers.activations import SiLUActivation
 
+from petals_win.host.threads import look_around
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.linear import linear_weight
 
@@ -63,6 +64,7 @@ class LeanBlocks:
         half = cos.shape[-1] // 2
         turn = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
         for block in self._blocks[start - self._start : end - self._start]:
+            look_around()
             hidden = block(hidden, turn, attend)
         return hidden
 
