@@ -1,7 +1,8 @@
 """What workers give and cost: two of them over one, a token's way over gRPC and ZeroMQ, and questions while workers are killed.
 
 Run by scripts/workers, in .venv; everything is on loopback. Eight questions are answered by one worker with the default model and one thread, and by two.
-Tokens of a scripted engine are timed from their making to their arrival, over each transport and directly, in turns. With --kills, workers are
+Tokens of a scripted engine are timed from their making to their arrival, over each transport and directly, in turns: on cores that are awake, as they
+are where a model computes, and on such as sleep between two tokens, which has no bound: waking up is most of it. With --kills, workers are
 killed and start again that often while eight clients ask, and nothing else is measured: with a tiny random model, or with --scripted with none.
 The exit code is 1 if a bound is missed.
 """
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from petals_win.bench.busy import awake_cores
 from petals_win.bench.kills import Killed, soak_kills
 from petals_win.bench.steady import MODEL as STEADY
 from petals_win.bench.tiny_model import make_tiny_model
@@ -37,13 +39,16 @@ def say(line: str) -> None:
 async def measure(home: Path, rounds: int, tokens: int) -> dict[str, Any]:
     from petals_win.models.default_model import default_model_file
 
-    delays = await measure_overheads(home, rounds, 4 * tokens, say)
+    with awake_cores():
+        delays = await measure_overheads(home, rounds, 4 * tokens, say)
+    asleep = await measure_overheads(home, max(1, rounds // 3), 4 * tokens, say)
     shares = await measure_shares(str(default_model_file()), home, rounds, tokens, say)
     return {
         "one_worker_s": shares.median("one_s"),
         "two_workers_s": shares.median("two_s"),
         "share": shares.ratio("two_s", "one_s"),
         **overheads(delays),
+        **{f"asleep_{name}": value for name, value in overheads(asleep).items()},
         "all": shares.values,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from petals_win.bench import swarm
 from petals_win.bench.asking import Asker
-from petals_win.bench.busy import busy_program
+from petals_win.bench.busy import awake_cores, busy_program
 from petals_win.bench.one_process import OneProcess
 from petals_win.cli.main import app
 from petals_win.engines.base import Finished, ModelCard, SwarmFull, Token, Usage
@@ -133,6 +134,19 @@ def test_a_busy_program_has_a_core_and_ends():
             time.sleep(0.1)
         assert busy.cpu_times().user >= 1.5
     assert not busy.is_running()
+
+
+def _priority(pid: int) -> object:
+    return os.sched_getscheduler(pid) if sys.platform == "linux" else psutil.Process(pid).nice()
+
+
+def test_awake_cores_give_way_and_end():
+    before, own = set(psutil.Process().children()), _priority(os.getpid())
+    with awake_cores():
+        keeping = set(psutil.Process().children()) - before
+        assert len(keeping) == os.cpu_count()
+        assert all(_priority(each.pid) != own for each in keeping)
+    assert not any(each.is_running() for each in keeping)
 
 
 # -- times of answers, by an engine whose tokens come when the test says

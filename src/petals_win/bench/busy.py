@@ -1,10 +1,13 @@
-"""A program that keeps one core busy, beside which something is measured. Knows processes alone."""
+"""Programs that keep cores busy, beside which something is measured. Knows processes alone."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+
+import psutil
 
 from petals_win.host.children import spawn
 
@@ -27,3 +30,24 @@ def busy_program(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         child.stop()
+
+
+@contextlib.contextmanager
+def awake_cores() -> Iterator[None]:
+    """For the length of a with block no core goes to sleep: each has a program of the lowest priority, which gives way to any other."""
+    with contextlib.ExitStack() as ends:
+        for _ in range(os.cpu_count() or 1):
+            child = spawn([sys.executable, "-c", _PROGRAM])
+            ends.callback(child.stop)
+            _put_last(child.pid)
+        yield
+
+
+def _put_last(pid: int) -> None:
+    """Let the process run only where no other wants to."""
+    if sys.platform == "win32":
+        psutil.Process(pid).nice(psutil.IDLE_PRIORITY_CLASS)
+    elif sys.platform == "linux":
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        psutil.Process(pid).nice(19)
