@@ -10,7 +10,7 @@ from enum import Enum, auto
 # A turn without decodes lasts no longer, since the first one that comes waits for its end.
 _TURN_S = 0.4
 # Of what decodes take alone: what a chunk beside them may take, and one that is computed while they are away, even if that is shorter.
-_BESIDE, _BETWEEN = 0.7, 0.5
+_BESIDE, _BETWEEN = 0.4, 0.3
 _LEAST = 8
 _WORTH_ROOM = 4
 _RECENT = 0.3  # of the last turn in a mean of turns

@@ -19,6 +19,7 @@ _OF_DECODES, _OF_PREFILLS = 0.15, 0.5
 _NEXT, _ALL = 0.08, 0.25
 _PAUSE_S = 1.0  # who comes again later than this was not waited for: a user thinks, or a client is through
 _RECENT = 0.2  # of the last one in the mean time to come again
+_LATER = 0.002  # of one that was away longer than usual
 
 
 class Company:
@@ -29,14 +30,17 @@ class Company:
         self._answered: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._decoded: WeakKeyDictionary[Session, float] = WeakKeyDictionary()  # when they had their last turn
         self._expected: list[Session] = []
-        self._returns_s = 0.0
+        self._returns_s = self._soonest_s = 0.0
         self._ended = self._seconds = 0.0
         self._first = self._last = 0.0  # when the steps came that come one after the other
 
     @property
     def away_s(self) -> float:
-        """How long it takes until a session that was answered comes again; 0 as long as none did."""
-        return self._returns_s
+        """After how long sessions that were answered come again where nothing keeps them; 0 as long as none did.
+
+        Nodes that each computed something while sessions are elsewhere, for as long as they are, would keep them longer and longer.
+        """
+        return self._soonest_s
 
     def came(self, session: Session, now: float) -> None:
         """A step of the session has arrived; in any thread."""
@@ -44,6 +48,8 @@ class Company:
             seconds = now - self._answered.pop(session, -_PAUSE_S)
             if seconds < _PAUSE_S:
                 self._returns_s += _RECENT * (seconds - self._returns_s)
+                slowly = 0 < self._soonest_s < seconds
+                self._soonest_s += (_LATER if slowly else _RECENT) * (seconds - self._soonest_s)
             if now - self._last > _NEXT * self._seconds:
                 self._first = now
             self._last = now
