@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from petals_win.client import choosing
 from petals_win.engines.base import GenerationRequest
 from petals_win.engines.sampling import check_token_ids, sampler
 from petals_win.errors import UserError
@@ -139,8 +140,15 @@ def test_what_is_left_out_is_the_models_own(model, monkeypatch):
     ]
 
 
-def test_a_seed_draws_what_generate_draws(model):
-    """From the same logits with the same settings, by transformers' own sampling and torch's generator of all."""
+def test_a_seed_draws_what_generate_draws(model, monkeypatch):
+    """From the same logits with the same settings, by transformers' own sampling and torch's generator of all.
+
+    But for the last step: how a random number becomes a token, where generate() takes many of them.
+    """
+    assert answer(model, temperature=1.7, seed=11) == answer(model, temperature=1.7, seed=11)
+    monkeypatch.setattr(
+        choosing, "drawn", lambda chances, chance: int(torch.multinomial(chances, 1, generator=chance))
+    )
     settings = {"temperature": 1.7, "top_k": 30, "top_p": 0.95}
     torch.manual_seed(11)
     made = model.generate(torch.tensor([PROMPT]), do_sample=True, max_new_tokens=12, **settings)

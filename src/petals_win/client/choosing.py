@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    TopPLogitsWarper,
+)
 
 from petals_win.client.hollow import RemoteCache
 
@@ -98,7 +105,7 @@ class Sampler:
         if self._generator is None:
             return int(scores.argmax(dim=-1))
         # A generator of the answer's own: with one for all, a seed would give what others left over.
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        return drawn(scores[0].softmax(dim=-1), self._generator)
 
     def weighed(self, token: int, logits: torch.Tensor) -> int:
         """The token that was chosen by the logits [1, vocabulary]: a WeighedToken, if log probabilities are told."""
@@ -108,6 +115,16 @@ class Sampler:
         best = logprobs.topk(min(self._logprobs, len(logprobs)))
         likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return WeighedToken(token, float(logprobs[token]), likeliest)
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> int:
+    """One of the tokens, by their probabilities [vocabulary].
+
+    With one random number, where torch.multinomial takes one for each token: 0.06 ms instead of 0.8 for 49,152 of them.
+    """
+    reached = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    number = reached[-1] * torch.rand((), dtype=torch.float64, generator=generator)
+    return int(torch.searchsorted(reached[:-1], number, right=True))
 
 
 def processors_of_generate(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> LogitsProcessorList:
@@ -123,7 +140,33 @@ def processors_of_generate(model: PreTrainedModel, ids: torch.Tensor, **argument
         custom_generate=lambda _model, _ids, logits_processor, **_: logits_processor,
         **arguments,
     )
-    return LogitsProcessorList([_TopP(each) if type(each) is TopPLogitsWarper else each for each in processors])
+    return LogitsProcessorList([_faster(each) for each in processors])
+
+
+def _faster(processor: Any) -> Any:
+    """A processor that does the same with less work for a large vocabulary, where there is one."""
+    kind = type(processor)
+    if kind is TopPLogitsWarper:
+        return _TopP(processor)
+    if kind is MinLengthLogitsProcessor:
+        return _NoEnd(processor.eos_token_id, processor.min_length)
+    if kind is MinNewTokensLengthLogitsProcessor:
+        return _NoEnd(processor.eos_token_id, processor.prompt_length_to_skip + processor.min_new_tokens)
+    return processor
+
+
+class _NoEnd(LogitsProcessor):
+    """What transformers' processors for a least length do, which look for the tokens that end an answer among the whole vocabulary."""
+
+    def __init__(self, ends: torch.Tensor, length: int) -> None:
+        """`ends`: ids that do not come next before prompt and answer have so many tokens."""
+        self._ends, self._length = ends.flatten(), length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` and the result are [1, vocabulary]."""
+        if input_ids.shape[-1] >= self._length:
+            return scores
+        return scores.index_fill(-1, self._ends[self._ends < scores.shape[-1]], _NEVER)
 
 
 class _TopP(LogitsProcessor):
