@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from petals_win.kernels.library import MOST_ROWS
 from petals_win.models.source import open_model
 from petals_win.span.int4 import Int4Linear
 from petals_win.span.native import NativeBlocks, NativeLinear
@@ -165,3 +166,23 @@ def test_a_layer(checkpoint):
     assert (in_16_bits is None) == can_pack(torch.bfloat16)
     for other in (nn.Linear(4, 4), plain.to(torch.float16), nn.Identity()):
         assert NativeLinear.of(other) is None
+
+
+@pytest.mark.parametrize("count, calls", [(11, 2), (24, 4), (30, 0)])
+def test_more_rows_than_one_call_takes(checkpoint, monkeypatch, count, calls):
+    span = Span.load(open_model(str(checkpoint("llama"))), 0, 4)
+    run, rows = NativeBlocks.run, list[int]()
+
+    def noted(self, parts, start, end):
+        rows.append(sum(hidden.shape[0] * hidden.shape[1] for _, hidden in parts))
+        return run(self, parts, start, end)
+
+    batches = [1 + number % 4 for number in range(count)]  # two or three rows of each session on average
+    hidden = [hidden_states(batch, 1, seed) for seed, batch in enumerate(batches)]
+    alone = [span.step(span.open(batch, 9), step) for batch, step in zip(batches, hidden, strict=True)]
+    monkeypatch.setattr(NativeBlocks, "run", noted)
+    steps = [span.begin(span.open(batch, 9), step) for batch, step in zip(batches, hidden, strict=True)]
+    span.advance([(step, 1) for step in steps])
+    assert len(rows) == calls and all(each <= MOST_ROWS for each in rows)
+    for step, expected in zip(steps, alone, strict=True):
+        torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)

@@ -31,6 +31,9 @@ from petals_win.span.probe import agrees
 logger = logging.getLogger(__name__)
 
 _NAME = "petals_win_joint"
+_MOST_CALLS = 4  # of the kernels for one pass: 64 rows take them 100 ms where the other way takes 135
+
+_Part = tuple[SessionCache, torch.Tensor]
 
 # The pass that this thread computes: an attention function is not told.
 _of_this_thread = threading.local()
@@ -88,13 +91,13 @@ class JointPass:
             logger.info("%s: this model computes something else for several together", otherwise)
         return works
 
-    def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
+    def run(self, parts: Sequence[_Part], start: int, end: int) -> list[torch.Tensor]:
         """Hidden states [batch, tokens, hidden] of each session, after its cache's position, through the blocks [start, end).
 
         Returns the same shapes, on the CPU. The caller advances the positions.
         """
-        if self._native is not None and sum(_rows_of(hidden) for _, hidden in parts) <= MOST_ROWS:
-            return self._native.run(parts, start, end)
+        if self._native is not None and (groups := _of_few_rows(parts)):
+            return [output for group in groups for output in self._native.run(group, start, end)]
         # Single tokens come first: attention has a short way for them.
         order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
         ordered = [parts[index] for index in order]
@@ -114,6 +117,21 @@ class JointPass:
         rows = output.cpu().split([_rows_of(hidden) for _, hidden in ordered], dim=1)
         outputs = {index: row.view(parts[index][1].shape) for index, row in zip(order, rows, strict=True)}
         return [outputs[index] for index in range(len(parts))]
+
+
+def _of_few_rows(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """The parts in groups that the kernels take; none where more of them, or one that is too long, are faster another way."""
+    groups, rows = list[list[_Part]](), MOST_ROWS
+    for part in parts:
+        more = _rows_of(part[1])
+        if more > MOST_ROWS:
+            return []
+        rows += more
+        if rows > MOST_ROWS:
+            groups.append([])
+            rows = more
+        groups[-1].append(part)
+    return groups if len(groups) <= _MOST_CALLS else []
 
 
 def _rows_of(hidden: torch.Tensor) -> int:
