@@ -109,6 +109,11 @@ def write_gguf(
     return path
 
 
+def stored_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """What `write_gguf` writes of the model, by the names in the file."""
+    return _tensors(model, ARCHITECTURES[model.config.model_type])
+
+
 def hyperparameters(config: Any) -> dict[str, Any]:
     """What the converter of this kind of model writes besides the tokenizer."""
     kind = config.model_type
