@@ -32,7 +32,13 @@ def by_up() -> tuple[str, str]:
                     break
             else:
                 raise AssertionError("up ended: " + "".join(lines))
-            asked = {"model": DEFAULT_MODEL, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+            asked = {
+                "model": DEFAULT_MODEL,
+                "prompt": PROMPT,
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=120)
             assert answer.status_code == 200, answer.text
             return answer.json()["choices"][0]["text"], "".join(lines)

@@ -75,14 +75,17 @@ def _needs(model: str, token: str | None) -> tuple[dict[str, Needs], bool]:
 
     known = find_known_model(model)
     if known is not None:
-        config = known.config()
-        dtype, in_four_bits = config.dtype, frozenset[str]()
+        config, in_four_bits = known.config(), frozenset[str]()
+        dtype = config.dtype
     else:
         from petals_win.models.source import open_model
 
         source = open_model(model, token=token)
         config, dtype, in_four_bits = source.config, source.dtype, source.in_four_bits
-    return {quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS}, bool(in_four_bits)
+    needs: dict[str, Needs] = {
+        quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS  # pyright: ignore[reportArgumentType]
+    }
+    return needs, bool(in_four_bits)
 
 
 def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | None, as_json: bool) -> None:

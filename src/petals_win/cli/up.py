@@ -86,7 +86,10 @@ def up(
             source = open_model(model)
             # Downloads a model of one file, for which the nodes would not have the time.
             progress.detail(f"{source.name} is {source.content_id}")
-            options = [*([] if threads is None else ["--threads", str(threads)]), *([] if quant is None else ["--quant", quant])]
+            options = [
+                *([] if threads is None else ["--threads", str(threads)]),
+                *([] if quant is None else ["--quant", quant]),
+            ]
             swarm = _two_nodes(source, model, options, progress, stop, held)
         progress.step("Loading the model's embeddings and head" if swarm else f"Loading {model}")
         common = EngineSettings("", tuple(swarm.peers)) if swarm else EngineSettings("", quant=quant)

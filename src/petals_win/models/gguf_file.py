@@ -23,7 +23,6 @@ import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
 from petals_win.host.folders import cache_folder
@@ -91,19 +90,21 @@ class GgufCheckpoint:
         }
 
     def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
-        # What lies the other way round in the model has its groups across the rows there.
-        if any(isinstance(module, Conv1D) or getattr(module, "is_transposed", False) for module in model.modules()):
-            return frozenset()
-        expected = model.state_dict()
-        parts_of = self._parts_of(_names(self._path, model, self._architecture))
+        names, expected = _names(self._path, model, self._architecture), model.state_dict()
         return frozenset(
             target
-            for target, names in parts_of.items()
-            if all(
-                GGMLQuantizationType(entry.type) in GGUF_TYPES and entry.shape[-1:] == list(expected[target].shape[-1:])
-                for entry in (self._entries[name] for name in names)
-            )
+            for target, found in self._parts_of(names).items()
+            if all(GGMLQuantizationType(self._entries[name].type) in GGUF_TYPES for name in found)
+            and self._only_rows_move(names, target, found, expected[target].shape)
         )
+
+    def _only_rows_move(self, names: GgufNames, target: str, found: list[str], shape: torch.Size) -> bool:
+        """Whether these tensors become the model's in the same way if each has other columns: that is tried with a single one."""
+        columns = {name: np.zeros((*self._entries[name].shape[:-1], 1), dtype=np.uint8) for name in found}
+        try:
+            return names.convert(columns, target).shape == (*shape[:-1], 1)
+        except ValueError:  # of numpy: columns are told apart
+            return False
 
     def _parts_of(self, names: GgufNames) -> dict[str, list[str]]:
         """By the name of each of the model's tensors, those of the file that it is made of."""
@@ -170,7 +171,9 @@ class _Dequantized:
     def groups(self) -> Groups:
         """The same as levels: rows are moved about as those of the weight itself are."""
         parts = {name: self._checkpoint.read_levels(name) for name in self._parts}
-        made = (self._names.convert({name: each[kind] for name, each in parts.items()}, self._target) for kind in range(3))
+        made = (
+            self._names.convert({name: each[kind] for name, each in parts.items()}, self._target) for kind in range(3)
+        )
         return Groups(*made)
 
 

@@ -103,6 +103,8 @@ class ModelSource:
 
         What else is in such files stays in 16 bits or more when these are kept in int4.
         """
+        if isinstance(self.checkpoint, SafetensorsCheckpoint):
+            return frozenset()
         model = empty_model(self.config, torch.float32)
         return if_most(model, self.checkpoint.in_four_bits(model))
 

@@ -80,7 +80,9 @@ def choose_quant(
 def _as_stored(source: ModelSource, device: torch.device) -> Quant:
     """Any other four bits would be another rounding on top of the file's."""
     if why := int4.why_not(device):
-        logger.info("Serving in 16 bits, though %s is stored in four: int4 cannot be had here, since %s", source.name, why)
+        logger.info(
+            "Serving in 16 bits, though %s is stored in four: int4 cannot be had here, since %s", source.name, why
+        )
         return "none"
     logger.info("Serving in int4, since %s is stored in four bits; --quant none is 16 bits or more", source.name)
     return "int4"

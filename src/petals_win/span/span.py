@@ -120,7 +120,9 @@ class Span:
         parts = [block(index) for index in range(start, end)]
         # Quantizing on the way keeps the plain weights out of a GPU's memory.
         loading_device = device if quant == "none" else torch.device("cpu")
-        load_parts(source, model, parts, dtype=dtype, device=loading_device, progress=settle, take=stored and stored.take)
+        load_parts(
+            source, model, parts, dtype=dtype, device=loading_device, progress=settle, take=stored and stored.take
+        )
         decoder = CutDecoder(model, start, end)
         decoder.to(device)
         span = cls(source.config, decoder, shapes, device, quant, weight_bytes)

@@ -53,9 +53,7 @@ def _numbers(
     return numbers, zeros, scales, group_of
 
 
-def _plain(
-    numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor
-) -> torch.Tensor:
+def _plain(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
     return ((numbers - zeros[group_of]) * scales[group_of]).T
 
 
