@@ -54,6 +54,7 @@ SESSIONS = (1, 8, 16)
 SIDES = ("ours", "llama_rpc")
 # For each value of --dtype, the type of matrices, and the number by which general.file_type of a GGUF file calls it.
 TYPES = {"fp32": (GGMLQuantizationType.F32, 0), "bf16": (GGMLQuantizationType.BF16, 32)}
+STORED = "q4_1"
 WORKERS = 2
 BUILD_SECONDS, START_SECONDS, RUN_SECONDS = 4 * 3600, 30, 1800
 
@@ -279,7 +280,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench-peers", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="medians of so many are printed (default: 5)")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer (default: 32)")
-    parser.add_argument("--dtype", choices=TYPES, default="fp32", help="of the weights of both sides (default: fp32)")
+    parser.add_argument(
+        "--dtype",
+        choices=[*TYPES, STORED],
+        default="fp32",
+        help=f"of the weights of both sides; {STORED}: the four bits of the file as it is (default: fp32)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="for the build (default: one a core)")
     parser.add_argument("--build", action="store_true", help="build llama.cpp and measure nothing")
@@ -298,7 +304,7 @@ def main() -> int:
         from petals_win.models.default_model import default_model_file
 
         apply_thread_settings(None)
-        model = plain_file(default_model_file(), asked.dtype)
+        model = default_model_file() if asked.dtype == STORED else plain_file(default_model_file(), asked.dtype)
         rounds = asyncio.run(measure(programs, model, asked.rounds, asked.tokens))
     except UserError as e:
         print(f"bench-peers: {e}", file=sys.stderr)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import statistics
+import subprocess
 import sys
 import time
 import urllib.request
@@ -24,6 +25,13 @@ PYTHON = Path(".venv") / ("Scripts/python.exe" if sys.platform == "win32" else "
 CLIENTS = (1, 2, 8)
 PROMPT = "The history of computing began with"
 ANSWER_SECONDS = 600
+
+
+def in_32_bits(python: Path) -> list[str]:
+    """The options with which `up` of a checkout computes the default model so. One that does not know the option does by itself."""
+    command = [python, "-m", "petals_win.cli.main", "up", "--help"]
+    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=True).stdout
+    return ["--quant", "none"] if "--quant" in said else []
 
 
 def ask(url: str, tokens: int) -> int:
@@ -76,7 +84,7 @@ def main() -> int:
         if not pythons["against"].exists():
             parser.error(f"{asked.against} is not installed: run scripts/install there")
     with contextlib.ExitStack() as running:
-        urls = {side: running.enter_context(up(python)).url for side, python in pythons.items()}
+        urls = {side: running.enter_context(up(python, in_32_bits(python))).url for side, python in pythons.items()}
         found = measure(urls, asked.rounds, asked.tokens)
     medians = {side: {name: statistics.median(speeds) for name, speeds in by.items()} for side, by in found.items()}
     if asked.json:

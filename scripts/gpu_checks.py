@@ -162,7 +162,7 @@ def check_memory(asked: Asked) -> Iterator[Result]:
         if why := _why_not(quant, asked.device):
             yield Result("skipped", f"memory, {storage}", {"why": why})
             continue
-        needs = needs_of(source.config, dtype, quant)
+        needs = needs_of(source.config, dtype, quant, source.in_four_bits)
         tokens = needs.cache_tokens
         before = _allocated(asked)
         _reset_peak(asked)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from petals_win.host.threads import computing
 from petals_win.models.architecture import empty_model, find_blocks
@@ -26,6 +26,7 @@ from petals_win.span.layouts import lay_out_linears
 from petals_win.span.native import suits
 from petals_win.span.quantized_linear import Quant, quantize_linears
 from petals_win.span.span import Span
+from petals_win.span.stored import StoredWeights
 
 PROSE = Path(__file__).resolve().parents[1] / "tests" / "data" / "prose.txt"
 LLAMA_7B = dict(
@@ -74,14 +75,19 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 @torch.inference_mode()
 def perplexity(quant: Quant, dtype: torch.dtype) -> float:
-    """The default model's on the prose, all of it in one pass, with its blocks kept so."""
+    """The default model's on the prose, all of it in one pass, with its blocks kept so; in int4 as its file has them."""
     source = open_model(str(default_model_path()))
-    model: AutoModelForCausalLM = source.whole_model(dtype)
-    for layer in find_blocks(model).layers:
+    model = source.whole_model(dtype)
+    stored, blocks = StoredWeights(source, model, CPU), find_blocks(model)
+    if quant == "int4":
+        for name, tensor in source.checkpoint.tensors(model).items():
+            stored.take(name, tensor)
+    for index, layer in enumerate(blocks.layers):
         if quant != "none":
-            quantize_linears(layer, quant, CPU, dtype)
+            below = stored.give(f"{blocks.prefix}{index}.") if quant == "int4" else None
+            quantize_linears(layer, quant, CPU, dtype, below)
     ids = torch.tensor([source.tokenizer()(PROSE.read_text("utf-8"))["input_ids"]])
-    logits = model(ids, use_cache=False).logits[0, :-1].float()  # pyright: ignore[reportCallIssue]
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
 
@@ -103,6 +109,7 @@ def main() -> None:
         ways: list[tuple[str, Quant, torch.dtype]] = [
             ("32 bits", "none", torch.float32),
             ("16 bits", "none", torch.bfloat16),
+            ("int4, 32 bits", "int4", torch.float32),
             ("int4", "int4", torch.bfloat16),
             ("nf4", "nf4", torch.bfloat16),
             ("int8", "int8", torch.bfloat16),

@@ -40,8 +40,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def swarm() -> Iterator[LocalSwarm]:
-    """SmolLM2 on two nodes, blocks 0:15 and 15:30."""
-    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
+    """SmolLM2 in 32 bits on two nodes, blocks 0:15 and 15:30."""
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
         swarm.wait_until_serving()
         yield swarm
 

@@ -49,7 +49,7 @@ def test_they_form_one_swarm(first, joiner, reference, expected, monkeypatch):
             monkeypatch.delenv("PETALS_WIN_P2PD", raising=False)
 
     use(first)
-    with LocalSwarm(DEFAULT_MODEL, ["0:15"]) as swarm:
+    with LocalSwarm(DEFAULT_MODEL, ["0:15"], options=["--quant", "none"]) as swarm:
         use(joiner)
         swarm.add_node("15:30")
         swarm.wait_until_serving()

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quantize
 from transformers import PreTrainedModel
 
 # transformers' type of model → llama.cpp's architecture
@@ -107,6 +108,42 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_quantized(
+    model: PreTrainedModel,
+    path: Path,
+    kind: GGMLQuantizationType,
+    but: dict[str, GGMLQuantizationType] | None = None,
+) -> Path:
+    """Write `model` with those of its blocks' matrices whose rows hold blocks of `kind` in that type.
+
+    `but` has other types of some, by the part of the name that says which, such as "ffn_down". Types that the gguf package does not write
+    get random levels.
+    """
+    data, raw = {}, {}
+    for name, tensor in _tensors(model, ARCHITECTURES[model.config.model_type]).items():
+        if name.startswith("blk.") and tensor.ndim > 1 and "gate_inp" not in name:
+            this = (but or {}).get(name.split(".")[2], kind)
+            if tensor.shape[-1] % GGML_QUANT_SIZES[this][0] == 0:
+                raw[name], data[name] = this, _in_type(np.ascontiguousarray(tensor), this)
+    return write_gguf(model, path, tensors=data, raw=raw)
+
+
+def _in_type(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    if kind not in _SCALES_OF_BLOCKS:
+        return quantize(values, kind)
+    per_block, size = GGML_QUANT_SIZES[kind]
+    draw = np.random.default_rng(values.size)
+    blocks = draw.integers(0, 256, (values.size // per_block, size), dtype=np.uint8)
+    for start in _SCALES_OF_BLOCKS[kind]:
+        scales = draw.uniform(1e-4, 3e-4, (len(blocks), 1)).astype(np.float16)
+        blocks[:, start : start + 2] = scales.view(np.uint8)
+    return blocks.reshape(*values.shape[:-1], -1)
+
+
+# Where in a block of bytes there are numbers of 16 bits.
+_SCALES_OF_BLOCKS = {GGMLQuantizationType.Q4_K: (0, 2), GGMLQuantizationType.Q6_K: (208,)}
 
 
 def hyperparameters(config: Any) -> dict[str, Any]:

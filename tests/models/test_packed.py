@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import SINGLE, SafetensorsCheckpoint
 from petals_win.models.source import open_model
+from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 
 Parts = dict[str, torch.Tensor]
@@ -148,6 +149,7 @@ def nvfp4(modelopt: bool) -> Callable[[torch.Tensor], tuple[Parts, torch.Tensor]
 
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]]] = {
     "fp8 by blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8((48, 48))),
     "fp8 by tensor": ({"quant_method": "fp8"}, fp8(())),
@@ -157,10 +159,10 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], tuple[Parts, tor
     "int-quantized": (compressed("int-quantized", {"num_bits": 8, "type": "int"}), int8),
     "pack-quantized": (compressed("pack-quantized", INT4), pack(False)),
     "pack-quantized with zero points": (compressed("pack-quantized", {**INT4, "symmetric": False}), pack(True)),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq(False)),
+    "gptq": ({**GPTQ, "desc_act": False}, gptq(False)),
     "gptq of eight bits": ({"quant_method": "gptq", "bits": 8, "group_size": 32}, gptq(False, bits=8)),
-    "gptq in the order of activations": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq(True)),
-    "gptq v2": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}, gptq(False, 0)),
+    "gptq in the order of activations": ({**GPTQ, "desc_act": True}, gptq(True)),
+    "gptq v2": ({**GPTQ, "desc_act": False, "checkpoint_format": "gptq_v2"}, gptq(False, 0)),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, awq),
     "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb8),
     "bitsandbytes nf4": (BNB4, bnb4("nf4", False)),
@@ -215,6 +217,32 @@ def test_it_computes_as_the_plain_weights(published, kind):
     hidden = torch.randn(1, 5, 64)
     outputs = [Span.load(one, 1, 3).forward(hidden, 1, 3) for one in (source, open_model(str(plain)))]
     assert (outputs[0] - outputs[1]).abs().max() <= 1e-5 * max(1, outputs[1].abs().max())
+
+
+IN_FOUR_BITS = ("pack-quantized", "pack-quantized with zero points", "gptq", "gptq v2", "awq")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_bits_are_taken_over(published, kind):
+    """All others are computed in 16 bits, unless somebody asks for int4, which then is another rounding."""
+    packed, plain = published(kind)
+    source = open_model(str(packed))
+    assert bool(source.in_four_bits) == (kind in IN_FOUR_BITS)
+    if kind not in IN_FOUR_BITS:
+        return
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 5, 64)
+    span = Span.load(source, 1, 3, quant="int4")
+    found, wanted = span.forward(hidden, 1, 3), Span.load(open_model(str(plain)), 1, 3).forward(hidden, 1, 3)
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:3])
+
+
+def test_inputs_in_another_order_than_the_configuration_says_are_refused(published):
+    folder, _ = published("gptq")
+    change(folder, lambda held: held.update({WEIGHT + ".g_idx": torch.arange(64, dtype=torch.int32) % 2}))
+    said = refused(lambda: Span.load(open_model(str(folder)), 1, 2, quant="int4"))
+    assert f"{WEIGHT}.weight of packed cannot be made plain: its inputs are in another order" in said
 
 
 def test_gpt_oss_as_published(checkpoint, tmp_path):

@@ -110,7 +110,7 @@ def test_the_launcher_names_the_script():
     launcher = SCRIPT.with_name("bench-peers").read_text("utf-8")
     assert f'bootstrap.py" {SCRIPT.stem} ' in launcher
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, encoding="utf-8", timeout=120)
-    assert done.returncode == 0 and "--dtype {fp32,bf16}" in done.stdout
+    assert done.returncode == 0 and "--dtype {fp32,bf16,q4_1}" in done.stdout
 
 
 WORKER = """#!{python}

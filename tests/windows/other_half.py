@@ -22,7 +22,10 @@ WAIT_SECONDS = 240
 
 
 def main(peer: str) -> None:
-    with LocalSwarm(DEFAULT_MODEL, ["15:30"], options=["--peers", peer]) as node, socket.socket() as command:
+    with (
+        LocalSwarm(DEFAULT_MODEL, ["15:30"], options=["--quant", "none", "--peers", peer]) as node,
+        socket.socket() as command,
+    ):
         node.wait_until_serving()
         client = Client([peer])
         text = client.text()

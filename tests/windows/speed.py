@@ -25,7 +25,7 @@ async def main() -> None:
 
     process = OneProcess(DEFAULT_MODEL, dict(os.environ))
     try:
-        with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
+        with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
             await asyncio.to_thread(swarm.wait_until_serving)
             await process.wait_until_ready()
             prompt = Prompts(open_model(DEFAULT_MODEL)).short(1)

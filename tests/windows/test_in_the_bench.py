@@ -207,7 +207,7 @@ def test_p2pd_exe_and_upstream_s_daemon_in_one_swarm():
 
 @pytest.mark.timeout(SETUP_SECONDS + SWARM_SECONDS)
 def test_a_swarm_of_both_systems_survives_the_loss_of_its_windows_node(capsys):
-    with LocalSwarm(DEFAULT_MODEL, ["0:15"]) as swarm:
+    with LocalSwarm(DEFAULT_MODEL, ["0:15"], options=["--quant", "none"]) as swarm:
         swarm.wait_until_serving()
         command = [BENCH, "python", "tests/windows/other_half.py", swarm.peers[0]]
         with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace") as windows:

@@ -108,7 +108,7 @@ def test_a_node_ended_by_force_takes_its_daemon_along():
     from greedy import TEXT, Client, text_by_transformers
 
     assert text_by_transformers() == TEXT
-    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
         swarm.wait_until_serving()
         client = Client(swarm.peers)
         try:

@@ -144,7 +144,8 @@ async def _started(engine: Engine) -> AsyncGenerator[Engine, None]:
 
 @asynccontextmanager
 async def _local(model: str) -> AsyncGenerator[Engine, None]:
-    async with _started(await asyncio.to_thread(find_engine("local"), EngineSettings(model))) as engine:
+    settings = EngineSettings(model, quant="none")
+    async with _started(await asyncio.to_thread(find_engine("local"), settings)) as engine:
         yield engine
 
 
@@ -174,7 +175,7 @@ def _converted(model: str, name: str, precision: str, report: Report) -> Path:
 async def _two_nodes(model: str) -> AsyncGenerator[Engine, None]:
     blocks = open_model(model).num_blocks
     half = blocks // 2
-    with LocalSwarm(model, [f"0:{half}", f"{half}:{blocks}"]) as swarm:
+    with LocalSwarm(model, [f"0:{half}", f"{half}:{blocks}"], options=["--quant", "none"]) as swarm:
         await asyncio.to_thread(swarm.wait_until_serving)
         settings = EngineSettings(model, tuple(swarm.peers))
         async with _started(await asyncio.to_thread(find_engine("petals"), settings)) as engine:

@@ -89,7 +89,9 @@ async def _measure(
     started = time.perf_counter()
     with ExitStack() as ends:
         swarm = ends.enter_context(
-            LocalSwarm(model, [f"{start}:{end}" for start, end in Cuts.of(source.config).halves])
+            LocalSwarm(
+                model, [f"{start}:{end}" for start, end in Cuts.of(source.config).halves], options=["--quant", "none"]
+            )
         )
         report("two nodes have joined, loading their blocks")
         await asyncio.to_thread(swarm.wait_until_serving)

@@ -40,7 +40,8 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; d
 QuantName = Annotated[
     str | None,
     typer.Option(
-        help="Keep weights in fewer bits: int4 (also on a CPU), nf4, int8 or none; default: nf4 on an NVIDIA GPU, else none."
+        help="Keep weights in fewer bits: int4 (also on a CPU), nf4, int8 or none; default: int4 for a model that is stored in four bits, "
+        "of others nf4 on an NVIDIA GPU, else none."
     ),
 ]
 

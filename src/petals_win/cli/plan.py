@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are
 _MIB, _GIB = 2**20, 2**30
 _QUANTS: tuple[Literal["int4", "nf4", "int8", "none"], ...] = ("nf4", "int4", "int8", "none")
 _IN_WORDS = {"nf4": "nf4", "int4": "int4", "int8": "int8", "none": "not quantized"}
-_DEFAULT_QUANTS = {"gpu": "nf4", "ram": "none"}
+_DEFAULT_QUANTS = {"gpu": "nf4", "ram": "none"}  # of a model that is not stored in four bits
 _USUAL_GPUS = (8, 12, 16, 24)  # GiB
 
 
@@ -37,7 +37,8 @@ def plan(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="How PCs keep weights: nf4 or int4 (4 bits), int8 or none; default: nf4 on GPUs, else none, as 'serve' does."
+            help="How PCs keep weights: nf4 or int4 (4 bits), int8 or none; default, as of 'serve': int4 for a model that is stored in four "
+            "bits; of others nf4 on GPUs, else none."
         ),
     ] = None,
     token_file: Annotated[
@@ -64,28 +65,34 @@ def plan(
         _show_plan(model, pcs, quant, read_token(token_file), as_json)
 
 
-def _needs(model: str, token: str | None) -> dict[str, Needs]:
-    """What a model takes, by quantization. Of a well-known one nothing is fetched, of any other its configuration."""
+def _needs(model: str, token: str | None) -> tuple[dict[str, Needs], bool]:
+    """What a model takes, by quantization, and whether it is stored in four bits.
+
+    Of a well-known one nothing is fetched, of any other its configuration.
+    """
     from petals_win.span.needs import needs_of
     from petals_win.swarm.known_models import find_known_model
 
     known = find_known_model(model)
     if known is not None:
-        config = known.config()
+        config, in_four_bits = known.config(), frozenset[str]()
         dtype = config.dtype
     else:
         from petals_win.models.source import open_model
 
         source = open_model(model, token=token)
-        config, dtype = source.config, source.dtype
-    return {quant: needs_of(config, dtype, quant) for quant in _QUANTS}  # pyright: ignore[reportArgumentType]
+        config, dtype, in_four_bits = source.config, source.dtype, source.in_four_bits
+    needs: dict[str, Needs] = {
+        quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS  # pyright: ignore[reportArgumentType]
+    }
+    return needs, bool(in_four_bits)
 
 
 def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | None, as_json: bool) -> None:
     from petals_win.swarm.planner import make_plan
 
-    kept = [quant or _DEFAULT_QUANTS[pc.kind] for pc in pcs]  # by each PC
-    by_quant = _needs(model, token)
+    by_quant, in_four_bits = _needs(model, token)
+    kept = [quant or ("int4" if in_four_bits else _DEFAULT_QUANTS[pc.kind]) for pc in pcs]  # by each PC
     made = make_plan([(pc, by_quant[way]) for pc, way in zip(pcs, kept, strict=True)])
     any_needs = by_quant["none"]
     if as_json:
@@ -162,7 +169,7 @@ def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
     names = [model] if model else [known.name for known in KNOWN_MODELS]
     rows = []
     for name in names:
-        for quant, needs in _needs(name, token).items():
+        for quant, needs in _needs(name, token)[0].items():
             counts = {f"{size}GiB": pcs_needed(needs, Pc("gpu", size * _GIB)) for size in _USUAL_GPUS}
             rows.append({"model": name, "quant": quant, **_facts(needs), "pcs": counts})
     if as_json:

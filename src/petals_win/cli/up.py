@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petals_win.cli import listening, logs
-from petals_win.cli.api import Threads, answer_until
+from petals_win.cli.api import QuantName, Threads, answer_until
 from petals_win.cli.models import open_models
 from petals_win.engines.registry import EngineSettings, check_engine_name
 from petals_win.errors import UserError
@@ -48,6 +48,7 @@ def up(
     engine: Annotated[
         str, typer.Option(help="What computes: 'petals' is two nodes on this PC, 'local' and 'onnx' no swarm at all.")
     ] = "petals",
+    quant: QuantName = None,
     threads: Threads = None,
     check: Annotated[
         bool,
@@ -85,9 +86,13 @@ def up(
             source = open_model(model)
             # Downloads a model of one file, for which the nodes would not have the time.
             progress.detail(f"{source.name} is {source.content_id}")
-            swarm = _two_nodes(source, model, threads, progress, stop, held)
+            options = [
+                *([] if threads is None else ["--threads", str(threads)]),
+                *([] if quant is None else ["--quant", quant]),
+            ]
+            swarm = _two_nodes(source, model, options, progress, stop, held)
         progress.step("Loading the model's embeddings and head" if swarm else f"Loading {model}")
-        common = EngineSettings("", tuple(swarm.peers) if swarm else ())
+        common = EngineSettings("", tuple(swarm.peers)) if swarm else EngineSettings("", quant=quant)
         opened = open_models([(engine, model)], common, None, progress.note)
         name = opened.models()[0].id
         if swarm is not None:
@@ -117,7 +122,7 @@ def up(
 
 
 def _two_nodes(
-    source: ModelSource, model: str, threads: int | None, progress: Progress, stop: threading.Event, held: ExitStack
+    source: ModelSource, model: str, options: list[str], progress: Progress, stop: threading.Event, held: ExitStack
 ) -> LocalSwarm:
     """Start a swarm of two nodes, which ends with `held`. They load their blocks meanwhile."""
     from petals_win.models.cuts import Cuts
@@ -130,7 +135,6 @@ def _two_nodes(
         tell = progress.note if logs.is_bad_news(line) else progress.detail
         tell(f"Blocks {blocks}: {line}")
 
-    options = [] if threads is None else ["--threads", str(threads)]
     return held.enter_context(LocalSwarm(model, spans, options=options, on_line=show, stop=stop))
 
 

@@ -16,6 +16,8 @@ from petals_win.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from petals_win.models.source import ModelSource
+
 _GIB = 2**30
 
 
@@ -29,8 +31,10 @@ def check_model(asked: Asked) -> Iterator[Finding]:
     if asked.model is None:
         yield Finding("ok", f"A Hugging Face token is {'' if has_token else 'not '}saved here; gated models need one")
         return
+    source = None
     try:
-        config = open_model(asked.model, token=asked.token).config
+        source = open_model(asked.model, token=asked.token)
+        config = source.config
     except UserError as e:
         yield finding_of(e)
         known = find_known_model(asked.model)
@@ -39,10 +43,10 @@ def check_model(asked: Asked) -> Iterator[Finding]:
         config = known.config()
     else:
         yield Finding("ok", f"{asked.model} can be read {'with' if has_token else 'without'} a Hugging Face token")
-    yield from _check_room(asked.model, config)
+    yield from _check_room(asked.model, config, source)
 
 
-def _check_room(name: str, config: PreTrainedConfig) -> Iterator[Finding]:
+def _check_room(name: str, config: PreTrainedConfig, source: ModelSource | None) -> Iterator[Finding]:
     """How many blocks fit into the memory that is free now, and whether the disk has room for their files."""
     import torch
     from huggingface_hub import constants
@@ -52,9 +56,10 @@ def _check_room(name: str, config: PreTrainedConfig) -> Iterator[Finding]:
     from petals_win.span.needs import blocks_that_fit, needs_of
 
     device = choose_device(None)
-    quant = choose_quant(None, device)
+    quant = choose_quant(None, device, source=source)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    plain, needs = needs_of(config, dtype), needs_of(config, dtype, quant)
+    plain = needs_of(config, dtype)
+    needs = needs_of(config, dtype, quant, source.in_four_bits if source else frozenset())
     free = available_bytes(device)
     fitting = blocks_that_fit(free, needs)
     where = f"into {free / _GIB:.1f} GiB free on {device}" + ("" if quant == "none" else f", stored as {quant}")

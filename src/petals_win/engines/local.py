@@ -111,8 +111,9 @@ def whole_model_here(settings: EngineSettings) -> WholeModel:
     """Look at a model's configuration and at this PC. Raises UserError if the model cannot be opened, or computed as asked."""
     source = open_model(settings.model, token=settings.token)
     device = choose_device(settings.device)
-    dtype, quant = choose_dtype(settings.dtype, source, device), choose_quant(settings.quant, device)
-    return WholeModel(source, device, dtype, quant, needs_of(source.config, dtype, quant))
+    dtype, quant = choose_dtype(settings.dtype, source, device), choose_quant(settings.quant, device, source=source)
+    needs = needs_of(source.config, dtype, quant, source.in_four_bits)
+    return WholeModel(source, device, dtype, quant, needs)
 
 
 class PcFull(Full):

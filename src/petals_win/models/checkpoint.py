@@ -41,6 +41,13 @@ class Checkpoint(Protocol):
         """In which to compute unless somebody asks for another: that of the weights as they are stored, if they are plain."""
         ...
 
+    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+        """The model's names of weights that it has as 16 equal steps for each group, told before anything is read.
+
+        The tensors of these may have `groups()`, as four_bits.Groups; one that has none is plain after all.
+        """
+        ...
+
     def content(self) -> Iterable[bytes]:
         """What copies of this checkpoint have in common and others do not, for petals_win.models.content."""
         ...
@@ -93,6 +100,9 @@ class SafetensorsCheckpoint:
             if dtype is not None:
                 return dtype
         return torch.float32
+
+    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+        return frozenset()
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """Raises UserError if the file does not hold what its index or header says."""

@@ -5,17 +5,21 @@ Knows which tensors make up a weight, by a format's names. Does not know how any
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import SafetensorsCheckpoint
-from petals_win.models.packed.format import CannotUnpack, Format
+from petals_win.models.four_bits import GROUP, Groups
+from petals_win.models.packed.format import Format
 from petals_win.models.transformers_internals import LazyTensor
+
+T = TypeVar("T")
 
 
 class DequantizedCheckpoint:
@@ -66,6 +70,16 @@ class DequantizedCheckpoint:
     def dtype(self) -> torch.dtype:
         return self._checkpoint.dtype()
 
+    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+        """By the configuration, since the names of tensors may have to be downloaded: all linear layers."""
+        if self._format.groups is None:
+            return frozenset()
+        return frozenset(
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and module.in_features % GROUP == 0
+        )
+
     def content(self) -> Iterable[bytes]:
         return self._checkpoint.content()
 
@@ -77,11 +91,17 @@ class _Plain:
         self._model, self._key, self._format, self._parts = model, key, packed, parts
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._made_by(self._format.plain)[index]
+
+    def groups(self) -> Groups | None:
+        """The same as levels, if the format has them."""
+        return None if self._format.groups is None else self._made_by(self._format.groups)
+
+    def _made_by(self, make: Callable[[Mapping[str, torch.Tensor]], T]) -> T:
         try:
-            weight = self._format.plain({ending: tensor[...] for ending, tensor in self._parts.items()})
-        except CannotUnpack as e:
+            return make({ending: tensor[...] for ending, tensor in self._parts.items()})
+        except ValueError as e:
             raise UserError(
                 f"The tensor {self._key} of {self._model} cannot be made plain: {e}. Take the model's 16-bit safetensors files instead, "
                 "or a GGUF file of it."
             ) from e
-        return weight[index]

@@ -29,6 +29,7 @@ from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
+from petals_win.models.four_bits import GGUF_TYPES, Groups
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
 from petals_win.models.gguf_tokenizer import GgufTokenizer
@@ -82,15 +83,37 @@ class GgufCheckpoint:
 
     def tensors(self, model: PreTrainedModel) -> dict[str, LazyTensor]:
         names = _names(self._path, model, self._architecture)
+        expected = model.state_dict()
+        return {
+            target: _Dequantized(self, names, target, found, expected[target].dtype)
+            for target, found in self._parts_of(names).items()
+        }
+
+    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+        names, expected = _names(self._path, model, self._architecture), model.state_dict()
+        return frozenset(
+            target
+            for target, found in self._parts_of(names).items()
+            if all(GGMLQuantizationType(self._entries[name].type) in GGUF_TYPES for name in found)
+            and self._only_rows_move(names, target, found, expected[target].shape)
+        )
+
+    def _only_rows_move(self, names: GgufNames, target: str, found: list[str], shape: torch.Size) -> bool:
+        """Whether these tensors become the model's in the same way if each has other columns: that is tried with a single one."""
+        columns = {name: np.zeros((*self._entries[name].shape[:-1], 1), dtype=np.uint8) for name in found}
+        try:
+            return names.convert(columns, target).shape == (*shape[:-1], 1)
+        except ValueError:  # of numpy: columns are told apart
+            return False
+
+    def _parts_of(self, names: GgufNames) -> dict[str, list[str]]:
+        """By the name of each of the model's tensors, those of the file that it is made of."""
         parts: dict[str, list[str]] = {}
         for name in self._entries:
             target = names.target(name)
             if target is not None:
                 parts.setdefault(target, []).append(name)
-        expected = model.state_dict()
-        return {
-            target: _Dequantized(self, names, target, found, expected[target].dtype) for target, found in parts.items()
-        }
+        return parts
 
     def fetch(self, keys: Iterable[str]) -> None:
         """Everything is in the file."""
@@ -121,6 +144,16 @@ class GgufCheckpoint:
         entry = self._entries[name]
         return _read_tensor(self._parts[entry.part], entry, dtype)
 
+    def read_levels(self, name: str) -> tuple[np.ndarray, ...]:
+        """Of one of four bits its levels [..., rows, columns], and the scale and the least value of each group [..., rows, groups]."""
+        entry = self._entries[name]
+        kind = GGMLQuantizationType(entry.type)
+        with self._parts[entry.part].open("rb") as file:
+            file.seek(entry.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
+        found = GGUF_TYPES[kind](data.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        return tuple(array.reshape(*entry.shape[:-1], -1) for array in found)
+
 
 class _Dequantized:
     """One tensor of a model, made of one or several of the file."""
@@ -134,6 +167,14 @@ class _Dequantized:
         arrays = {name: self._checkpoint.read(name, self._dtype) for name in self._parts}
         found = self._names.convert(arrays, self._target)
         return (found if found.is_floating_point() else found.view(self._dtype))[index]
+
+    def groups(self) -> Groups:
+        """The same as levels: rows are moved about as those of the weight itself are."""
+        parts = {name: self._checkpoint.read_levels(name) for name in self._parts}
+        made = (
+            self._names.convert({name: each[kind] for name, each in parts.items()}, self._target) for kind in range(3)
+        )
+        return Groups(*made)
 
 
 def _description(parts: list[Path]) -> Path:

@@ -93,10 +93,12 @@ def load_parts(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    take: Callable[[str, LazyTensor], bool] | None = None,
 ) -> None:
     """Fill those parameters of `model` whose names one of `parts` accepts, part after part, each tensor by itself. All are frozen.
 
-    A head that is the embeddings becomes one tensor with them. `progress` gets the number of parts done and of all parts.
+    A head that is the embeddings becomes one tensor with them. `progress` gets the number of parts done and of all parts. `take` is
+    offered each tensor that is to be a parameter as it is, by the parameter's name: what it takes stays out of the model.
     Raises UserError if the checkpoint lacks tensors, has some of another shape or more than belong there, or has weights that
     are no numbers.
     """
@@ -111,12 +113,14 @@ def load_parts(
         for key in keys:
             if biases & {key, target_of[key]} and tensors[key][...].any():
                 raise UserError(no_place_for(source.name, key))
+        taken = {key for key in keys if take and loader.is_as_it_is(key) and take(target_of[key], tensors[key])}
         selected: dict[str, LazyTensor] = {
             key: _Weight(source.name, key, tensors[key]) if loader.takes_numbers(target_of[key]) else tensors[key]
             for key in keys
+            if key not in taken
         }
         try:
-            filled |= loader.load(selected, device)
+            filled |= loader.load(selected, device) | {target_of[key] for key in taken}
         except ValueError as e:
             raise UserError(
                 f"The weights of {source.name} do not fit its config.json: {e}. Download the model again, or choose another."

@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers import __version__ as VERSION
 
 from petals_win.errors import UserError
-from petals_win.models.architecture import check_supported, num_blocks, text_config
+from petals_win.models.architecture import check_supported, empty_model, num_blocks, text_config
 from petals_win.models.checkpoint import INDEX, Checkpoint, SafetensorsCheckpoint
 from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
 from petals_win.models.default_model import default_model_file
 from petals_win.models.dequantized import DequantizedCheckpoint
+from petals_win.models.four_bits import if_most
 from petals_win.models.gguf_file import GgufCheckpoint
 from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
@@ -95,6 +96,17 @@ class ModelSource:
     def is_quantized_gguf(self) -> bool:
         """Whether `dtype` is a matter of choice, since the weights are stored in fewer bits than any."""
         return isinstance(self.checkpoint, GgufCheckpoint) and self.checkpoint.is_quantized()
+
+    @cached_property
+    def in_four_bits(self) -> frozenset[str]:
+        """The names of those weights of blocks that its files have in four bits as int4 does, if they are most; else none.
+
+        What else is in such files stays in 16 bits or more when these are kept in int4.
+        """
+        if isinstance(self.checkpoint, SafetensorsCheckpoint):
+            return frozenset()
+        model = empty_model(self.config, torch.float32)
+        return if_most(model, self.checkpoint.in_four_bits(model))
 
     @property
     def context_length(self) -> int:

@@ -61,6 +61,12 @@ class Loader:
             name, _ = rename_source_key(checkpoint_key, [], [], prefix, self._expected)
         return name
 
+    def is_as_it_is(self, checkpoint_key: str) -> bool:
+        """Whether this key becomes a parameter by itself and unchanged, but perhaps under another name."""
+        prefix = self._model.base_model_prefix
+        name, converter = rename_source_key(checkpoint_key, self._renamings, self._converters, prefix, self._expected)
+        return converter is None or (name not in self._expected and checkpoint_key in self._expected)
+
     def load(self, tensors: Mapping[str, LazyTensor], device: torch.device) -> set[str]:
         """Read `tensors` (by checkpoint key) one after the other into the model on `device`.
 

@@ -77,10 +77,10 @@ class Node:
         source = open_model(settings.model, token=settings.token)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, source, device)
-        quant = choose_quant(settings.quant, device, bool(settings.adapters))
+        quant = choose_quant(settings.quant, device, bool(settings.adapters), source)
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
-            needs = needs_of(source.config, dtype, quant)
+            needs = needs_of(source.config, dtype, quant, source.in_four_bits)
             needs.cuts.check(start, end)
             check_fits(source.name, start, end, needs, device)
         on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))

@@ -28,7 +28,7 @@ from petals_win.models.source import ModelSource, open_model
 from petals_win.node import placement
 from petals_win.node.container import Container, throughput_info
 from petals_win.node.settings import ServerSettings
-from petals_win.span.choices import choose_dtype
+from petals_win.span.choices import choose_dtype, choose_quant
 from petals_win.span.needs import choose_num_blocks, needs_of
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.speed import known_speed
@@ -56,7 +56,7 @@ class Server:
             raise UserError(f"The prefix {self._prefix!r} of the blocks has a dot or a space. Choose another one.")
         self._device = _device(settings.device)
         self._dtype = _dtype(settings.torch_dtype, source, self._device)
-        self._quant: Quant = settings.quant_type or ("nf4" if self._device.type == "cuda" else "none")
+        self._quant: Quant = settings.quant_type or choose_quant(None, self._device, bool(settings.adapters), source)
         self._block_range = _range(settings.block_indices, source.num_blocks)
         self._cuts = Cuts.of(source.config)
         if self._block_range is not None:
@@ -69,7 +69,8 @@ class Server:
                     f"{settings.num_blocks} blocks are too few: at least {fewest} of this model have to stay together."
                 )
         else:
-            self._num_blocks = choose_num_blocks(needs_of(source.config, self._dtype, self._quant), self._device)
+            needs = needs_of(source.config, self._dtype, self._quant, source.in_four_bits)
+            self._num_blocks = choose_num_blocks(needs, self._device)
         self._model_info = ModelInfo(num_blocks=source.num_blocks)
         if not os.path.exists(model):
             self._model_info.repository = f"https://huggingface.co/{model}"

@@ -11,6 +11,7 @@ import torch
 
 from petals_win.errors import UserError
 from petals_win.models.source import ModelSource
+from petals_win.span import int4
 from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,16 @@ def choose_dtype(name: str | None, source: ModelSource, device: torch.device) ->
     return dtype
 
 
-def choose_quant(name: str | None, device: torch.device, adapters: bool = False) -> Quant:
-    """The quantization asked for, or nf4 on a GPU if it can be had there. Raises UserError if it cannot."""
+def choose_quant(
+    name: str | None, device: torch.device, adapters: bool = False, source: ModelSource | None = None
+) -> Quant:
+    """The quantization asked for; by default int4 for a model in four bits that it can take over, else nf4 on a GPU if it can be had there.
+
+    Raises UserError for one that cannot be had.
+    """
     if name is None:
+        if source is not None and source.in_four_bits:
+            return _as_stored(source, device)
         if device.type != "cuda" or adapters:
             return "none"
         if not is_installed():
@@ -67,3 +75,14 @@ def choose_quant(name: str | None, device: torch.device, adapters: bool = False)
     if adapters and quant not in ("none", "int4"):
         raise UserError("Adapters are for plain weights and int4. Use --quant int4 or none with --adapters.")
     return quant
+
+
+def _as_stored(source: ModelSource, device: torch.device) -> Quant:
+    """Any other four bits would be another rounding on top of the file's."""
+    if why := int4.why_not(device):
+        logger.info(
+            "Serving in 16 bits, though %s is stored in four: int4 cannot be had here, since %s", source.name, why
+        )
+        return "none"
+    logger.info("Serving in int4, since %s is stored in four bits; --quant none is 16 bits or more", source.name)
+    return "int4"

@@ -7,7 +7,7 @@ and private operators of torch. Does not know models.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
+from petals_win.models.four_bits import Groups
 from petals_win.span.packed_linear import can_pack
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
@@ -72,11 +73,22 @@ def quantize(weight: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, to
         best = best.better(fit(scale, start))
     for _ in range(2):
         best = best.better(fit(*best.by_squares(values)))
-    if not best.error.isfinite().all():
+    _check_finite(best.error)
+    return best.levels.flatten(1).to(torch.uint8), torch.cat([best.scale, best.zero], -1).to(rounding.dtype)
+
+
+def take_over(groups: Groups, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels of a weight [rows, columns] as they are, with rounded scales, as `quantize` returns them."""
+    scales = torch.stack([groups.scale, groups.least + rounding.level * groups.scale], -1).to(rounding.dtype)
+    _check_finite(scales)
+    return groups.levels, scales
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not values.isfinite().all():
         raise UserError(
             "The model has weights that four bits cannot stand for: too large, or no numbers. Use --quant none."
         )
-    return best.levels.flatten(1).to(torch.uint8), torch.cat([best.scale, best.zero], -1).to(rounding.dtype)
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,9 @@ class Panels(nn.Module):
         if 0 < len(inputs) <= MOST_ROWS:
             layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], INT4)
             return _library().linear(layer, inputs.float())
-        # In 16 bits where the processor multiplies such numbers.
-        dtype = torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
+        # In 16 bits where the inputs have no more, and the processor multiplies such numbers.
+        short = inputs.dtype is torch.bfloat16 and can_pack(torch.bfloat16)
+        dtype = torch.bfloat16 if short else torch.float32
         output, inputs = inputs.new_empty(len(inputs), len(self.panels) * PANEL, dtype=dtype), inputs.to(dtype)
         for which in _pieces(len(self.panels) * PANEL, inputs.shape[1]):
             torch.mm(inputs, self._columns(which, dtype), out=output[:, which.start : which.stop])
@@ -186,8 +199,8 @@ class Tiles(nn.Module):
 class Int4Weight(nn.Module):
     """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
-    def __init__(self, weight: torch.Tensor, device: torch.device) -> None:
-        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`."""
+    def __init__(self, weight: torch.Tensor | Groups, device: torch.device) -> None:
+        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
         super().__init__()
         self.rows, self.columns = weight.shape
         kept = Panels if device.type == "cpu" else Tiles
@@ -227,14 +240,13 @@ class Int4Linear(nn.Linear):
     """Computes what nn.Linear does. Frozen. A subclass, so that peft adds to it what it adds to one."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype
+        self, weight: Int4Weight, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype
     ) -> None:
-        rows, columns = weight.shape
-        super().__init__(columns, rows, bias=False, device="meta")
+        super().__init__(weight.columns, weight.rows, bias=False, device="meta")
         # Tells whoever asks the layer where and in what it computes.
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.bias = bias
-        self.int4 = Int4Weight(weight, device)
+        self.int4 = weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in nn.Linear
         """[..., in] to [..., out]."""
@@ -245,13 +257,20 @@ class Int4Linear(nn.Linear):
 class Int4Stack(nn.Module):
     """In the place of a tensor of weights [experts, …]: each of them by its number."""
 
-    def __init__(self, weights: torch.Tensor, transposed: bool, device: torch.device) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor | Groups], device: torch.device) -> None:
+        """`weights` are the experts', [rows, columns] each."""
         super().__init__()
-        each = (weight.t() if transposed else weight for weight in weights.detach())
-        self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in each)
+        self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in weights)
 
     def __getitem__(self, index: int | torch.Tensor) -> nn.Module:
         return self._experts[int(index)]
+
+
+def taken_over(groups: Groups, device: torch.device) -> Int4Weight | Int4Stack:
+    """A weight [rows, columns], or those of experts, as a file has it."""
+    if len(groups.shape) == 2:
+        return Int4Weight(groups, device)
+    return Int4Stack((groups[expert] for expert in range(groups.shape[0])), device)
 
 
 class _Int4Function(torch.autograd.Function):
@@ -277,9 +296,14 @@ def _pieces(rows: int, columns: int) -> Iterator[range]:
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _quantized(weight: torch.Tensor, rows: range, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantized(weight: torch.Tensor | Groups, rows: range, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
     """Of these rows, some of which may be padding, as `quantize` returns it."""
-    own = weight[rows.start : rows.stop].detach().cpu()
+    own = weight[rows.start : rows.stop]
+    if isinstance(own, Groups):
+        levels, scales = take_over(own, rounding)
+        lacking = len(rows) - len(levels)
+        return nn.functional.pad(levels, (0, 0, 0, lacking)), nn.functional.pad(scales, (0, 0, 0, 0, 0, lacking))
+    own = own.detach().cpu()
     return quantize(nn.functional.pad(own, (0, 0, 0, len(rows) - len(own))), rounding)
 
 

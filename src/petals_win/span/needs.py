@@ -7,6 +7,7 @@ device only to compare. Does not know swarms.
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,17 @@ class Needs:
         return max(self.block_bytes) + self.cache_bytes
 
 
-def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none") -> Needs:
-    """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split."""
+def needs_of(
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
+) -> Needs:
+    """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split.
+
+    `in_four_bits` is what ModelSource says: if there are any, int4 is of these weights alone.
+    """
     footprint = model_footprint(config, dtype)
+    alone = in_four_bits if quant == "int4" else frozenset()
     return Needs(
-        block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant),
+        block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant, alone),
         cache_bytes_per_token=footprint.cache_bytes_per_token,
         cache_tokens=least_cache_tokens(config),
         outside_bytes=footprint.outside_bytes,
@@ -140,12 +147,20 @@ def check_fits(name: str, start: int, end: int, needs: Needs, device: torch.devi
     )
 
 
-def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant) -> tuple[int, ...]:
-    layers = find_blocks(empty_model(config, dtype)).layers
-    return tuple(sum(_own_bytes(module, quant) for module in layer.modules()) for layer in layers)
+def _quantized_block_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant, alone: Set[str]
+) -> tuple[int, ...]:
+    """`alone`: the names of the only weights that are quantized; none: all are that can be."""
+    model = empty_model(config, dtype)
+    plain = {parameter for name, parameter in model.named_parameters() if alone and name not in alone}
+    layers = find_blocks(model).layers
+    return tuple(sum(_own_bytes(module, quant, plain) for module in layer.modules()) for layer in layers)
 
 
-def _own_bytes(module: nn.Module, quant: Quant) -> int:
+def _own_bytes(module: nn.Module, quant: Quant, plain: Set[torch.Tensor]) -> int:
     """Of a module's own parameters, without its children's."""
     kept = kept_bytes(module, quant)
-    return sum(kept.get(name, parameter.nbytes) for name, parameter in module.named_parameters(recurse=False))
+    return sum(
+        parameter.nbytes if parameter in plain else kept.get(name, parameter.nbytes)
+        for name, parameter in module.named_parameters(recurse=False)
+    )

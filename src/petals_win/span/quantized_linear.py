@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.span import int4
+from petals_win.span.int4 import Int4Stack, Int4Weight
 from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,21 @@ def check_quantizes(quant: Quant, device: torch.device) -> None:
         raise UserError(f"{quant} needs bitsandbytes. Run: python -m pip install bitsandbytes, or use --quant none.")
 
 
-def quantize_linears(module: nn.Module, quant: Quant, device: torch.device, dtype: torch.dtype) -> None:
+def quantize_linears(
+    module: nn.Module,
+    quant: Quant,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Mapping[str, Int4Weight | Int4Stack] | None = None,
+) -> None:
     """Replace the linear layers (and GPT-2's Conv1D) below `module`, whose weights are in memory, by quantized ones.
 
     They compute in `dtype` on `device`. Each plain weight is freed before the next layer is quantized. In int4 the fused experts of
-    mixture models are, too, and a layer whose shape it cannot take stays as it is.
+    mixture models are, too, and a layer whose shape it cannot take stays as it is. `stored`: what takes the place of parameters, by
+    their names below `module`, since a file has it in four bits; all other weights then stay as they are.
     """
     if quant == "int4":
-        _in_int4(module, device, dtype)
+        _in_int4(module, device, dtype, stored)
         return
     make: Callable[..., nn.Module] = {"nf4": _nf4, "int8": _int8}[quant]
 
@@ -119,23 +127,35 @@ def kept_bytes(module: nn.Module, quant: Quant) -> dict[str, int]:
     return sizes
 
 
-def _in_int4(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _in_int4(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, Int4Weight | Int4Stack] | None
+) -> None:
+    of: dict[torch.Tensor, Any] = {module.get_parameter(name): kept for name, kept in (stored or {}).items()}
+
     def quantized(layer: nn.Module) -> nn.Module:
         weight = linear_weight(layer)
-        if weight is None or weight.is_meta or not int4.has_place(*weight.shape):
+        if weight is None or not int4.has_place(*weight.shape):
             return layer
+        kept = of.get(weight)
+        if kept is None and stored is None and not weight.is_meta:
+            kept = int4.Int4Weight(weight, device)
         bias: Any = layer.bias
-        return int4.Int4Linear(weight, bias, device, dtype)
+        return layer if kept is None else int4.Int4Linear(kept, bias, device, dtype)
 
     replace_children(module, quantized)
     for part in list(module.modules()):
         for name, (stack, transposed) in fused_experts(part).items():
-            if name in kept_bytes(part, "int4"):
+            kept = of.get(stack)
+            if kept is None and stored is None and name in kept_bytes(part, "int4"):
+                kept = int4.Int4Stack((weight.t() if transposed else weight for weight in stack.detach()), device)
+            if kept is not None:
                 delattr(part, name)
-                setattr(part, name, int4.Int4Stack(stack, transposed, device))
+                setattr(part, name, kept)
                 experts: Any = part
                 experts.config = copy.copy(experts.config)
                 experts.config._experts_implementation = "eager"
+    if stored is not None:
+        return
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and not parameter.is_meta and parameter.numel() >= _WORTH_A_WORD:
             logger.info("%s %s stays in 16 bits: int4 takes no such weight", name, list(parameter.shape))

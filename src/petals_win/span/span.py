@@ -30,6 +30,7 @@ from petals_win.span.probe import continues
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
 from petals_win.span.state import CannotTruncate, State
+from petals_win.span.stored import StoredWeights
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters
@@ -83,8 +84,8 @@ class Span:
         """Load the blocks [start, end) of `source`, and only them.
 
         `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, block by
-        block, so that one block in `dtype` is the most that is in memory. `adapters` are folders or hub ids of LoRA
-        adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
+        block, so that one block in `dtype` is the most that is in memory; int4 takes over what a file has in four bits.
+        `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
         the model, UserError for a checkpoint that is damaged or cannot be served.
         """
         if not 0 <= start < end <= source.num_blocks:
@@ -102,12 +103,14 @@ class Span:
 
         layers, model_type = list(blocks.layers)[start:end], blocks.decoder.config.model_type
         weight_bytes = 0
+        stored = StoredWeights(source, model, device) if quant == "int4" and source.in_four_bits else None
 
         def settle(done: int, of: int) -> None:
             nonlocal weight_bytes
             layer = layers[done - 1]
             if quant != "none":
-                quantize_linears(layer, quant, device, dtype)
+                below = stored and stored.give(f"{blocks.prefix}{start + done - 1}.")
+                quantize_linears(layer, quant, device, dtype, below)
             weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
             if not adapters and device.type == "cpu" and not native.suits(layer, model_type, dtype, device):
                 lay_out_linears([layer])  # not with adapters: peft knows plain layers only
@@ -117,7 +120,9 @@ class Span:
         parts = [block(index) for index in range(start, end)]
         # Quantizing on the way keeps the plain weights out of a GPU's memory.
         loading_device = device if quant == "none" else torch.device("cpu")
-        load_parts(source, model, parts, dtype=dtype, device=loading_device, progress=settle)
+        load_parts(
+            source, model, parts, dtype=dtype, device=loading_device, progress=settle, take=stored and stored.take
+        )
         decoder = CutDecoder(model, start, end)
         decoder.to(device)
         span = cls(source.config, decoder, shapes, device, quant, weight_bytes)

@@ -6,26 +6,39 @@ from collections.abc import Mapping
 
 import torch
 
+from petals_win.models.four_bits import GROUP, Groups
 from petals_win.models.packed.format import Format, fits, unpacked
 
 _WEIGHT, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the eight numbers are, counted from its lowest bits
 
 
-def awq() -> Format:
+def awq(group_size: int) -> Format:
     parts = (_WEIGHT, _ZEROS, _SCALES)
-    return Format(marks=(_WEIGHT,), parts=parts, required=parts, plain=_plain)
+    groups = _groups if group_size > 0 and group_size % GROUP == 0 else None
+    return Format(marks=(_WEIGHT,), parts=parts, required=parts, plain=_plain, groups=groups)
 
 
 def _plain(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    numbers, zeros, scales = _numbers(parts)
+    size = len(numbers) // len(scales)
+    return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T.contiguous()
+
+
+def _groups(parts: Mapping[str, torch.Tensor]) -> Groups:
+    numbers, zeros, scales = _numbers(parts)
+    return Groups.of_points(numbers.T, zeros.T, scales.T)
+
+
+def _numbers(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers [in, out], zero points and scales [groups, out]."""
     numbers, zeros, scales = _in_order(parts[_WEIGHT]), _in_order(parts[_ZEROS]), parts[_SCALES].float()
     columns, rows = numbers.shape
     fits(
         zeros.shape == scales.shape and scales.shape[1] == rows and columns % len(scales) == 0,
         f"it has {columns} inputs, {rows} outputs, zero points of the shape {list(zeros.shape)} and scales of {list(scales.shape)}",
     )
-    size = columns // len(scales)
-    return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T.contiguous()
+    return numbers, zeros, scales
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from petals_win.models.four_bits import GROUP
 from petals_win.models.packed import awq, bitsandbytes, compressed, gptq, mxfp4, nvfp4, scaled
 from petals_win.models.packed.format import Format
 
@@ -27,9 +28,11 @@ def format_of(method: str, described: Mapping[str, Any]) -> Format | None:
     bits, group_size = described.get("bits", described.get("w_bit", 4)), described.get("group_size", 128)
     if method == "gptq" and bits in (2, 4, 8) and type(group_size) is int:
         form = described.get("checkpoint_format") or "gptq"
-        return gptq.gptq(bits, group_size, form == "gptq") if form in ("gptq", "gptq_v2") else None
+        in_order = described.get("desc_act") is False
+        return gptq.gptq(bits, group_size, form == "gptq", in_order) if form in ("gptq", "gptq_v2") else None
     if method == "awq" and bits == 4 and str(described.get("version", "gemm")).lower() == "gemm":
-        return awq.awq() if described.get("zero_point", True) else None
+        size = group_size if type(group_size) is int else 0
+        return awq.awq(size) if described.get("zero_point", True) else None
     if method == "compressed-tensors":
         return _compressed(described)
     return None
@@ -59,8 +62,17 @@ def _compressed(described: Mapping[str, Any]) -> Format | None:
     if form == "nvfp4-pack-quantized" and (bits, kind) == (4, "float"):
         return nvfp4.compressed() if all(entry.get("group_size") == 16 for entry in weights) else None
     if form == "pack-quantized" and bits in (4, 8) and kind == "int":
-        return compressed.pack_quantized(bits)
+        return compressed.pack_quantized(bits, all(map(_in_order, weights)))
     return None
+
+
+def _in_order(weights: Mapping[str, Any]) -> bool:
+    """Whether groups are of neighbours, and as int4 has them or larger."""
+    size = weights.get("group_size")
+    whole = size is None or size == -1
+    return weights.get("actorder") in (None, False, "static", "weight") and (
+        whole or (type(size) is int and size > 0 and size % GROUP == 0)
+    )
 
 
 def _block(size: Any) -> tuple[int, int] | None:

@@ -7,23 +7,33 @@ from collections.abc import Mapping
 
 import torch
 
+from petals_win.models.four_bits import GROUP, Groups
 from petals_win.models.packed.format import Format, fits, unpacked
 
 _WEIGHT, _ZEROS, _SCALES, _GROUP_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
-def gptq(bits: int, group_size: int, less_one: bool) -> Format:
-    """`less_one`: zero points are stored less one, as all but the second version of the format do."""
+def gptq(bits: int, group_size: int, less_one: bool, in_order: bool) -> Format:
+    """`less_one`: zero points are stored less one, as all but the second version of the format do.
+
+    `in_order`: the inputs of a group are neighbours.
+    """
+    made = functools.partial(_numbers, bits=bits, group_size=group_size, less_one=less_one)
+    has_groups = bits == 4 and in_order and group_size % GROUP in (0, -1 % GROUP)
     return Format(
         marks=(_WEIGHT,),
         parts=(_WEIGHT, _ZEROS, _SCALES, _GROUP_OF),
         required=(_WEIGHT, _ZEROS, _SCALES),
-        plain=functools.partial(_plain, bits=bits, group_size=group_size, less_one=less_one),
+        plain=lambda parts: _plain(*made(parts)),
+        groups=(lambda parts: _groups(*made(parts))) if has_groups else None,
     )
 
 
-def _plain(parts: Mapping[str, torch.Tensor], bits: int, group_size: int, less_one: bool) -> torch.Tensor:
-    numbers = unpacked(parts[_WEIGHT].T.contiguous(), bits).T  # [in, out]
+def _numbers(
+    parts: Mapping[str, torch.Tensor], bits: int, group_size: int, less_one: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers [in, out], zero points and scales [groups, out], and the group of each input."""
+    numbers = unpacked(parts[_WEIGHT].T.contiguous(), bits).T
     zeros, scales = unpacked(parts[_ZEROS], bits), parts[_SCALES].float()
     columns, rows = numbers.shape
     fits(
@@ -40,4 +50,14 @@ def _plain(parts: Mapping[str, torch.Tensor], bits: int, group_size: int, less_o
         # Programs disagree on whether the largest number means the next one or, as it overflows, zero.
         fits(not bool((zeros == 2**bits - 1).any()), "its zero points can be understood in two ways")
         zeros = zeros + 1
+    return numbers, zeros, scales, group_of
+
+
+def _plain(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
     return ((numbers - zeros[group_of]) * scales[group_of]).T
+
+
+def _groups(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor) -> Groups:
+    in_order = torch.arange(len(numbers)) // (len(numbers) // len(scales))
+    fits(torch.equal(group_of, in_order), "its inputs are in another order than its config.json says")
+    return Groups.of_points(numbers.T, zeros.T, scales.T)

@@ -1,0 +1,64 @@
+"""The default model, whose file is of four bits, served in them by `petals-win up` without any option."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing
+
+import httpx
+from conftest import free_port
+
+from petals_win.engines.base import Engine, GenerationRequest, Token
+from petals_win.engines.registry import EngineSettings, find_engine
+from petals_win.models.source import DEFAULT_MODEL
+
+PROMPT = "The capital of France is the city of"
+TOKENS = 32
+SERVES = f"Serving in int4, since {DEFAULT_MODEL} is stored in four bits"
+
+
+def by_up() -> tuple[str, str]:
+    """The text after the prompt, and all that was printed."""
+    port = free_port()
+    command = [sys.executable, "-m", "petals_win.cli.main", "up", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as up:
+        try:
+            lines = []
+            for line in up.stdout or ():
+                lines.append(line)
+                if "Chat page" in line:
+                    break
+            else:
+                raise AssertionError("up ended: " + "".join(lines))
+            asked = {
+                "model": DEFAULT_MODEL,
+                "prompt": PROMPT,
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"], "".join(lines)
+        finally:
+            up.terminate()
+            up.communicate(timeout=60)
+
+
+async def in_one_process() -> str:
+    engine: Engine = await asyncio.to_thread(find_engine("local"), EngineSettings(DEFAULT_MODEL, quant="int4"))
+    try:
+        request = GenerationRequest(DEFAULT_MODEL, prompt=PROMPT, max_tokens=TOKENS, ignore_eos=True, temperature=0.0)
+        async with aclosing(engine.generate(request)) as events:
+            return "".join([event.text async for event in events if isinstance(event, Token)])
+    finally:
+        await engine.close()
+
+
+def test_up_serves_it_so():
+    text, said = by_up()
+    assert said.count(SERVES) == 2, said
+    assert "Paris" in text
+    assert text == asyncio.run(in_one_process())

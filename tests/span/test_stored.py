@@ -1,0 +1,175 @@
+"""Files of four bits served as they are: what is computed is that of their own dequantized weights, in the bytes that were planned."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from models.gguf_writer import write_quantized
+from models.test_gguf_types import write_large
+from torch import nn
+
+from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
+from petals_win.span import int4
+from petals_win.span.choices import choose_quant
+from petals_win.span.int4 import ON_CARD, Int4Linear, Int4Stack, Int4Weight
+from petals_win.span.needs import needs_of
+from petals_win.span.span import Span
+
+CPU = torch.device("cpu")
+PROSE = Path(__file__).resolve().parents[1] / "data" / "prose.txt"
+Q4_0, Q4_1, Q4_K = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K
+Q6_K, Q8_0 = GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0
+WIDE = dict(hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_attention_heads=4)
+# Of hidden states: nothing but the order of sums where scales are of 16 bits in the file, too.
+ERRORS = {Q4_0: 1e-5, Q4_1: 1e-5, Q4_K: 1e-3}
+
+
+@pytest.fixture
+def file_of(checkpoint, tmp_path, home):
+    """Makes a file whose blocks' matrices are of one type, but for those whose names have another one in `but`."""
+
+    def make(family: str, kind: Any, but: dict[str, Any] | None = None) -> ModelSource:
+        model = open_model(str(checkpoint(family, **WIDE))).whole_model()
+        return open_model(str(write_quantized(model, tmp_path / f"{family}.gguf", kind, but)))
+
+    return make
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_it_computes_with_the_levels_of_the_file(file_of, family, kind):
+    source = file_of(family, kind)
+    plain, span = Span.load(source, 1, 3), Span.load(source, 1, 3, quant="int4")
+    kinds = {type(module) for layer in span._decoder.layers for module in layer.modules()}
+    assert Int4Linear in kinds and (Int4Stack in kinds) == (family != "llama")
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 20, source.hidden_size)
+    wanted = plain.forward(hidden, 1, 3)
+    assert off(span.forward(hidden, 1, 3), wanted) < ERRORS[kind]
+    session = span.open(2, 24)
+    steps = [span.step(session, hidden[:, :17]), *(span.step(session, hidden[:, i : i + 1]) for i in range(17, 20))]
+    assert off(torch.cat(steps, dim=1), wanted) < ERRORS[kind]
+    planned = needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:3]
+    assert span.weight_bytes == sum(planned) < 0.3 * plain.weight_bytes
+
+
+def test_what_the_file_has_in_more_bits_stays_as_it_is(file_of):
+    """As in a Q4_K_M file, which has some matrices in Q6_K."""
+    source = file_of("llama", Q4_K, {"ffn_down": Q6_K, "attn_v": Q6_K})
+    plain, span = (Span.load(source, 1, 3, dtype=torch.bfloat16, quant=quant) for quant in ("none", "int4"))
+    for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
+        assert isinstance(ours.mlp.up_proj, Int4Linear) and isinstance(ours.self_attn.k_proj, Int4Linear)
+        for name in ("mlp.down_proj", "self_attn.v_proj"):
+            layer: Any = ours.get_submodule(name)
+            assert not isinstance(layer, Int4Linear)
+            inputs = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+            assert torch.equal(layer(inputs), theirs.get_submodule(name)(inputs))
+    planned = needs_of(source.config, torch.bfloat16, "int4", source.in_four_bits).block_bytes[1:3]
+    assert span.weight_bytes == sum(planned)
+
+
+def test_others_are_quantized_when_somebody_asks_for_it(file_of):
+    source = file_of("llama", Q8_0)
+    assert choose_quant(None, CPU, source=source) == "none"
+    span = Span.load(source, 1, 2, quant="int4")
+    assert {type(module) for module in span._decoder.layers[0].modules() if isinstance(module, nn.Linear)} == {
+        Int4Linear
+    }
+    assert span.weight_bytes == needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1]
+
+
+def test_it_is_the_default_and_says_so(file_of, monkeypatch, caplog):
+    source = file_of("llama", Q4_0)
+    with caplog.at_level(logging.INFO, "petals_win"):
+        assert choose_quant(None, CPU, source=source) == "int4"
+        assert choose_quant("none", CPU, source=source) == "none"
+        monkeypatch.setattr(int4, "kernels", lambda: None)
+        assert choose_quant(None, CPU, source=source) == "none"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+        assert choose_quant(None, torch.device("cuda", 0), source=source) == "int4"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+        assert choose_quant(None, torch.device("cuda", 0), source=source) == "none"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4 and said[0] == said[2]
+    assert said[0] == "Serving in int4, since llama is stored in four bits; --quant none is 16 bits or more"
+    assert "no kernels for this processor" in said[1] and "7.5, and 8.0 is needed" in said[3]
+
+
+def test_on_a_card_the_least_value_is_that_of_the_middle():
+    """torch's kernel has its zero at level 8, and keeps 8 bits of a number's digits."""
+    torch.manual_seed(0)
+    levels, scale = torch.randint(0, 16, (64, 4, 32)), torch.rand(64, 4) + 0.5
+    groups = int4.Groups(levels.flatten(1).to(torch.uint8), scale, -7 * scale)
+    taken, scales = int4.take_over(groups, ON_CARD)
+    assert torch.equal(taken, groups.levels)
+    found = (levels - 8) * scales[..., :1].float() + scales[..., 1:].float()
+    assert ((found - (levels - 7) * scale[..., None]).abs() <= scale[..., None] * 8 / 2**8).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_scales_that_no_number_of_16_bits_stands_for_are_refused(value):
+    groups = int4.Groups(torch.zeros(64, 32, dtype=torch.uint8), torch.full((64, 1), value), torch.zeros(64, 1))
+    with pytest.raises(int4.UserError, match="Use --quant none"):
+        Int4Weight(groups, CPU)
+
+
+@torch.inference_mode()
+def test_the_default_model_is_as_good_as_its_own_weights():
+    """Its file is of Q4_1: the text surprises it as much in four bits as dequantized."""
+    source = open_model(DEFAULT_MODEL)
+    assert choose_quant(None, CPU, source=source) == "int4"
+    model: Any = source.whole_model(torch.float32)
+    ids = torch.tensor([source.tokenizer()(PROSE.read_text("utf-8"))["input_ids"]])
+    wanted = model(ids, use_cache=False).logits[0]
+    span = Span.load(source, 0, source.num_blocks, quant="int4")
+    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes)
+    hidden = span.forward(model.get_input_embeddings()(ids), 0, source.num_blocks)
+    found = model.lm_head(model.model.norm(hidden))[0]
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    ours, theirs = (
+        math.exp(nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()) for logits in (found, wanted)
+    )
+    assert abs(ours / theirs - 1) < 1e-3
+
+
+LOADS = """
+import sys
+import torch
+from petals_win.host.memory import give_back_memory, own_bytes
+from petals_win.models.source import open_model
+from petals_win.span.needs import needs_of
+from petals_win.span.span import Span
+
+torch.set_num_threads(1)
+source = open_model(sys.argv[1])
+first = Span.load(source, 0, 1, quant="int4")
+first.forward(torch.ones(1, 2, source.hidden_size), 0, 1)  # what comes into memory once
+give_back_memory()
+before = own_bytes()
+span = Span.load(source, 1, source.num_blocks, quant="int4")
+give_back_memory()
+planned = sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:])
+print(planned, own_bytes() - before)
+"""
+
+
+def test_memory_is_as_planned(home, tmp_path):
+    path = tmp_path / "large.gguf"
+    write_large(path)
+    run = subprocess.run([sys.executable, "-c", LOADS, str(path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    planned, stays = map(int, run.stdout.split())
+    assert planned > 150e6
+    assert 0.95 <= stays / planned <= 1.05, f"{stays / planned:.3f} of what was planned"
