@@ -1,7 +1,6 @@
 """What serving a block takes, with the memory set aside for its caches, and how many blocks fit into what is free.
 
-Knows sizes, told from a model's configuration alone, and the layout of quantized weights. Asks for the free memory of a
-device only to compare. Does not know swarms.
+Knows sizes, told from a model's configuration alone. Asks for the free memory of a device only to compare. Does not know swarms.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
-from petals_win.models.architecture import empty_model, find_blocks, queries_of_a_key, text_config
+from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.cuts import Cuts
 from petals_win.span.footprint import model_footprint
-from petals_win.span.quantized_linear import Quant, kept_bytes
+from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +42,8 @@ class Needs:
     cache_tokens: int
     outside_bytes: int  # embeddings, final norm, head
     places: tuple[int, ...] | None = None  # where the model may be cut, as in models/cuts.py; None: before each block
+    read_bytes: tuple[int, ...] = ()  # of each block's weights, what a token reads: of many experts few
+    head_bytes: int = 0  # of what is outside, what a token reads
 
     @property
     def num_blocks(self) -> int:
@@ -66,13 +66,15 @@ class Needs:
 
 def needs_of(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none") -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split."""
-    footprint = model_footprint(config, dtype)
+    footprint = model_footprint(config, dtype, quant)
     return Needs(
-        block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant),
+        block_bytes=footprint.block_bytes,
         cache_bytes_per_token=footprint.cache_bytes_per_token,
         cache_tokens=least_cache_tokens(config),
         outside_bytes=footprint.outside_bytes,
         places=Cuts.of(config).places,
+        read_bytes=footprint.read_bytes,
+        head_bytes=footprint.head_bytes,
     )
 
 
@@ -138,14 +140,3 @@ def check_fits(name: str, start: int, end: int, needs: Needs, device: torch.devi
         f"The blocks {start}:{end} of {name} take {needed / _MIB:,.0f} MiB, but {free / _MIB:,.0f} MiB are free on {device}: "
         f"{fitting} blocks fit. {advice}, or close other programs."
     )
-
-
-def _quantized_block_bytes(config: PreTrainedConfig, dtype: torch.dtype, quant: Quant) -> tuple[int, ...]:
-    layers = find_blocks(empty_model(config, dtype)).layers
-    return tuple(sum(_own_bytes(module, quant) for module in layer.modules()) for layer in layers)
-
-
-def _own_bytes(module: nn.Module, quant: Quant) -> int:
-    """Of a module's own parameters, without its children's."""
-    kept = kept_bytes(module, quant)
-    return sum(kept.get(name, parameter.nbytes) for name, parameter in module.named_parameters(recurse=False))
