@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from conftest import connect, disconnect
 from nodes_here import NodeHere, node_here, without_uvloop
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
+
+from petals_win.node import container
+from petals_win.span.speed import SpanSpeed
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, CONTEXT = 80, 128
@@ -32,6 +36,7 @@ TINY = dict(
 )
 PROMPT = torch.tensor([[1, 40, 7, 300, 22, 5, 9, 41, 8, 100, 63, 12]])
 GREEDY = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
+SLOW = SpanSpeed(inference_rps=10.0, forward_rps=100.0)  # less than any PC has
 SECONDS = 60.0  # for an answer to go on, and for a node to move
 GO_ON = 15  # tokens between two events
 
@@ -111,7 +116,8 @@ def test_eighty_blocks_on_ten_nodes_that_come_and_go_and_move(checkpoint):
         moving = join(None, num_blocks=16, mean_block_selection_delay=0.0, mean_balance_check_period=0.5)
         assert blocks_of(moving) == "0:16"
         first = [join(blocks) for blocks in ("16:32", "32:48", "48:64")]
-        slow = join("64:80", throughput=0.3)
+        with mock.patch.object(container, "measure_speed", return_value=SLOW):
+            slow = join("64:80")
         remote = connect(SimpleNamespace(peers=peers[:1]), str(folder), update_period=1)
         ends.callback(disconnect, remote)
         writer = Writer(lambda streamer: remote.generate(PROMPT, streamer=streamer, **GREEDY))
@@ -137,8 +143,8 @@ def test_eighty_blocks_on_ten_nodes_that_come_and_go_and_move(checkpoint):
 
 
 def blocks_of(node: NodeHere) -> str | None:
-    container = node.server.container
-    return None if container is None else container.blocks
+    served = node.server.container
+    return None if served is None else served.blocks
 
 
 def until(condition: Callable[[], bool]) -> None:
