@@ -14,7 +14,7 @@ from pathlib import Path
 from petals_win.span.needs import Needs, needs_of
 from petals_win.span.quantized_linear import Quant
 from petals_win.swarm.cards import GIB, slowest_with
-from petals_win.swarm.known_models import find_known_model
+from petals_win.swarm.known_models import STORED_IN, find_known_model
 from petals_win.swarm.planner import Pc
 from petals_win.swarm.speeds import Alike, alike, processor_of
 
@@ -69,9 +69,8 @@ def table() -> str:
     for name, model in MODELS.items():
         known = find_known_model(model)
         assert known is not None
-        config = known.config()
         for quant, stored in STORED.items():
-            needs = needs_of(config, config.dtype, quant)
+            needs = needs_of(known.config(), STORED_IN, quant)
             cells = [cell(alike(pc, needs, quant, processor_of(RAM_GB_PER_S))) for pc in pcs]
             rows.append(f"| {name} | {stored} | {_gib(needs)} | {_block(needs)} | {' | '.join(cells)} |")
     return "\n".join(rows)

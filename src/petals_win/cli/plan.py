@@ -75,12 +75,11 @@ def plan(
 def _needs(model: str, token: str | None) -> dict[Quant, Needs]:
     """What a model takes, by quantization. Of a well-known one nothing is fetched, of any other its configuration."""
     from petals_win.span.needs import needs_of
-    from petals_win.swarm.known_models import find_known_model
+    from petals_win.swarm.known_models import STORED_IN, find_known_model
 
     known = find_known_model(model)
     if known is not None:
-        config = known.config()
-        dtype = config.dtype
+        config, dtype = known.config(), STORED_IN
     else:
         from petals_win.models.source import open_model
 
@@ -108,7 +107,7 @@ def _show_plan(model: str, pcs: list[Pc], quant: Quant | None, token: str | None
     from petals_win.swarm.planner import make_plan
     from petals_win.swarm.speeds import predict
 
-    kept = [_kept(pc, quant) for pc in pcs]
+    kept: list[Quant] = [_kept(pc, quant) for pc in pcs]
     by_quant = _needs(model, token)
     needs = [by_quant[way] for way in kept]
     plan, processor = make_plan(list(zip(pcs, needs, strict=True))), processor_rates()

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
+STORED_IN = torch.float16  # as far as sizes go, the same as bfloat16
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -30,7 +32,7 @@ class KnownModel:
     shape: dict[str, Any]
 
     def config(self) -> PreTrainedConfig:
-        shape = {**self.shape, "tie_word_embeddings": False, "dtype": torch.float16}
+        shape = {**self.shape, "tie_word_embeddings": False, "dtype": STORED_IN}
         return self.kind(**shape)
 
 

@@ -98,6 +98,7 @@ def alike(pc: Pc, needs: Needs, quant: Quant, processor: Mapping[Quant, float]) 
         sum(needs.block_bytes[share.start : share.end]) + (share.end - share.start) * needs.cache_bytes
         for share in plan.shares
     )
-    seconds = predict(plan, [needs] * count, [quant] * count, processor).token_seconds
+    quants: list[Quant] = [quant] * count
+    seconds = predict(plan, [needs] * count, quants, processor).token_seconds
     assert seconds is not None
     return Alike(count, most, seconds)
