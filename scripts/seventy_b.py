@@ -150,6 +150,8 @@ class Run:
 
     def in_this_process(self, quant: Quant) -> Figures:
         """By spans, one after the other, each of which gets what the one before it made."""
+        import bitsandbytes.nn  # noqa: F401  (not a part of what the blocks take)
+
         hidden, seconds, taken = self.hidden, [0.0] * (1 + DECODED), list[int]()
         for blocks in self.spans:
             give_back_memory()
