@@ -1,144 +1,154 @@
-"""Two blocks with the true shapes of Llama 2 70B, one on each of two nodes.
-
-The weights are random and the vocabulary is cut; everything else of a block is as in the real model.
-"""
+"""What is special about a 70B: blocks of its true shapes, of which a PC holds few, and 80 of them on many PCs that come and go."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
-import psutil
 import pytest
 import torch
 from conftest import connect, disconnect
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from nodes_here import NodeHere, node_here, without_uvloop
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
-from petals_win.swarm.local import LocalSwarm
+from petals_win.node import container
+from petals_win.span.speed import SpanSpeed
 
-HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCABULARY = 8192, 64, 8, 28672, 512
-BLOCK_PARAMETERS = (
-    2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS, CONTEXT = 80, 128
+TINY = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=CONTEXT,
 )
-MIB = 2**20
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Written tensor by tensor, a shard for each block: a model made first would take twice the memory."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(rows: int, columns: int) -> torch.Tensor:
-        # A tensor's rows repeat after 1024, in another order of columns, for drawing all numbers takes a minute.
-        drawn = torch.randn(min(rows, 1024), columns, generator=generator) * columns**-0.5
-        parts = [drawn.roll(97 * n, dims=1) for n in range(-(-rows // 1024))]
-        return torch.cat([part.bfloat16() for part in parts])[:rows].contiguous()
-
-    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    key_size = HIDDEN * KV_HEADS // HEADS
-    weight_map: dict[str, str] = {}
-    for block in (0, 1):
-        prefix = f"model.layers.{block}."
-        shard = {
-            "self_attn.q_proj": random(HIDDEN, HIDDEN),
-            "self_attn.k_proj": random(key_size, HIDDEN),
-            "self_attn.v_proj": random(key_size, HIDDEN),
-            "self_attn.o_proj": random(HIDDEN, HIDDEN),
-            "mlp.gate_proj": random(INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": random(INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": random(HIDDEN, INTERMEDIATE),
-            "input_layernorm": norm.clone(),
-            "post_attention_layernorm": norm.clone(),
-        }
-        _write(
-            tmp_path,
-            f"block{block}.safetensors",
-            {f"{prefix}{name}.weight": t for name, t in shard.items()},
-            weight_map,
-        )
-    rest = {
-        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN) * HIDDEN**0.5,
-        "model.norm.weight": norm.clone(),
-        "lm_head.weight": random(VOCABULARY, HIDDEN),
-    }
-    _write(tmp_path, "rest.safetensors", rest, weight_map)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tmp_path
-
-
-def _write(folder: Path, file: str, tensors: dict[str, torch.Tensor], weight_map: dict[str, str]) -> None:
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-    weight_map.update(dict.fromkeys(tensors, file))
-
-
-@torch.inference_mode()
-def logits_of(model, prompt: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Of a prefill and one decode step for each token, in float32; and the seconds of each."""
-    logits, seconds, cache = [], [], None
-    for step in (prompt, *tokens.split(1, dim=1)):
-        began = time.perf_counter()
-        outputs = model(step, use_cache=True) if cache is None else model(step, cache=cache, use_cache=True)
-        seconds.append(time.perf_counter() - began)
-        cache = outputs.get("cache")
-        logits.append(outputs.logits.float())
-    return torch.cat(logits, dim=1), seconds
+PROMPT = torch.tensor([[1, 40, 7, 300, 22, 5, 9, 41, 8, 100, 63, 12]])
+GREEDY = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
+SLOW = SpanSpeed(inference_rps=10.0, forward_rps=100.0)  # less than any PC has
+SECONDS = 60.0  # for an answer to go on, and for a node to move
+GO_ON = 15  # tokens between two events
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_true_blocks_on_two_nodes(folder, capsys):
-    generator = torch.Generator().manual_seed(1)
-    prompt, tokens = (torch.randint(3, VOCABULARY, (1, n), generator=generator) for n in (16, 4))
-    with LocalSwarm(str(folder), ["0:1", "1:2"]) as swarm:
-        swarm.wait_until_serving()
-        remote = connect(swarm, str(folder), torch_dtype=torch.bfloat16)
-        try:
-            with remote.inference_session(max_length=32):
-                logits, seconds = logits_of(remote, prompt, tokens)
-            memory = [psutil.Process(node.child.pid).memory_info().rss for node in swarm.nodes]
-            before = [node.bytes_before_loading for node in swarm.nodes]
-        finally:
-            disconnect(remote)
-
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    in_bfloat16, _ = logits_of(reference, prompt, tokens)
-    exact, _ = logits_of(reference.float(), prompt, tokens)
-
-    # Any way of computing in bfloat16 differs from the exact logits. The swarm's may by no more than transformers' own
-    # does, but for the luck of single roundings: both sum the same products, in another order.
-    ours, theirs = logits - exact, in_bfloat16 - exact
-    assert theirs.abs().max() > 0, "it is bfloat16"
-    assert ours.pow(2).mean().sqrt() <= 1.25 * theirs.pow(2).mean().sqrt()
-    assert ours.abs().max() <= 2 * theirs.abs().max()
-    assert theirs.abs().max() < 0.1 * exact.abs().max(), "else the bound would say nothing"
-
-    block = 2 * BLOCK_PARAMETERS
+def test_blocks_of_the_true_shapes(capsys):
+    """The short form of scripts/seventy-b: two nodes in 16 bits and one in int4, exactness and memory beside the plan."""
+    command = [sys.executable, "-X", "utf8", ROOT / "scripts" / "seventy_b.py", "--device", "cpu", "--json"]
+    command += ["--short", "--quants", "none", "int4"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=580)
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
     with capsys.disabled():
-        print(
-            f"\nOne block of Llama 2 70B in bfloat16, {block / MIB:,.0f} MiB of weights:\n"
-            f"  memory of the nodes {', '.join(f'{bytes / MIB:,.0f}' for bytes in memory)} MiB, "
-            f"before loading {', '.join(f'{bytes / MIB:,.0f}' for bytes in before)} MiB\n"
-            f"  a step of one token through both blocks {sorted(seconds[1:])[len(seconds[1:]) // 2]:.2f} s, "
-            f"a prefill of {prompt.shape[1]} tokens {seconds[0]:.2f} s\n"
-            f"  logits: rms error {ours.pow(2).mean().sqrt():.2e}, transformers' in bfloat16 {theirs.pow(2).mean().sqrt():.2e}, "
-            f"of logits up to {exact.abs().max():.1f}"
-        )
-    for held, at_start in zip(memory, before, strict=True):
-        assert held - at_start <= 1.1 * block + 300 * MIB
+        print("", *found, sep="\n")
+    assert [(each["quant"], each["where"], each["wrong"]) for each in found] == [
+        ("none", "nodes", []),
+        ("int4", "nodes", []),
+    ], done.stderr
+    assert 0 < found[0]["off_in_16_bits"] < 0.1 < 10 * found[1]["off"], "else the bounds would say nothing"
+
+
+class Writer(threading.Thread):
+    """Has the same text written again and again, until it is told to stop."""
+
+    def __init__(self, generate: Callable[[BaseStreamer], torch.Tensor]) -> None:
+        super().__init__(daemon=True)
+        self._generate = generate
+        self._enough = threading.Event()
+        self.texts: list[torch.Tensor] = []
+        self.error: Exception | None = None
+        self.tokens = 0
+
+    def run(self) -> None:
+        try:
+            while not self._enough.is_set():
+                self.texts.append(self._generate(self))  # pyright: ignore[reportArgumentType]
+        except Exception as e:
+            self.error = e
+
+    def put(self, _value: torch.Tensor) -> None:  # as transformers' streamers are told of tokens
+        self.tokens += 1
+
+    def end(self) -> None:
+        pass
+
+    def goes_on(self) -> None:
+        """Wait for some more tokens, so that what comes next happens in the middle of a text."""
+        wanted, deadline = self.tokens + GO_ON, time.monotonic() + SECONDS
+        while self.tokens < wanted:
+            if self.error is not None:
+                raise self.error
+            assert time.monotonic() < deadline, "no token comes any more"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._enough.set()
+        self.join(SECONDS)
+
+
+@pytest.mark.timeout(280)
+def test_eighty_blocks_on_ten_nodes_that_come_and_go_and_move(checkpoint):
+    """Nodes join and leave, and one moves to other blocks, while a text is written again and again, the same one each time."""
+    folder = checkpoint("llama", **TINY)
+    expected = AutoModelForCausalLM.from_pretrained(folder).generate(PROMPT, **GREEDY)
+    with ExitStack() as ends:
+        ends.enter_context(without_uvloop())
+        peers: list[str] = []
+
+        def join(blocks: str | None, **settings: object) -> NodeHere:
+            node = node_here(folder, peers[:1], block_indices=blocks, **settings)
+            ends.callback(node.end)
+            peers.append(node.peer)
+            return node
+
+        # It chooses its blocks, and looks every half second on average whether others are better.
+        moving = join(None, num_blocks=16, mean_block_selection_delay=0.0, mean_balance_check_period=0.5)
+        assert blocks_of(moving) == "0:16"
+        first = [join(blocks) for blocks in ("16:32", "32:48", "48:64")]
+        with mock.patch.object(container, "measure_speed", return_value=SLOW):
+            slow = join("64:80")
+        remote = connect(SimpleNamespace(peers=peers[:1]), str(folder), update_period=1)
+        ends.callback(disconnect, remote)
+        writer = Writer(lambda streamer: remote.generate(PROMPT, streamer=streamer, **GREEDY))
+        writer.start()
+        ends.callback(writer.stop)
+        writer.goes_on()
+
+        join("0:16")  # so that the first one is free to help the slow one
+        until(lambda: blocks_of(moving) == "64:80")
+        writer.goes_on()
+        slow.end()
+        writer.goes_on()
+        for blocks in ("16:40", "40:64", "0:8", "8:16"):
+            join(blocks)
+            writer.goes_on()
+        assert len(peers) == 10
+        for node in first:
+            node.end()
+            writer.goes_on()
+        writer.stop()
+        assert writer.error is None
+        assert len(writer.texts) >= 2 and all(torch.equal(text, expected) for text in writer.texts)
+
+
+def blocks_of(node: NodeHere) -> str | None:
+    served = node.server.container
+    return None if served is None else served.blocks
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from petals_win.cli.main import app
 from petals_win.errors import UserError
+from petals_win.span import rates
 from petals_win.span.needs import Needs, blocks_that_fit, needs_of
 from petals_win.swarm.known_models import KNOWN_MODELS, find_known_model
 from petals_win.swarm.planner import GIB, Pc, make_plan, parse_size, pcs_needed
@@ -20,6 +21,12 @@ LLAMA_70B = "meta-llama/Llama-2-70b-hf"
 
 def needs(num_blocks: int = 10, block_bytes: int = GIB) -> Needs:
     return Needs((block_bytes,) * num_blocks, (0,) * num_blocks, cache_tokens=4096, outside_bytes=0)
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """Measuring it takes a second each time."""
+    monkeypatch.setattr(rates, "processor_rates", lambda: {"none": 40e9, "int4": 30e9})
 
 
 def invoke(*arguments: str):
@@ -68,6 +75,10 @@ def test_pcs_for_blocks_that_stay_together():
         ("meta-llama/Meta-Llama-3-8B", 8.03),
         ("meta-llama/Meta-Llama-3-70B", 70.55),
         ("mistralai/Mistral-7B-v0.1", 7.24),
+        ("Qwen/Qwen3-32B", 32.76),
+        ("openai/gpt-oss-20b", 20.91),
+        ("openai/gpt-oss-120b", 116.83),
+        ("zai-org/GLM-4.5-Air", 106.88),  # without the layer that guesses ahead
     ],
 )
 def test_known_models_have_the_published_size(name, billions):
@@ -161,6 +172,35 @@ def test_the_same_as_json():
     assert [(pc["quant"], pc["start"], pc["end"]) for pc in facts["pcs"]] == [("nf4", 0, 43), ("none", 43, 75)]
     assert facts["missing"] == [75, 76, 77, 78, 79] and facts["num_blocks"] == 80
     assert set(facts["sizes"]) == {"nf4", "none"}
+    assert facts["tokens_per_s"] is None
+
+
+def test_how_fast_a_swarm_answers():
+    """80 blocks of a 70B in int4 in RAM: 510 MiB each at 30 GB/s; one way there; the head at 40 GB/s."""
+    arguments = ("--model", LLAMA_70B, "--quant", "int4", "--ram", "128")
+    facts = json.loads(invoke(*arguments, "--json").output)
+    expected = 80 * facts["sizes"]["int4"]["block_bytes"][0] / 30e9 + 0.002
+    assert facts["pcs"][0]["token_seconds"] == pytest.approx(expected)
+    assert 1 / facts["tokens_per_s"] == pytest.approx(expected + 2 * 8192 * 32000 / 40e9)
+    shown = invoke(*arguments).output
+    assert re.search(r"PC 1  RAM +128 GiB +int4 +510 MiB a block +blocks 0:80, about 1,428 ms a token", shown)
+    assert "One answer comes at about 0.69 tokens/s." in shown and "30.0 GB/s in int4" in shown
+    assert "Assumed, since nothing has been" not in shown, "there is no card"
+
+
+def test_cards_may_be_named():
+    slow, fast = (
+        json.loads(invoke("--model", LLAMA_70B, "--json", "--gpu", "24", "--gpu", card).output)["pcs"]
+        for card in ("24GiB", "RTX 4090")
+    )
+    assert slow[0] == fast[0] and slow[1]["token_seconds"] > fast[1]["token_seconds"]
+    shown = invoke("--model", LLAMA_70B, "--gpu", "24", "--gpu", "RTX 4090").output
+    assert "RTX 3090 936, RTX 4090 1008" in shown and "Assumed, since nothing has been measured on a card" in shown
+
+
+def test_beside_cards_in_nf4_a_cpu_keeps_16_bits():
+    facts = json.loads(invoke("--model", LLAMA_70B, "--json", "--quant", "nf4", "--gpu", "24", "--ram", "64").output)
+    assert [pc["quant"] for pc in facts["pcs"]] == ["nf4", "none"]
 
 
 def test_without_pcs_it_tells_the_smallest_set_ups():
@@ -168,7 +208,9 @@ def test_without_pcs_it_tells_the_smallest_set_ups():
     assert {row["model"] for row in rows} == {known.name for known in KNOWN_MODELS}
     assert len(rows) == 4 * len(KNOWN_MODELS)
     (found,) = [row["pcs"] for row in rows if (row["model"], row["quant"]) == (LLAMA_70B, "nf4")]
-    assert found == {"8GiB": 7, "12GiB": 4, "16GiB": 3, "24GiB": 2}
+    assert found == {"8GiB": 7, "12GiB": 4, "16GiB": 3, "24GiB": 2, "32GiB RAM": None, "64GiB RAM": None}
+    (row,) = [row for row in rows if (row["model"], row["quant"]) == (LLAMA_70B, "int4")]
+    assert row["pcs"]["64GiB RAM"] == 1 and row["tokens_per_s"]["64GiB RAM"] == pytest.approx(0.69, abs=0.01)
     shown = invoke().output
     assert all(known.name in shown for known in KNOWN_MODELS) and "not quantized" in shown
 

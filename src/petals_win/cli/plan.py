@@ -1,11 +1,12 @@
-"""`petals-win plan`: what each PC would hold of a model, and how many PCs it takes."""
+"""`petals-win plan`: what each PC would hold of a model, how many PCs it takes, and about how fast they would answer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,13 +16,17 @@ from petals_win.host.imports import importing
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
     from petals_win.span.needs import Needs
+    from petals_win.span.quantized_linear import Quant
     from petals_win.swarm.planner import Pc, Plan
+    from petals_win.swarm.speeds import Alike, Prediction
 
 _MIB, _GIB = 2**20, 2**30
-_QUANTS: tuple[Literal["int4", "nf4", "int8", "none"], ...] = ("nf4", "int4", "int8", "none")
+_QUANTS: tuple[Quant, ...] = ("nf4", "int4", "int8", "none")
 _IN_WORDS = {"nf4": "nf4", "int4": "int4", "int8": "int8", "none": "not quantized"}
-_DEFAULT_QUANTS = {"gpu": "nf4", "ram": "none"}  # of a model that is not stored in four bits
-_USUAL_GPUS = (8, 12, 16, 24)  # GiB
+_IN_WORDS_OF_A_CPU = {"none": "16 bits", "int4": "int4"}
+_DEFAULT_QUANTS: dict[str, Quant] = {"gpu": "nf4", "ram": "none"}  # of a model that is not stored in four bits
+_OF_CPUS: tuple[Quant, ...] = ("int4", "none")  # what else there is, serve refuses there
+_USUAL_GPUS, _USUAL_RAMS = (8, 12, 16, 24), (32, 64)  # GiB
 
 
 def plan(
@@ -29,7 +34,10 @@ def plan(
         str | None, typer.Option(help="Hugging Face id, folder, or .gguf file; without it, well-known models.")
     ] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="Memory of a PC's GPU, e.g. 12GiB. Give it once for each PC.")
+        list[str] | None,
+        typer.Option(
+            help="A PC's GPU: its memory, e.g. 12GiB, or its name, e.g. 'RTX 3060'. Give it once for each PC."
+        ),
     ] = None,
     ram: Annotated[
         list[str] | None, typer.Option(help="Memory of a PC that computes on its CPU, e.g. 32GiB. Once for each PC.")
@@ -38,7 +46,7 @@ def plan(
         str | None,
         typer.Option(
             help="How PCs keep weights: nf4 or int4 (4 bits), int8 or none; default, as of 'serve': int4 for a model that is stored in four "
-            "bits; of others nf4 on GPUs, else none."
+            "bits; of others nf4 on GPUs, else none. nf4 and int8 are for GPUs; what computes on its CPU keeps 16 bits beside them."
         ),
     ] = None,
     token_file: Annotated[
@@ -46,86 +54,152 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell from a model's configuration alone which blocks each PC would hold, and what is missing.
+    """Tell from a model's configuration alone which blocks each PC would hold, what is missing, and about how fast it answers.
 
     Example: petals-win plan --model meta-llama/Llama-2-70b-hf --gpu 12GiB --gpu 12GiB --gpu 24GiB
     """
     with importing():
         from petals_win.span.quantized_linear import parse_quant
-    from petals_win.swarm.planner import Pc, parse_size
+    from petals_win.swarm.planner import Pc, parse_gpu, parse_size
 
-    if quant is not None:
-        parse_quant(quant)
-    pcs = [Pc("gpu", parse_size(size)) for size in gpu or ()] + [Pc("ram", parse_size(size)) for size in ram or ()]
+    asked = None if quant is None else parse_quant(quant)
+    pcs = [parse_gpu(card) for card in gpu or ()] + [Pc("ram", parse_size(size)) for size in ram or ()]
     if pcs and model is None:
         raise UserError("Which model are these PCs for? Give it as --model, or leave --gpu and --ram out.")
     if model is None or not pcs:
         _show_smallest(model, read_token(token_file), as_json)
     else:
-        _show_plan(model, pcs, quant, read_token(token_file), as_json)
+        _show_plan(model, pcs, asked, read_token(token_file), as_json)
 
 
-def _needs(model: str, token: str | None) -> tuple[dict[str, Needs], bool]:
+def _needs(model: str, token: str | None) -> tuple[dict[Quant, Needs], bool]:
     """What a model takes, by quantization, and whether it is stored in four bits.
 
     Of a well-known one nothing is fetched, of any other its configuration.
     """
     from petals_win.span.needs import needs_of
-    from petals_win.swarm.known_models import find_known_model
+    from petals_win.swarm.known_models import STORED_IN, find_known_model
 
     known = find_known_model(model)
     if known is not None:
-        config, in_four_bits = known.config(), frozenset[str]()
-        dtype = config.dtype
+        config, dtype, in_four_bits = known.config(), STORED_IN, frozenset[str]()
     else:
         from petals_win.models.source import open_model
 
         source = open_model(model, token=token)
         config, dtype, in_four_bits = source.config, source.dtype, source.in_four_bits
-    needs: dict[str, Needs] = {
-        quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS  # pyright: ignore[reportArgumentType]
-    }
-    return needs, bool(in_four_bits)
+    return {quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS}, bool(in_four_bits)
 
 
-def _show_plan(model: str, pcs: Sequence[Pc], quant: str | None, token: str | None, as_json: bool) -> None:
+@dataclass(frozen=True)
+class _Planned:
+    """PCs, how each keeps weights, what the model then takes, and what follows. `plain`: what it takes in 16 bits."""
+
+    model: str
+    pcs: list[Pc]
+    kept: list[Quant]
+    needs: list[Needs]
+    plain: Needs
+    plan: Plan
+    processor: dict[Quant, float]
+    speed: Prediction
+
+
+def _show_plan(model: str, pcs: list[Pc], quant: Quant | None, token: str | None, as_json: bool) -> None:
+    from petals_win.span.rates import processor_rates
     from petals_win.swarm.planner import make_plan
+    from petals_win.swarm.speeds import predict
 
     by_quant, in_four_bits = _needs(model, token)
-    kept = [quant or ("int4" if in_four_bits else _DEFAULT_QUANTS[pc.kind]) for pc in pcs]  # by each PC
-    made = make_plan([(pc, by_quant[way]) for pc, way in zip(pcs, kept, strict=True)])
-    any_needs = by_quant["none"]
-    if as_json:
-        shares = [
-            {
-                "kind": share.pc.kind,
-                "total_bytes": share.pc.total_bytes,
-                "quant": way,
-                "start": share.start,
-                "end": share.end,
-            }
-            for share, way in zip(made.shares, kept, strict=True)
-        ]
-        sizes = {way: _facts(by_quant[way]) for way in _QUANTS if way in kept}
-        facts = {"model": model, "num_blocks": any_needs.num_blocks, "pcs": shares, "missing": list(made.missing)}
-        typer.echo(json.dumps({**facts, "sizes": sizes}))
-        return
-    typer.echo(
-        f"{model}: {any_needs.num_blocks} blocks. Beside its weights each takes at least {any_needs.cache_bytes / _MIB:,.0f} "
-        f"MiB for caches: {any_needs.cache_tokens:,} tokens of all sessions together.\n"
-    )
-    for number, (share, way) in enumerate(zip(made.shares, kept, strict=True), 1):
-        needs = by_quant[way]
+    kept: list[Quant] = [_kept(pc, quant, in_four_bits) for pc in pcs]
+    needs = [by_quant[way] for way in kept]
+    plan, processor = make_plan(list(zip(pcs, needs, strict=True))), processor_rates()
+    speed = predict(plan, needs, kept, processor)
+    made = _Planned(model, pcs, kept, needs, by_quant["none"], plan, processor, speed)
+    typer.echo(json.dumps(_in_json(made)) if as_json else _in_text(made))
+
+
+def _in_json(made: _Planned) -> dict[str, object]:
+    shares = [
+        {
+            "kind": share.pc.kind,
+            "total_bytes": share.pc.total_bytes,
+            "quant": way,
+            "start": share.start,
+            "end": share.end,
+            "token_seconds": seconds,
+        }
+        for share, way, seconds in zip(made.plan.shares, made.kept, made.speed.by_pc, strict=True)
+    ]
+    sizes = dict(zip(made.kept, map(_facts, made.needs), strict=True))
+    seconds = made.speed.token_seconds
+    return {
+        "model": made.model,
+        "num_blocks": made.plain.num_blocks,
+        "pcs": shares,
+        "missing": list(made.plan.missing),
+        "sizes": sizes,
+        "tokens_per_s": seconds and 1 / seconds,
+        "processor_bytes_per_s": made.processor,
+    }
+
+
+def _in_text(made: _Planned) -> str:
+    plain, seconds = made.plain, made.speed.token_seconds
+    lines = [
+        f"{made.model}: {plain.num_blocks} blocks. Beside its weights each takes at least {plain.cache_bytes / _MIB:,.0f} "
+        f"MiB for caches: {plain.cache_tokens:,} tokens of all sessions together.\n"
+    ]
+    of_pcs = zip(made.plan.shares, made.kept, made.needs, made.speed.by_pc, strict=True)
+    for number, (share, way, needs, took) in enumerate(of_pcs, 1):
         holds = f"blocks {share.start}:{share.end}" if share.end > share.start else _why_none(share.pc, needs)
         size = f"{max(needs.block_bytes) / _MIB:,.0f} MiB a block"
-        typer.echo(
-            f"PC {number}  {share.pc.kind.upper()} {share.pc.total_bytes / _GIB:>5g} GiB  {_IN_WORDS[way]:13}  {size:17}  {holds}"
+        memory = f"{share.pc.kind.upper()} {share.pc.total_bytes / _GIB:>5g} GiB"
+        said = "" if took is None else f", about {1000 * took:,.0f} ms a token"
+        lines.append(f"PC {number}  {memory}  {_IN_WORDS[way]:13}  {size:17}  {holds}{said}")
+    lines.append(f"\n{_verdict(made.plan, made.pcs, made.needs)}")
+    if seconds is not None:
+        lines.append(f"One answer comes at about {_speed(seconds)} tokens/s.")
+    lines += [
+        f"The PC that asks holds another {plain.outside_bytes / _MIB:,.0f} MiB (embeddings and head) in its RAM.",
+        "A tenth of what is free stays free; the system and torch are taken to have 1 GiB of a GPU, 4 GiB of a PC's RAM.",
+    ]
+    if any(took is not None for took in made.speed.by_pc):
+        lines.append(f"\n{_how_fast(made.pcs, made.processor)}")
+    return "\n".join(lines)
+
+
+def _kept(pc: Pc, quant: Quant | None, in_four_bits: bool) -> Quant:
+    """How a PC keeps weights if that is asked for: nf4 and int8 are for cards. `in_four_bits`: the model is stored so."""
+    if quant is None and in_four_bits:
+        return "int4"
+    if quant is None or (pc.kind == "ram" and quant not in _OF_CPUS):
+        return _DEFAULT_QUANTS[pc.kind]
+    return quant
+
+
+def _how_fast(pcs: Sequence[Pc], processor: Mapping[Quant, float]) -> str:
+    """What predicted times are made of."""
+    from petals_win.swarm.cards import slowest_with
+    from petals_win.swarm.speeds import CARD_BLOCK_SECONDS, HOP_SECONDS, OF_A_CARD
+
+    cards = {card for pc in pcs if pc.kind == "gpu" and (card := pc.card or slowest_with(pc.total_bytes)) is not None}
+    said = ["How fast: for each token a PC reads the weights that it computes with once."]
+    measured = ", ".join(f"{rate / 1e9:.1f} GB/s in {_IN_WORDS_OF_A_CPU[way]}" for way, rate in processor.items())
+    said.append(f"Measured now, on the CPU of this PC, which stands for all CPUs: {measured}.")
+    if cards:
+        names = ", ".join(
+            f"{card.name} {card.gb_per_s}" for card in sorted(cards, key=lambda card: (card.gib, card.name))
         )
-    typer.echo(f"\n{_verdict(made, pcs, [by_quant[way] for way in kept])}")
-    typer.echo(
-        f"The PC that asks holds another {any_needs.outside_bytes / _MIB:,.0f} MiB (embeddings and head) in its RAM.\n"
-        "A tenth of what is free stays free; the system and torch are taken to have 1 GiB of a GPU, 4 GiB of a PC's RAM."
+        parts = ", ".join(f"{part:g} in {_IN_WORDS_OF_A_CPU.get(way, way)}" for way, part in OF_A_CARD.items())
+        said.append(
+            f"Published for cards, in GB/s: {names}; without a name, the slowest with such memory. Assumed, since nothing has been "
+            f"measured on a card: that they reach {parts} of it, and {1000 * CARD_BLOCK_SECONDS:g} ms more for each block."
+        )
+    said.append(
+        f"Assumed for the way to each PC: {1000 * HOP_SECONDS:g} ms, by cable. Several answers at once share the reading."
     )
+    return "\n".join(said)
 
 
 def _why_none(pc: Pc, needs: Needs) -> str:
@@ -161,33 +235,76 @@ def _verdict(made: Plan, pcs: Sequence[Pc], needs: Sequence[Needs]) -> str:
     return f"{happens} Add {more} more {'PC' if more == 1 else 'PCs'} {such}{'' if more == 1 else ' each'}."
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A model, kept in one way, on PCs that are alike: by their memory, how many it takes, if any number will do."""
+
+    model: str
+    quant: Quant
+    needs: Needs
+    found: dict[str, Alike | None]
+
+    def in_json(self) -> dict[str, object]:
+        counts = {memory: each and each.count for memory, each in self.found.items()}
+        speeds = {memory: each and 1 / each.token_seconds for memory, each in self.found.items()}
+        return {
+            "model": self.model,
+            "quant": self.quant,
+            **_facts(self.needs),
+            "pcs": counts,
+            "tokens_per_s": speeds,
+        }
+
+    def in_text(self, wide: int) -> str:
+        weights = (sum(self.needs.block_bytes) + self.needs.outside_bytes) / _GIB
+        cells = "".join(f"{_cell(each):>12}" for each in self.found.values())
+        return f"{self.model:{wide}}  {_IN_WORDS[self.quant]:13}  {weights:>7.1f}{cells}"
+
+
 def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
-    """How many PCs with equal GPUs a model takes."""
+    """How many PCs a model takes that are alike, with GPUs or without, and how fast it answers there."""
+    from petals_win.span.rates import processor_rates
     from petals_win.swarm.known_models import KNOWN_MODELS
-    from petals_win.swarm.planner import Pc, pcs_needed
+    from petals_win.swarm.planner import Pc
+    from petals_win.swarm.speeds import alike
 
     names = [model] if model else [known.name for known in KNOWN_MODELS]
-    rows = []
-    for name in names:
-        for quant, needs in _needs(name, token)[0].items():
-            counts = {f"{size}GiB": pcs_needed(needs, Pc("gpu", size * _GIB)) for size in _USUAL_GPUS}
-            rows.append({"model": name, "quant": quant, **_facts(needs), "pcs": counts})
+    pcs = {f"{size}GiB": Pc("gpu", size * _GIB) for size in _USUAL_GPUS}
+    pcs |= {f"{size}GiB RAM": Pc("ram", size * _GIB) for size in _USUAL_RAMS}
+    processor = processor_rates()
+    rows = [
+        _Row(name, quant, needs, {memory: alike(pc, needs, quant, processor) for memory, pc in pcs.items()})
+        for name in names
+        for quant, needs in _needs(name, token)[0].items()
+    ]
     if as_json:
-        typer.echo(json.dumps({"smallest": rows}))
+        typer.echo(json.dumps({"smallest": [row.in_json() for row in rows], "processor_bytes_per_s": processor}))
         return
     wide = max(len(name) for name in names)
-    typer.echo(f"{'':{wide}}  {'':13}  {'weights':>9}  PCs that it takes, with GPUs of")
-    typer.echo(f"{'model':{wide}}  {'stored':13}  {'GiB':>9}" + "".join(f"{size:>5} GiB" for size in _USUAL_GPUS))
+    typer.echo(
+        "How many PCs with GPUs of so much memory it takes, or with so much RAM, at how many tokens/s of one answer:\n"
+    )
+    heads = "".join(f"{memory:>12}" for memory in pcs)
+    typer.echo(f"{'':{wide}}  {'':13}  weights\n{'model':{wide}}  {'stored':13}  {'GiB':>7}{heads}")
     for row in rows:
-        weights = (sum(row["block_bytes"]) + row["outside_bytes"]) / _GIB
-        counts = "".join(f"{count or '-':>9}" for count in row["pcs"].values())
-        typer.echo(f"{row['model']:{wide}}  {_IN_WORDS[row['quant']]:13}  {weights:>9.1f}{counts}")
+        typer.echo(row.in_text(wide))
+    typer.echo(f"\n{_how_fast(list(pcs.values()), processor)}")
+
+
+def _cell(found: Alike | None) -> str:
+    return "-" if found is None else f"{found.count} at {_speed(found.token_seconds)}"
+
+
+def _speed(seconds: float) -> str:
+    """Tokens per second, in as many digits as are worth saying."""
+    return f"{1 / seconds:.2g}" if seconds > 0.01 else f"{1 / seconds:.0f}"
 
 
 def _facts(needs: Needs) -> dict[str, object]:
     return {
         "num_blocks": needs.num_blocks,
         "block_bytes": needs.block_bytes,
+        "read_bytes": needs.read_bytes,
         "cache_bytes_per_token": needs.cache_bytes_per_token,
         "cache_tokens": needs.cache_tokens,
         "outside_bytes": needs.outside_bytes,

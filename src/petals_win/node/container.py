@@ -15,7 +15,7 @@ from petals.data_structures import ModelInfo, ServerInfo, ServerState
 from petals.server.reachability import validate_reachability
 from transformers import PreTrainedConfig
 
-from petals_win.host.memory import available_bytes
+from petals_win.host.memory import available_bytes, give_back_memory
 from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
@@ -99,6 +99,8 @@ class Container:
             how = {"dtype": dtype, "device": device, "quant": quant, "adapters": settings.adapters}
             span = compute.submit(Span.load, source, start, end, **how).result()
             speed = compute.submit(measure_speed, span).result()
+            # Of weights that were quantized C's allocator keeps nearly as much as they took before.
+            compute.submit(give_back_memory).result()
             token_bytes = span.cache_bytes_per_token
             least = max(settings.attn_cache_tokens or 0, least_cache_tokens(source.config)) * token_bytes
             budget.total_bytes = session_budget(available_bytes(device), least, token_bytes, device)

@@ -1,18 +1,21 @@
 """How many bytes the parts of a model take, told from its configuration alone: no weight is read.
 
-Knows modules on the meta device. Does not know checkpoints.
+Knows modules on the meta device, and the layout of quantized weights. Does not know checkpoints.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from petals_win.models.architecture import empty_model, find_blocks
+from petals_win.models.architecture import empty_model, find_blocks, text_config
 from petals_win.span.decoder import CutDecoder
+from petals_win.span.quantized_linear import QUANTS, Quant, fused_experts, kept_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class ModelFootprint:
     """Bytes of weights, by block, and of what is outside of the blocks (embeddings, final norm, head; a tied one once)."""
 
     block_bytes: tuple[int, ...]
+    read_bytes: tuple[int, ...]  # of each block for one token: of its experts only those that a token goes to
     outside_bytes: int
+    head_bytes: int  # of the output layer alone, which each token reads
     cache_bytes_per_token: tuple[int, ...]  # of one sequence, by block, with a share of its recurrent states
 
     @property
@@ -29,9 +34,14 @@ class ModelFootprint:
         return sum(self.block_bytes) + self.outside_bytes
 
 
-def model_footprint(config: PreTrainedConfig, dtype: torch.dtype) -> ModelFootprint:
-    """The footprint of a model whose weights and cache are of `dtype`. Raises UserError for one that cannot be split."""
-    return _footprint(config.to_json_string(use_diff=False), _Hidden(config), dtype)
+def model_footprint(
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: frozenset[str] = frozenset()
+) -> ModelFootprint:
+    """The footprint of a model whose weights and cache are of `dtype`, the linear layers of its blocks quantized.
+
+    `in_four_bits`: the only weights that int4 is of; none: it is of all. Raises UserError for a model that cannot be split.
+    """
+    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, in_four_bits)[quant]
 
 
 def block_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -58,11 +68,42 @@ class _Hidden:
 
 
 @functools.lru_cache(maxsize=8)
-def _footprint(_key: str, hidden: _Hidden, dtype: torch.dtype) -> ModelFootprint:
+def _footprints(
+    _key: str, hidden: _Hidden, dtype: torch.dtype, in_four_bits: frozenset[str]
+) -> dict[Quant, ModelFootprint]:
     model = empty_model(hidden.config, dtype)
-    blocks = find_blocks(model)
-    sizes = tuple(sum(parameter.nbytes for parameter in layer.parameters()) for layer in blocks.layers)
+    layers = find_blocks(model).layers
+    plain = sum(parameter.nbytes for parameter in layers.parameters())
     tied = getattr(model, "all_tied_weights_keys", {})  # not yet one and the same parameter on the meta device
     everything = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in tied)
-    shapes = CutDecoder(model, 0, len(blocks.layers)).kv_shapes(dtype)
-    return ModelFootprint(sizes, everything - sum(sizes), tuple(shape.planned_bytes_per_token for shape in shapes))
+    caches = tuple(shape.planned_bytes_per_token for shape in CutDecoder(model, 0, len(layers)).kv_shapes(dtype))
+    asked = getattr(text_config(hidden.config), "num_experts_per_tok", None)
+    chosen = asked if isinstance(asked, int) else None
+    others = {parameter for name, parameter in model.named_parameters() if in_four_bits and name not in in_four_bits}
+    found: dict[Quant, ModelFootprint] = {}
+    for quant in QUANTS:
+        as_it_is = others if quant == "int4" else set[nn.Parameter]()
+        kept, read = zip(*(_of_a_block(layer, quant, as_it_is, chosen) for layer in layers), strict=True)
+        found[quant] = ModelFootprint(kept, read, everything - plain, _head_bytes(model), caches)
+    return found
+
+
+def _of_a_block(block: nn.Module, quant: Quant, as_it_is: Set[nn.Parameter], chosen: int | None) -> tuple[int, int]:
+    """Bytes of its weights, and of those that a token reads, which goes to `chosen` experts; None: to all, for all that is known.
+
+    `as_it_is`: what is not quantized.
+    """
+    kept = read = 0
+    for module in block.modules():
+        sizes = {} if quant == "none" else kept_bytes(module, quant)
+        experts = fused_experts(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            size = parameter.nbytes if parameter in as_it_is else sizes.get(name, parameter.nbytes)
+            kept += size
+            read += size * min(chosen, len(parameter)) // len(parameter) if chosen and name in experts else size
+    return kept, read
+
+
+def _head_bytes(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    return 0 if head is None else sum(parameter.nbytes for parameter in head.parameters())

@@ -1,25 +1,22 @@
 """What serving a block takes, with the memory set aside for its caches, and how many blocks fit into what is free.
 
-Knows sizes, told from a model's configuration alone, and the layout of quantized weights. Asks for the free memory of a
-device only to compare. Does not know swarms.
+Knows sizes, told from a model's configuration alone. Asks for the free memory of a device only to compare. Does not know swarms.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
-from petals_win.models.architecture import empty_model, find_blocks, queries_of_a_key, text_config
+from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.cuts import Cuts
 from petals_win.span.footprint import model_footprint
-from petals_win.span.quantized_linear import Quant, kept_bytes
+from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +42,8 @@ class Needs:
     cache_tokens: int
     outside_bytes: int  # embeddings, final norm, head
     places: tuple[int, ...] | None = None  # where the model may be cut, as in models/cuts.py; None: before each block
+    read_bytes: tuple[int, ...] = ()  # of each block's weights, what a token reads: of many experts few
+    head_bytes: int = 0  # of what is outside, what a token reads
 
     @property
     def num_blocks(self) -> int:
@@ -66,20 +65,21 @@ class Needs:
 
 
 def needs_of(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: frozenset[str] = frozenset()
 ) -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split.
 
     `in_four_bits` is what ModelSource says: if there are any, int4 is of these weights alone.
     """
-    footprint = model_footprint(config, dtype)
-    alone = in_four_bits if quant == "int4" else frozenset()
+    footprint = model_footprint(config, dtype, quant, in_four_bits)
     return Needs(
-        block_bytes=footprint.block_bytes if quant == "none" else _quantized_block_bytes(config, dtype, quant, alone),
+        block_bytes=footprint.block_bytes,
         cache_bytes_per_token=footprint.cache_bytes_per_token,
         cache_tokens=least_cache_tokens(config),
         outside_bytes=footprint.outside_bytes,
         places=Cuts.of(config).places,
+        read_bytes=footprint.read_bytes,
+        head_bytes=footprint.head_bytes,
     )
 
 
@@ -144,23 +144,4 @@ def check_fits(name: str, start: int, end: int, needs: Needs, device: torch.devi
     raise UserError(
         f"The blocks {start}:{end} of {name} take {needed / _MIB:,.0f} MiB, but {free / _MIB:,.0f} MiB are free on {device}: "
         f"{fitting} blocks fit. {advice}, or close other programs."
-    )
-
-
-def _quantized_block_bytes(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant, alone: Set[str]
-) -> tuple[int, ...]:
-    """`alone`: the names of the only weights that are quantized; none: all are that can be."""
-    model = empty_model(config, dtype)
-    plain = {parameter for name, parameter in model.named_parameters() if alone and name not in alone}
-    layers = find_blocks(model).layers
-    return tuple(sum(_own_bytes(module, quant, plain) for module in layer.modules()) for layer in layers)
-
-
-def _own_bytes(module: nn.Module, quant: Quant, plain: Set[torch.Tensor]) -> int:
-    """Of a module's own parameters, without its children's."""
-    kept = kept_bytes(module, quant)
-    return sum(
-        parameter.nbytes if parameter in plain else kept.get(name, parameter.nbytes)
-        for name, parameter in module.named_parameters(recurse=False)
     )

@@ -12,8 +12,7 @@ from typing import Literal
 
 from petals_win.errors import UserError
 from petals_win.span.needs import Needs, blocks_that_fit
-
-GIB = 2**30
+from petals_win.swarm.cards import GIB, Card, find_card
 
 # What is taken of a card or of a PC's RAM before a node begins: the desktop, the driver, torch itself. Rules of thumb.
 TAKEN_OF_GPU = 1 * GIB
@@ -26,6 +25,7 @@ class Pc:
 
     kind: Literal["gpu", "ram"]
     total_bytes: int
+    card: Card | None = None  # if it is known which one that is
 
     @property
     def free_bytes(self) -> int:
@@ -82,6 +82,17 @@ def pcs_needed(needs: Needs, pc: Pc, num_blocks: int | None = None) -> int | Non
             return None
         start, count = end, count + 1
     return count
+
+
+def parse_gpu(text: str) -> Pc:
+    """A PC with a card: the name of one in swarm/cards.py, or the size of its memory. Raises UserError."""
+    card = find_card(text)
+    if card is not None:
+        return Pc("gpu", card.gib * GIB, card)
+    try:
+        return Pc("gpu", parse_size(text))
+    except UserError as e:
+        raise UserError(f"{e} Or name a card, such as 'RTX 3060'; no {text!r} is in the table.") from None
 
 
 def parse_size(text: str) -> int:
