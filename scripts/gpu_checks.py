@@ -278,8 +278,8 @@ def check_speed(asked: Asked) -> Iterator[Result]:
         there, one_there = prompt.to(asked.device), one.to(asked.device)
         return _prefill_and_decode(
             asked,
-            lambda: decoder(inputs_embeds=there, past_key_values=cache, use_cache=True),
-            lambda: decoder(inputs_embeds=one_there, past_key_values=cache, use_cache=True),
+            lambda: decoder(inputs_embeds=there, cache=cache, use_cache=True),
+            lambda: decoder(inputs_embeds=one_there, cache=cache, use_cache=True),
             tokens,
             decoded,
         )
