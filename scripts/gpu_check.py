@@ -3,7 +3,7 @@
 Usage: gpu-check [--device cuda|cpu] [--model FILE] [--json FILE]
 
 Takes the torch that is installed (2.11 or newer), the trees and p2pd of this checkout, and nothing else; what is not there is
-skipped with the reason. Each line is "ok", "failed" or "skipped", what was looked at, and its figures. The exit status is 1 if
+skipped with the reason, and without a torch or transformers of the right versions it ends with a sentence. Each line is "ok", "failed" or "skipped", what was looked at, and its figures. The exit status is 1 if
 something failed, or nothing could be checked. `--device cpu` is its half without a GPU, small, in about a minute.
 
 This file knows processes, deadlines and the table; the checks are in gpu_checks.py. They run one after the other in a process
@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,18 @@ from petals_win.host.process_tree import ProcessTree  # noqa: E402
 
 TOTAL_SECONDS = 470  # less than 8 minutes
 # Names of checks in gpu_checks.py, and for how many seconds each may run; together no longer than TOTAL_SECONDS.
-CHECKS = {"device": 70, "families": 90, "smollm2": 90, "memory": 40, "too_large": 30, "swarm": 150}
+CHECKS = {
+    "device": 60,
+    "int4": 25,
+    "families": 100,
+    "smollm2": 50,
+    "memory": 30,
+    "speed": 50,
+    "too_large": 15,
+    "full": 20,
+    "swarm": 120,
+}
+OLDEST_TORCH = (2, 11)
 LOG_LINES = 60
 GRACE_SECONDS = 30  # for a process to import torch, before its first check begins
 
@@ -149,6 +163,33 @@ def _result(level: str, what: str, reason: str) -> dict[str, Any]:
     return {"level": level, "what": what, "figures": {"why": reason}}
 
 
+def unfit() -> str:
+    """Why this Python cannot be used, and what can; "" if it can."""
+    needed = ".".join(map(str, OLDEST_TORCH))
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no torch. Start gpu_check.py with a Python that has {needed} or newer."
+    torch = importlib.metadata.version("torch")
+    if _numbers(torch)[:2] < OLDEST_TORCH:
+        return f"{sys.executable} has torch {torch}. Start gpu_check.py with a Python that has {needed} or newer."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = next(need for need in project["dependencies"] if need.startswith("transformers"))
+    least, below = wanted.removeprefix("transformers").split(",")
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        found = "not here"
+    else:
+        if _numbers(least) <= _numbers(found) < _numbers(below):
+            return ""
+    return f"{wanted} is needed, and it is {found}. Put its wheel on PYTHONPATH: agent.md says how."
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a version, or of one side of a range."""
+    release = re.match(r"[\d.]+", version.lstrip("<>="))
+    return tuple(map(int, release[0].strip(".").split("."))) if release else ()
+
+
 def show(result: dict[str, Any]) -> None:
     figures = "  ".join(value if name == "why" else f"{name} {value}" for name, value in result["figures"].items())
     print(f"{result['level']:8} {result['what']:32} {figures}", flush=True)
@@ -170,8 +211,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.model and not Path(options.model).exists():
         parser.error(f"there is no file {options.model}; check the path")
-    if importlib.util.find_spec("torch") is None:
-        print(f"gpu-check: {sys.executable} has no torch. Start gpu_check.py with a Python that has.", file=sys.stderr)
+    if why := unfit():
+        print(f"gpu-check: {why}", file=sys.stderr)
         return 1
     began = time.monotonic()
     results = []

@@ -79,8 +79,9 @@ def peer_ahead() -> Iterator:
 
 def test_this_pc():
     status, findings = doctor()
-    names = [name for name, _ in checks.CHECKS if name not in ("peers", "paths")]
-    assert {finding["check"] for finding in findings} - {"paths"} == set(names)
+    sometimes = {"peers", "paths", "gpu"}
+    names = {name for name, _ in checks.CHECKS}
+    assert {finding["check"] for finding in findings} - sometimes == names - sometimes
     assert of(findings, "p2pd")[0]["text"].startswith("p2pd ")
     assert all(finding["fix"] for finding in findings if finding["level"] != "ok")
     assert status == any(finding["level"] == "error" for finding in findings)
@@ -225,6 +226,24 @@ def test_what_a_card_does_is_tried(monkeypatch, computes, levels):
     assert [finding.level for finding in found] == levels
     if not computes:
         assert "no kernel image" in found[0].text and "whl/cu126" in found[0].fix
+
+
+@pytest.mark.parametrize(("free", "level"), [(11 << 30, "ok"), (5 << 30, "warning")])
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_the_memory_of_a_card(monkeypatch, free, level, platform):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _number: (free, 12 << 30))
+    monkeypatch.setattr(sys, "platform", platform)
+    found, *more = computer.check_gpu_memory(Asked())
+    assert found.level == level and f"{free >> 30}.0 of 12.0 GiB are free on cuda:0" in found.text
+    assert bool(found.fix) == (level != "ok")
+    assert [finding.level for finding in more] == ["ok"] * (platform == "win32")
+    assert all('"CUDA - Sysmem Fallback Policy" to "Prefer No Sysmem Fallback"' in finding.text for finding in more)
+
+
+def test_without_a_card_nothing_is_said_of_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert list(computer.check_gpu_memory(Asked())) == []
 
 
 def test_a_driver_that_is_out_of_order(monkeypatch):

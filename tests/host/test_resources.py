@@ -7,9 +7,10 @@ import sys
 import textwrap
 
 import psutil
+import pytest
 
 from petals_win.host import threads
-from petals_win.host.memory import available_bytes, own_bytes
+from petals_win.host.memory import DESKTOP_BYTES, available_bytes, keep_within_card, own_bytes
 
 OPENMP = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -221,3 +222,49 @@ def test_memory_of_a_torch_device():
     import torch  # here, since the other tests do without it
 
     assert abs(available_bytes(torch.device("cpu")) - available_bytes("cpu")) < 1e9
+
+
+class Card:
+    """Counters of an NVIDIA card with 8 GiB, of which other programs have 2, and this one some."""
+
+    def __init__(self, monkeypatch, allocated: int, kept: int):
+        import torch
+
+        self.fraction = 1.0
+        free = 6 * 2**30 - allocated - kept
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 8 * 2**30))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: allocated)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: allocated + kept)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
+
+    def limit(self, fraction: float, device) -> None:
+        assert isinstance(fraction, float) and 0 <= fraction <= 1 and device.type == "cuda"
+        self.fraction = fraction
+
+
+@pytest.mark.parametrize(("allocated", "kept"), [(0, 0), (3 * 2**30, 2**30)])
+def test_of_a_card_the_desktop_has_its_share(monkeypatch, allocated, kept):
+    import torch
+
+    card, device = Card(monkeypatch, allocated, kept), torch.device("cuda", 0)
+    ours = 6 * 2**30 - DESKTOP_BYTES
+    assert available_bytes(device) == available_bytes("cuda:0") == ours - allocated
+    keep_within_card(device)
+    assert card.fraction == pytest.approx(ours / 2**33)
+
+
+def test_a_card_that_is_full(monkeypatch):
+    import torch
+
+    card = Card(monkeypatch, 2**30, 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2**20, 8 * 2**30))
+    assert available_bytes("cuda:0") == 0
+    keep_within_card(torch.device("cuda", 0))
+    assert card.fraction == 1 / 8
+
+
+def test_where_there_is_no_card_nothing_is_limited(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: pytest.fail("a limit"))
+    keep_within_card(torch.device("cpu"))

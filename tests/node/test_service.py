@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from petals_win.errors import NodeFull, NodeRefused
 from petals_win.models.source import open_model
 from petals_win.node.budget import CacheBudget
 from petals_win.node.service import BlockService
+from petals_win.span import shortage
+from petals_win.span.cache import SessionCache
 from petals_win.span.span import Span
 
 MIB = 2**20
@@ -146,3 +149,78 @@ def test_passes_that_the_span_does_not_take_are_refusals_and_failures_stay_failu
     monkeypatch.setattr(span, "forward", broken)
     with pytest.raises(RuntimeError, match="cable"):
         run(service.forward(hidden(1, 5, 64), 1, 4))
+
+
+class Full:
+    """Makes a device that has no room for a step or pass of more than 8 tokens, and says so as `error`."""
+
+    def __init__(self, span, monkeypatch, error: RuntimeError):
+        self.held: list[weakref.ref] = []
+        run = span._decoder.run
+
+        def full(hidden, *rest, **more):
+            if hidden.shape[1] > 8:
+                activations = hidden.new_zeros(3)
+                self.held.append(weakref.ref(activations))
+                raise error
+            return run(hidden, *rest, **more)
+
+        monkeypatch.setattr(span._decoder, "run", full)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "cuBLAS"],
+)
+def test_a_pass_that_finds_no_memory_is_full_and_the_next_one_is_served(service, span, monkeypatch, error):
+    states, freed = hidden(1, 50, 64), []
+    expected = span.forward(states[:, :5], 1, 4)
+    full = Full(span, monkeypatch, error)
+    monkeypatch.setattr(shortage, "give_back_memory", lambda: freed.append(True))
+
+    async def ask():
+        session, other = (service.open(1, 4, batch_size=1, max_length=100) for _ in range(2))
+        first = await session.step(states[:, :3])
+        for what in (
+            session.step(states[:, 3:40]),
+            service.forward(states, 1, 4),
+            service.backward(states, states, 1, 4),
+        ):
+            with pytest.raises(NodeFull, match="no memory left for a"):
+                await what
+        rest = await session.step(states[:, 3:5])
+        whole = await other.step(states[:, :5])
+        await session.close()
+        await other.close()
+        return torch.cat([first, rest], dim=1), whole
+
+    for found in run(ask()):
+        close(found, expected)
+    assert len(full.held) == len(freed) == 3 and all(each() is None for each in full.held)
+    assert service.budget.bytes_left == 8 * MIB
+
+
+def test_a_session_that_cannot_grow_is_full_and_goes_on_with_what_it_has(service, span, monkeypatch):
+    states = hidden(1, 400, 64)
+
+    async def ask():
+        session = service.open(1, 4, batch_size=1, max_length=512)
+        await session.step(states[:, :3])
+        grow = SessionCache.grow
+
+        def full(cache, capacity):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(SessionCache, "grow", full)
+        with pytest.raises(NodeFull, match="no memory left for a conversation"):
+            await session.step(states[:, 3:])
+        monkeypatch.setattr(SessionCache, "grow", grow)
+        rest = await session.step(states[:, 3:])
+        await session.close()
+        return rest
+
+    close(run(ask()), span.forward(states, 1, 4)[:, 3:])

@@ -8,12 +8,23 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP
 from petals_win.models.source import open_model
 from petals_win.span import int4
-from petals_win.span.int4 import ON_CARD, ON_CPU, Int4Linear, Int4Stack, Int4Weight, Rounding, int4_bytes, quantize
+from petals_win.span.int4 import (
+    ON_CARD,
+    ON_CPU,
+    Int4Linear,
+    Int4Stack,
+    Int4Weight,
+    Rounding,
+    Tiles,
+    int4_bytes,
+    quantize,
+)
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import quantize_linears
 from petals_win.span.span import Span
@@ -53,6 +64,106 @@ def test_the_product_is_that_of_the_dequantized_weights(rows, columns, multiplie
         assert off(found, expected) < 0.006
         assert off(weight.multiply(inputs.float()), expected) < 1e-6
     assert weight.nbytes == int4_bytes(rows, columns)
+
+
+# -- on a card, whose operators are not here: what they take and mean, after their source
+
+
+def columns_of_words(rows: int, columns: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row and the column of each of the eight levels of the words [rows / 8, columns / (16 x tiles), 32, tiles / 2, 8]."""
+    strip, run, lane, pair = torch.meshgrid(
+        *map(torch.arange, (rows // 8, columns // (16 * tiles), 32, tiles // 2)), indexing="ij"
+    )
+    row = strip * 8 + lane // 4
+    first = (run * tiles + 2 * pair) * 16 + 2 * (lane % 4)
+    # From the lowest bits on: the even columns of four pairs that lie eight columns apart, then the odd ones.
+    steps = torch.tensor([0, 8, 16, 24, 1, 9, 17, 25])
+    return row[..., None].expand(*row.shape, 8), first[..., None] + steps
+
+
+def convert(pairs: torch.Tensor, tiles: int) -> torch.Tensor:
+    assert pairs.dtype is torch.uint8 and pairs.ndim == 2 and pairs.is_contiguous()
+    rows, columns = pairs.shape[0], 2 * pairs.shape[1]
+    assert tiles in (2, 4, 8) and columns % (16 * tiles) == 0 and rows % 8 == 0
+    levels = torch.stack([pairs >> 4, pairs & 15], -1).flatten(1).long()
+    words = levels[columns_of_words(rows, columns, tiles)] << 4 * torch.arange(8)
+    return words.sum(-1).to(torch.int32)
+
+
+def multiply(inputs: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    assert inputs.dtype is torch.bfloat16 and inputs.ndim == 2 and inputs.is_contiguous() and len(inputs) > 0
+    rows, columns, tiles = 8 * packed.shape[0], inputs.shape[1], 2 * packed.shape[3]
+    assert packed.dtype is torch.int32 and packed.is_contiguous()
+    assert packed.shape == (rows // 8, columns // (16 * tiles), 32, tiles // 2)
+    assert group in (32, 64, 128, 256) and columns % group == 0
+    assert scales.dtype is torch.bfloat16 and scales.is_contiguous() and scales.shape == (columns // group, rows, 2)
+    levels = torch.empty(rows, columns)
+    levels[columns_of_words(rows, columns, tiles)] = ((packed[..., None] >> 4 * torch.arange(8)) & 15).float()
+    scale, zero = (part.t().repeat_interleave(group, 1).float() for part in scales.unbind(-1))
+    values = ((levels - 8) * scale + zero).to(torch.bfloat16)
+    return (inputs.float() @ values.float().t()).to(torch.bfloat16)
+
+
+@pytest.fixture
+def card(monkeypatch) -> None:
+    """Weights of the CPU are kept as a card would have them."""
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", multiply)
+    monkeypatch.setattr(int4, "Panels", Tiles)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tiles"), [(64, 32, 2), (100, 96, 2), (131, 64, 4), (72, 352, 2), (576, 1536, 8)]
+)
+@pytest.mark.parametrize("stored", ["by rows", "by columns"])
+@pytest.mark.usefixtures("card")
+def test_a_card_gets_what_its_kernel_takes(rows, columns, tiles, stored, monkeypatch):
+    torch.manual_seed(rows)
+    plain = torch.randn(rows, columns) if stored == "by rows" else torch.randn(columns, rows).t()
+    monkeypatch.setattr(int4, "_PIECE", columns * 64)
+    monkeypatch.setattr(int4, "_UNPACKED_AT_ONCE", 100)
+    weight, values = Int4Weight(plain, CPU), values_of(plain, ON_CARD)
+    assert isinstance(weight.kept, Tiles) and weight.kept.packed.shape[3] == tiles // 2
+    assert torch.equal(weight.dequantized(), values.to(torch.bfloat16))
+    for tokens in (0, 1, 20):
+        inputs = torch.randn(tokens, columns)
+        found = weight.multiply(inputs)
+        assert found.shape == (tokens, rows) and found.dtype is torch.float32
+        assert not tokens or off(found, inputs @ values.t()) < 0.01
+    assert weight.nbytes == int4_bytes(rows, columns)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gpt2"])
+@pytest.mark.usefixtures("card")
+def test_a_span_on_a_card_computes_what_one_on_the_cpu_does(checkpoint, family, monkeypatch):
+    """Rounded to other scales; gpt_oss has experts, and gpt2 layers, that are stored the other way round."""
+    sizes = {**SIZES, "moe_intermediate_size": 64} if family != "gpt2" else {"hidden_size": 128}
+    source = open_model(str(checkpoint(family, **sizes)))
+    monkeypatch.setattr("petals_win.span.native.suits", lambda *_: False)
+    on_card = Span.load(source, 0, 2, quant="int4")
+    monkeypatch.undo()
+    plain, on_cpu = Span.load(source, 0, 2), Span.load(source, 0, 2, quant="int4")
+    hidden = torch.randn(1, 7, 128, generator=torch.Generator().manual_seed(0))
+    expected = plain.forward(hidden, 0, 2)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", multiply)
+    found = on_card.forward(hidden, 0, 2)
+    assert off(found, expected) < ERROR
+    assert off(found, on_cpu.forward(hidden, 0, 2)) < 0.8 * off(found, expected)
+    assert on_card.weight_bytes == on_cpu.weight_bytes
+
+
+@pytest.mark.parametrize(("rows", "columns", "tiles"), [(64, 32, 2), (128, 192, 4), (576, 1536, 8)])
+def test_torch_agrees_on_the_shapes(rows, columns, tiles):
+    with FakeTensorMode():
+        cuda = torch.device("cuda", 0)
+        levels = torch.zeros(rows, columns, dtype=torch.uint8)
+        scales = torch.zeros(rows, columns // GROUP, 2, dtype=torch.bfloat16)
+        weight = Tiles(iter([(levels, scales)]), cuda)
+        assert weight.packed.dtype is torch.int32 and weight.packed.device == cuda
+        assert weight.packed.shape == (rows // 8, columns // (16 * tiles), 32, tiles // 2)
+        product = weight.multiply(torch.zeros(5, columns, dtype=torch.float16, device=cuda), rows - 3)
+        assert product.shape == (5, rows - 3) and product.dtype is torch.bfloat16
+        assert weight.dequantized(rows - 3).shape == (rows - 3, columns)
 
 
 @pytest.mark.parametrize("rounding", [ON_CPU, ON_CARD])

@@ -6,6 +6,7 @@ from petals_win.doctor.findings import Check
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("python", computer.check_python),
     ("torch", computer.check_torch),
+    ("gpu", computer.check_gpu_memory),
     ("kernels", computer.check_kernels),
     ("bitsandbytes", computer.check_bitsandbytes),
     ("memory", computer.check_memory),

@@ -15,12 +15,13 @@ import psutil
 
 from petals_win.doctor.findings import Asked, Finding, finding_of
 from petals_win.host.folders import cache_folder
-from petals_win.host.gpu import GpuError, NvidiaDriver, find_nvidia
+from petals_win.host.gpu import NO_SPILLING, GpuError, NvidiaDriver, find_nvidia, may_spill
 from petals_win.host.torch_build import BUILDS, builds_for, shown, why_none
 
 _GIB = 2**30
 _PYTHONS = ((3, 11), (3, 13))
 _LITTLE_RAM, _LITTLE_DISK, _NO_DISK = 4 * _GIB, 20 * _GIB, 2 * _GIB
+_LITTLE_OF_A_CARD = 0.5
 _TORCH_INDEX = "https://download.pytorch.org/whl"
 _DRIVER_FIX = "Install the newest driver from NVIDIA, then restart the PC."
 
@@ -93,6 +94,22 @@ def _other_torch(driver: NvidiaDriver | None) -> str:
         return why_none(driver)
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     return f"Type: {python} -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}/{suiting[0].name}"
+
+
+def check_gpu_memory(_asked: Asked) -> Iterator[Finding]:
+    """What is free on each card, and what its driver does when nothing is; nothing to say where there is none."""
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        text = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free on cuda:{number}"
+        yield (
+            Finding("warning", text, "Close other programs that use the card before you serve.")
+            if free < _LITTLE_OF_A_CARD * total
+            else Finding("ok", text)
+        )
+    if torch.cuda.device_count() and may_spill():
+        yield Finding("ok", f"if steps become many times slower, the driver uses RAM for the card. {NO_SPILLING}")
 
 
 def check_kernels(_asked: Asked) -> Iterator[Finding]:

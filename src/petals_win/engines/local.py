@@ -27,12 +27,13 @@ from petals_win.engines.sampling import sampler
 from petals_win.engines.text import TextEngine
 from petals_win.engines.tokens import Language, nobody_counts
 from petals_win.errors import NodeFull, NodeRefused, UserError
-from petals_win.host.memory import available_bytes
+from petals_win.host.memory import available_bytes, keep_within_card
 from petals_win.models.source import ModelSource, open_model
 from petals_win.node.budget import CacheBudget
 from petals_win.span.choices import choose_device, choose_dtype, choose_quant
 from petals_win.span.compute import ComputeThread
 from petals_win.span.needs import SPARE, Needs, least_cache_tokens, needs_of, session_budget
+from petals_win.span.peak import bytes_of_a_pass
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 
@@ -151,6 +152,7 @@ class LocalEngine:
         compute = ComputeThread()
         compute.start()
         try:
+            compute.submit(keep_within_card, device).result()
             loading = compute.submit(
                 Span.load, source, 0, source.num_blocks, dtype=whole.dtype, device=device, quant=whole.quant
             )
@@ -159,7 +161,8 @@ class LocalEngine:
             decode = compute.submit(DecodeLoop, model, compute).result()
             token_bytes = span.cache_bytes_per_token
             least = least_cache_tokens(source.config) * token_bytes
-            budget = CacheBudget(session_budget(available_bytes(device), least, token_bytes, device))
+            free = available_bytes(device) - compute.submit(bytes_of_a_pass, span, source.context_length).result()
+            budget = CacheBudget(session_budget(free, least, token_bytes, device))
         except BaseException:
             compute.stop()
             raise

@@ -51,6 +51,11 @@ _TROUBLES = (
 )
 
 
+# Where an NVIDIA driver for Windows is told not to lend RAM to a program that finds no memory left on the card.
+_SPILLING = '"CUDA - Sysmem Fallback Policy"'
+NO_SPILLING = f'In the NVIDIA Control Panel, under "Manage 3D settings", set {_SPILLING} to "Prefer No Sysmem Fallback", then start petals-win again.'
+
+
 class GpuError(UserError):
     """There is an NVIDIA driver, but it does not tell what it has: why, and what to do."""
 
@@ -73,6 +78,18 @@ class NvidiaDriver(NamedTuple):
     version: str
     cuda: tuple[int, int]
     gpus: tuple[NvidiaGpu, ...]
+
+
+def may_spill() -> bool:
+    """Whether a driver of this system lends RAM, many times slower, when a card has no memory left, instead of saying so."""
+    return sys.platform == "win32"
+
+
+def about_spilling() -> str:
+    """What to do if a card has become slow."""
+    if not may_spill():
+        return "Look what else uses the card, and whether it is too hot."
+    return f"The card's memory may be full, so that the driver uses RAM: close other programs. {NO_SPILLING}"
 
 
 def find_nvidia_smi() -> str | None:

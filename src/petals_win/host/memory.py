@@ -15,11 +15,15 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
+# Of a card: what is left to the desktop, which takes more when windows are opened.
+DESKTOP_BYTES = 2**28
+
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
     """Bytes that can be allocated now on a device of torch.
 
-    Raises RuntimeError for any device but the CPU as long as torch has not been imported: doing it here would cost seconds.
+    Of an NVIDIA card, without what is left to the desktop, and with what torch keeps there of what it has freed. Raises RuntimeError
+    for any device but the CPU as long as torch has not been imported: doing it here would cost seconds.
     """
     kind = str(device).partition(":")[0]
     if kind == "cpu":
@@ -31,7 +35,25 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
         # Unified memory: what Metal recommends at most, and what the rest of the system leaves of it.
         unused = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(unused, psutil.virtual_memory().available)
-    return getattr(torch, kind).mem_get_info(device)[0]
+    free = getattr(torch, kind).mem_get_info(device)[0]
+    if kind != "cuda":
+        return free
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(free - DESKTOP_BYTES, 0) + kept
+
+
+def keep_within_card(device: torch.device) -> None:
+    """From now on torch has no memory left where `available_bytes` says so now. Only for NVIDIA cards; for others nothing is done.
+
+    A driver for Windows does not fail then but lends the PC's RAM, which is many times slower, and takes it from the desktop, too.
+    """
+    if device.type != "cuda":
+        return
+    import torch
+
+    total = torch.cuda.mem_get_info(device)[1]
+    most = torch.cuda.memory_allocated(device) + available_bytes(device)
+    torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
 
 
 def own_bytes() -> int:

@@ -15,7 +15,7 @@ from petals.data_structures import ModelInfo, ServerInfo, ServerState
 from petals.server.reachability import validate_reachability
 from transformers import PreTrainedConfig
 
-from petals_win.host.memory import available_bytes, give_back_memory
+from petals_win.host.memory import available_bytes, give_back_memory, keep_within_card
 from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
@@ -26,6 +26,8 @@ from petals_win.node.service import BlockService
 from petals_win.node.settings import ServerSettings
 from petals_win.span.compute import ComputeThread
 from petals_win.span.needs import least_cache_tokens, session_budget
+from petals_win.span.pace import Pace
+from petals_win.span.peak import bytes_of_a_pass
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 from petals_win.span.speed import SpanSpeed, measure_speed
@@ -96,6 +98,7 @@ class Container:
         compute = ComputeThread()
         compute.start()
         try:
+            compute.submit(keep_within_card, device).result()
             how = {"dtype": dtype, "device": device, "quant": quant, "adapters": settings.adapters}
             span = compute.submit(Span.load, source, start, end, **how).result()
             speed = compute.submit(measure_speed, span).result()
@@ -103,7 +106,8 @@ class Container:
             compute.submit(give_back_memory).result()
             token_bytes = span.cache_bytes_per_token
             least = max(settings.attn_cache_tokens or 0, least_cache_tokens(source.config)) * token_bytes
-            budget.total_bytes = session_budget(available_bytes(device), least, token_bytes, device)
+            free = available_bytes(device) - compute.submit(bytes_of_a_pass, span, source.context_length).result()
+            budget.total_bytes = session_budget(free, least, token_bytes, device)
             # Upstream's clients count keys and values apart, in each block.
             value_bytes = max(token_bytes // (2 * span.num_blocks), 1)
             for field, value in throughput_info(speed, source.config, end - start, bool(info.using_relay)).items():
@@ -116,6 +120,8 @@ class Container:
                 context_length=settings.inference_max_length or usual,
                 request_tokens=settings.max_batch_size or usual,
                 adapters=tuple(settings.adapters),
+                # Other programs slow a CPU down as they come and go.
+                pace=Pace(span.num_blocks / speed.inference_rps) if device.type == "cuda" else None,
             )
             rpc = TransformerConnectionHandler(
                 service,
@@ -150,6 +156,7 @@ class Container:
         self._announcer.announce(ServerState.OFFLINE)
         self._rpc.stop()
         self._compute.stop()
+        self._rpc.wait_for_sessions()
         logger.info("Blocks %s have left the swarm", self.blocks)
 
 

@@ -53,6 +53,14 @@ class Inbox(Generic[T]):
         self._waiting.put_nowait(request)
         return True
 
+    def end(self) -> None:
+        """Take no more, and forget what waits, as if the client had ended the session."""
+        if self._reading is not None:
+            self._reading.cancel()
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+        self._waiting.put_nowait(None)
+
     async def next(self, seconds: float) -> T | None:
         """The next request; None when the client has no more. Raises TimeoutError, and what reading them raised."""
         async with asyncio.timeout(seconds):

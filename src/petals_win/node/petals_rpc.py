@@ -80,7 +80,7 @@ class TransformerConnectionHandler(ServicerBase):
         self._service, self._served, self._deadlines = service, served, deadlines
         names = [name for name in (served.name, served.content_id) if name is not None]
         self._blocks = {f"{name}.{block}": block for name in names for block in range(served.start, served.end)}
-        self._inboxes: dict[str, Inbox[ExpertRequest]] = {}
+        self._inboxes: dict[object, Inbox[ExpertRequest]] = {}  # of all open sessions, by their ids if they have one
         self._lines, self._onward = ServedLines(self._take), Lines(self._open_line)
         self._dht: Any = None
         self._p2p: P2P | None = None
@@ -110,6 +110,20 @@ class TransformerConnectionHandler(ServicerBase):
             self._lines.close()
             self._onward.close()
             self._service.close()
+            # Who says nothing for minutes would keep the blocks in memory for so long.
+            for inbox in self._inboxes.values():
+                inbox.end()
+
+    def wait_for_sessions(self) -> None:
+        """After `stop` and the end of the compute thread: until no session refers to the blocks any more."""
+        if self._dht.is_alive() and not self._dht.call(self._without_sessions()):
+            logger.warning("Sessions of clients that do not listen still have the blocks that have left the swarm")
+
+    async def _without_sessions(self) -> bool:
+        ends = time.monotonic() + _REMOVE_SECONDS
+        while self._inboxes and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
+        return not self._inboxes
 
     async def rpc_info(self, request: ExpertUID, context: P2PContext) -> ExpertInfo:
         """What a client must know to call this node, and, if it names a block, the block."""
@@ -268,18 +282,16 @@ class TransformerConnectionHandler(ServicerBase):
 
     @contextmanager
     def _reachable(self, metadata: dict[str, Any], inbox: Inbox[ExpertRequest]) -> Iterator[None]:
-        """Meanwhile other servers can push to the session."""
+        """Meanwhile other servers can push to the session, if it has an id."""
         session_id = metadata.get("session_id")
-        if not isinstance(session_id, str):
-            yield
-            return
-        if session_id in self._inboxes:
+        key = session_id if isinstance(session_id, str) else object()
+        if key in self._inboxes:
             raise ValueError("A session of this id is open already")
-        self._inboxes[session_id] = inbox
+        self._inboxes[key] = inbox
         try:
             yield
         finally:
-            del self._inboxes[session_id]
+            del self._inboxes[key]
 
     async def _step(
         self, session: ServedSession, opening: _Request, tensors: Sequence[WireTensor]

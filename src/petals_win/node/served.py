@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -21,6 +20,7 @@ from petals_win.span.decoder import Prompts
 from petals_win.span.prefixes import PAGE_TOKENS, Prefixes
 from petals_win.span.scheduler import Scheduler
 from petals_win.span.session import Session
+from petals_win.span.shortage import is_shortage
 from petals_win.span.span import Span
 from petals_win.span.state import CannotTruncate, State
 
@@ -32,8 +32,6 @@ _ROUND_TOKENS = 64
 # To grow, about so many seconds; then the session gives back what it has. Sessions of several nodes can wait for each other in a
 # circle, which ends sooner if they do not give up at the same time.
 GROW_SECONDS = 15.0
-_NO_MEMORY = "This PC has no memory left for a conversation now."
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|memory left", re.IGNORECASE)
 
 
 def room_for(tokens: int, longest: int) -> int:
@@ -133,7 +131,7 @@ class ServedSession:
         except ValueError as e:
             raise NodeRefused(f"{e}.") from e
         except RuntimeError as e:
-            raise _full_or(e) from None
+            raise full_or(e, "a conversation") from None
 
     async def recall(self, pages: Sequence[bytes]) -> int:
         """Begin with what an earlier session of the same owner has left of the tokens of these pages; returns of how many of them.
@@ -168,7 +166,7 @@ class ServedSession:
             except KeyError as e:
                 raise NodeRefused(f"{e.args[0]}.") from e
             except RuntimeError as e:
-                raise _full_or(e) from None
+                raise full_or(e, "a conversation") from None
         elif tokens > self._session.room:
             assert self._share is not None
             await self._share.grow(self._bytes_for(room), GROW_SECONDS * random.uniform(0.7, 1.3))
@@ -219,9 +217,9 @@ class ServedSession:
         return pages[: self.position // PAGE_TOKENS]
 
 
-def _full_or(error: RuntimeError) -> Exception:
-    """NodeFull if it was memory that the device lacked, which torch says in other words for each, else the error itself."""
-    return NodeFull(_NO_MEMORY) if _OUT_OF_MEMORY.search(str(error)) else error
+def full_or(error: RuntimeError, for_what: str) -> Exception:
+    """NodeFull if it was memory that the device lacked `for_what`, else the error itself."""
+    return NodeFull(f"This PC has no memory left for {for_what} now.") if is_shortage(error) else error
 
 
 def _leave(session: Session | None, tokens: int) -> State | None:

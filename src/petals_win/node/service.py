@@ -14,8 +14,9 @@ import torch
 
 from petals_win.errors import NodeRefused
 from petals_win.node.budget import CacheBudget
-from petals_win.node.served import ServedSession
+from petals_win.node.served import ServedSession, full_or
 from petals_win.span.compute import ComputeThread
+from petals_win.span.pace import Pace
 from petals_win.span.passes import Passes
 from petals_win.span.prefixes import Prefixes
 from petals_win.span.scheduler import Scheduler
@@ -41,6 +42,7 @@ class BlockService:
     :param context_length: tokens that a session may have at most
     :param request_tokens: tokens of all rows that one forward or backward pass may have
     :param adapters: names of those that the span has loaded
+    :param pace: is told how long steps take
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class BlockService:
         context_length: int,
         request_tokens: int,
         adapters: tuple[str, ...] = (),
+        pace: Pace | None = None,
     ):
         self.span, self.budget = span, budget
         self.context_length, self.request_tokens = context_length, request_tokens
         budget.spare = self._prefixes = Prefixes(compute)
-        self._compute, self._scheduler, self._adapters = compute, Scheduler(span, compute), adapters
+        self._compute, self._scheduler, self._adapters = compute, Scheduler(span, compute, pace), adapters
         self._passes = Passes(span, compute, _PASS_PRIORITY)
 
     def info(self) -> ServiceInfo:
@@ -169,8 +172,10 @@ def prompts_of_blocks(prompts: torch.Tensor | None, blocks: int) -> list[torch.T
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What the span says of shapes that do not fit is told to whoever sent them."""
+    """What the span says of shapes that do not fit is told to whoever sent them, and that there was no memory for them."""
     try:
         yield
     except ValueError as e:
         raise NodeRefused(f"{e}.") from e
+    except RuntimeError as e:
+        raise full_or(e, "a pass without a session") from None

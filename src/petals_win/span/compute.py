@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from petals_win.host.futures import AwaitableFuture
 from petals_win.host.threads import computing
+from petals_win.span.shortage import give_back
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class ComputeThread(threading.Thread):
                 with computing():
                     result = function(*args, **kwargs)
             except BaseException as e:
+                give_back(e)
                 future.set_exception(e)
             else:
                 future.set_result(result)

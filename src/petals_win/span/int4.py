@@ -22,6 +22,7 @@ from petals_win.span.packed_linear import can_pack
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
+_UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
 
 
@@ -190,9 +191,19 @@ class Tiles(nn.Module):
     def dequantized(self, rows: int) -> torch.Tensor:
         """The values that stand for the weight's first rows, bfloat16 [rows, columns]."""
         columns = len(self.scales) * GROUP
-        return self._product(torch.eye(columns, dtype=torch.bfloat16, device=self.packed.device)).t()[:rows]
+        values = self.scales.new_empty(columns, rows)
+        for first in range(
+            0, columns, _UNPACKED_AT_ONCE
+        ):  # for all at once the inputs would take more than the weight
+            part = values[first : first + _UNPACKED_AT_ONCE]
+            inputs = values.new_zeros(len(part), columns)
+            inputs.diagonal(first).fill_(1)
+            part.copy_(self._product(inputs)[:, :rows])
+        return values.t()
 
     def _product(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not len(inputs):  # a launch of no threads is an error
+            return inputs.new_empty(0, self.scales.shape[1])
         return torch.ops.aten._weight_int4pack_mm(inputs, self.packed, GROUP, self.scales)
 
 
@@ -322,5 +333,8 @@ def _panels(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _tiles(levels: torch.Tensor) -> torch.Tensor:
+    """int32 [rows / 8, columns / (16 x tiles), 32, tiles / 2], of bytes with the even column in their upper half."""
     tiles = next(tiles for tiles in (8, 4, 2) if levels.shape[1] % (16 * tiles) == 0)
-    return torch.ops.aten._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], tiles)
+    # Those of a weight that was stored [in, out] lie so still.
+    pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).contiguous()
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)

@@ -43,11 +43,11 @@ def agrees(
     with decoder.declared(2 * _LONGEST):
         return all(
             _agrees_in(decoder, part, shapes[part.start : part.stop], together, device, exact)
-            for part in _parts(decoder, shapes)
+            for part in parts_of_each_kind(decoder, shapes)
         )
 
 
-def _parts(decoder: CutDecoder, shapes: Sequence[KvShape]) -> list[range]:
+def parts_of_each_kind(decoder: CutDecoder, shapes: Sequence[KvShape]) -> list[range]:
     """Counted from the decoder's first block: one block of each kind, and those that can only be run together."""
     places = [place - decoder.start for place in decoder.cuts.places if decoder.start <= place <= decoder.end]
     parts = {

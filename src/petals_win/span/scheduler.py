@@ -21,7 +21,9 @@ from petals_win.span.chunks import Chunks, Decodes
 from petals_win.span.company import Company
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
+from petals_win.span.pace import Pace
 from petals_win.span.session import Session, Step
+from petals_win.span.shortage import give_back
 from petals_win.span.span import CHUNK_TOKENS, FEW_TOKENS, Span
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,9 @@ class _Waiting:
 class Scheduler:
     """Computes the steps of the sessions of `span` on its compute thread, as many at once as there are."""
 
-    def __init__(self, span: Span, compute: ComputeThread) -> None:
+    def __init__(self, span: Span, compute: ComputeThread, pace: Pace | None = None) -> None:
         self._span = span
+        self._pace = pace
         self._compute = compute
         self._lock = threading.Lock()
         self._arrived: list[_Waiting] = []  # under the lock, as is:
@@ -184,6 +187,10 @@ class Scheduler:
         self._chunks.took(where, whole - left, ended - began, self._company.away_s)
         if decodes:
             self._decoded = ended
+        if self._pace is not None and decodes and not prefills:
+            self._pace.took(
+                ended - began, [each.session.position for each in decodes if each.session.cache is not None]
+            )
         self._company.turned((each.session for each in decodes), began, ended)
 
     def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
@@ -203,6 +210,7 @@ class Scheduler:
                     start=waiting.start,
                 )
             except Exception as e:
+                give_back(e)
                 self._fail(waiting, e)
         return waiting.step
 
@@ -221,6 +229,7 @@ class Scheduler:
         try:
             self._span.advance([(step, tokens) for _, step, tokens in group])
         except Exception as e:
+            give_back(e)
             if len(group) == 1:
                 self._fail(group[0][0], e)
             else:

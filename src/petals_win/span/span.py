@@ -26,7 +26,7 @@ from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCa
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
 from petals_win.span.layouts import lay_out_linears
-from petals_win.span.probe import continues
+from petals_win.span.probe import continues, parts_of_each_kind
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
 from petals_win.span.session import Session, Step
 from petals_win.span.state import CannotTruncate, State
@@ -158,6 +158,12 @@ class Span:
     def row(self) -> Row:
         """What passes from block to block for each token."""
         return self._decoder.row
+
+    @property
+    def kinds(self) -> list[range]:
+        """Of each kind of block one, or as many as can only be computed together."""
+        parts = parts_of_each_kind(self._decoder, self._shapes)
+        return [range(self.start + part.start, self.start + part.stop) for part in parts]
 
     @property
     def cuts(self) -> Cuts:
