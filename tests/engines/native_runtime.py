@@ -16,15 +16,16 @@ from petals_win.kernels.build import find_zig
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).parent / "runtimes" / "llama.c"
-_BUILD_S = 600  # on Windows the compiler builds the C library first
+_BUILD_S = 600  # for Windows the compiler builds the C library first
 _FLAGS = "-O2 -std=c11 -Wall -Wextra -Werror -fno-sanitize=all"
 
 
-def build_runtime(folder: Path) -> Path:
-    """The program, in `folder`."""
-    program = folder / ("llama.exe" if sys.platform == "win32" else "llama")
+def build_runtime(folder: Path, *, windows: bool = sys.platform == "win32") -> Path:
+    """The program, in `folder`, for this system or for Windows on amd64."""
+    program = folder / ("llama.exe" if windows else "llama")
     cache = str(ROOT / "build" / "zig-tests-cache")
-    command = [find_zig(ROOT), "cc", *_FLAGS.split(), SOURCE, "-lm", "-o", program]
+    target = ["-target", "x86_64-windows-gnu"] if windows else []
+    command = [find_zig(ROOT), "cc", *target, *_FLAGS.split(), SOURCE, "-lm", "-o", program]
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
     done = subprocess.run(
         list(map(str, command)),
