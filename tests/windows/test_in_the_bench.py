@@ -68,18 +68,6 @@ LEFT_OUT = [  # for their time
     "span/test_equal_logits.py",
     "windows/test_speed.py",  # test_speed runs it by itself
 ]
-NOT_SEEN = [  # to pass under Windows Python yet; beside them, all of tests/jobs
-    "bench/test_engines_bench.py",
-    "bench/test_workers_bench.py",
-    "engines/test_command.py",
-    "engines/test_command_cli.py",
-    "engines/test_contract.py::TestCommand",
-    "engines/test_contract.py::TestCommandForEachQuestion",
-    "engines/test_contract.py::TestOnnx",
-    "engines/test_contract.py::TestOpenAI",
-    "engines/test_onnx.py",
-    "engines/test_openai_engine.py",
-]
 DURATIONS = ["--durations=25", "--durations-min=8"]
 CHECKOUT = "Z:/win/checkout/"
 P2PD = CHECKOUT + "bin/p2pd.exe"
@@ -146,7 +134,7 @@ def everything_in(folders: set[str]) -> list[str]:
         "-m",
         "not wine_lacks and not alone",  # what measures needs the PC for itself
         *(f"--ignore=tests/{name}" for name in others),
-        *(f"--deselect=tests/{name}" for name in [*LEFT_OUT, *NOT_SEEN]),
+        *(f"--deselect=tests/{name}" for name in LEFT_OUT),
     ]
 
 
@@ -172,7 +160,6 @@ def test_the_tests_under_windows_python(wheel, runtime, every_test, capsys):
         for (file, what), count in lacking.items():
             print(f"    {count} of {file}, on Windows PCs only: Wine lacks {what}")
         print("    left out for their time:", *LEFT_OUT)
-        print("    not seen to pass on Windows yet:", "jobs", *NOT_SEEN)
 
 
 @pytest.mark.alone
