@@ -88,7 +88,9 @@ ENVIRONMENT = {
     "XDG_RUNTIME_DIR": "/tmp",
     "WINEPREFIX": "/root/.wine",
     "WINEDEBUG": "-all",
-    "WINEDLLOVERRIDES": "winedbg.exe=d",  # a crash would start the debugger, which floods the output
+    # A crash would start the debugger, which floods the output. Wine's own C++ run-time library has another mutex than Microsoft's,
+    # which lies beside Python: with it ONNX Runtime GenAI waits for ever.
+    "WINEDLLOVERRIDES": "winedbg.exe=d;msvcp140,msvcp140_1,msvcp140_2,msvcp140_atomic_wait=n,b",
     "WINEPATH": r"Z:\win\python;Z:\win\python\Scripts",
     "KMP_TOPOLOGY_METHOD": "flat",  # Wine has no GetNumaNodeProcessorMaskEx: torch would abort (OMP #179)
     "PYTHONUNBUFFERED": "1",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from petals_win.engines.command_messages import Sampling
 from petals_win.errors import UserError
-from petals_win.host.programs import LONGEST_ARGUMENT
+from petals_win.host.programs import LONGEST_ARGUMENT, argument_length
 
 _PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # With what an option begins.
@@ -28,6 +28,13 @@ def takes_prompt(arguments: Iterable[str]) -> bool:
     return any("prompt" in _PLACE.findall(argument) for argument in arguments)
 
 
+def check_program(program: str, arguments: Iterable[str]) -> None:
+    """Raises ValueError for a program that must not have a prompt among its arguments."""
+    # Windows takes "x.cmd." for x.cmd.
+    if takes_prompt(arguments) and program.rstrip(" .").lower().endswith(_SHELL_FILES):
+        raise ValueError("a batch file may read a prompt as commands. Let it take the prompt by its standard input")
+
+
 def check_placeholders(
     program: str, arguments: Iterable[str], options: Mapping[Any, Iterable[str]], settings: Collection[str]
 ) -> None:
@@ -39,8 +46,7 @@ def check_placeholders(
     for argument, names in places:
         if unknown := set(_PLACE.findall(argument)) - names:
             raise ValueError(f"nothing can be put in the place of {{{min(unknown)}}} in {argument!r}")
-    if takes_prompt(arguments) and program.lower().endswith(_SHELL_FILES):
-        raise ValueError("a batch file may read a prompt as commands. Let it take the prompt by its standard input")
+    check_program(program, arguments)
 
 
 def filled(
@@ -60,9 +66,9 @@ def filled(
     if takes_prompt(arguments):
         if "\0" in prompt:
             raise UserError("The program that answers takes no prompt with a zero character.")
-        if (length := len(prompt.encode())) > LONGEST_ARGUMENT:
+        if (length := argument_length(prompt)) > LONGEST_ARGUMENT:
             raise UserError(
-                f"The program that answers takes prompts of at most {LONGEST_ARGUMENT} bytes, and this one has {length}."
+                f"The program that answers takes prompts of at most {LONGEST_ARGUMENT} bytes, and this one takes {length}."
             )
     for name, value in options.items():
         made += [_fill(argument, {name: value}) for argument in adds[name]]

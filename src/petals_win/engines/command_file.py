@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from petals_win.engines.command_arguments import Option, check_placeholders
+from petals_win.engines.command_arguments import Option, check_placeholders, check_program
 from petals_win.errors import UserError
 
 _LARGEST_FILE = 2**20
@@ -109,13 +109,18 @@ class Described(_Part):
             check_placeholders(self.program, self.arguments, self.options, model.settings)
 
     def argv(self) -> list[str]:
-        """Program and arguments. Raises UserError if there is no such program."""
+        """Program and arguments. Raises UserError if there is no such program, or it must not have these arguments."""
         beside = self.home / self.program
         found = str(beside) if beside.is_file() else shutil.which(self.program)
         if found is None:
             raise UserError(
                 f"There is no program {self.program!r} in {self.home} or in PATH. Correct `program` in the file that describes it."
             )
+        if self.dialect == "cli":  # Windows finds x.cmd where x is asked for
+            try:
+                check_program(found, self.arguments)
+            except ValueError as e:
+                raise UserError(f"{found}: {e}.") from e
         return [os.path.abspath(found), *self.arguments]
 
     @property

@@ -70,6 +70,8 @@ class OpenAIEngine:
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
         # A proxy, of the environment or of Windows' settings, would look for this PC on its own.
         self._trust_env = not is_loopback_host(parts.hostname or "")
+        # Reading the certificates takes a while, and without TLS, and a proxy that has it, there is nothing to check.
+        self._verify = self._trust_env or parts.scheme == "https"
         self._cards: list[ModelCard] = []
         self._told: set[str] = set()
         self._problem = ""
@@ -219,7 +221,9 @@ class OpenAIEngine:
     def _client(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=20)
-        return httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=self._trust_env)
+        return httpx.AsyncClient(
+            headers=self._headers, timeout=timeout, limits=limits, trust_env=self._trust_env, verify=self._verify
+        )
 
     async def _keep_looking(self) -> None:
         while True:

@@ -23,11 +23,16 @@ from petals_win.host.process_tree import ProcessTree
 
 logger = logging.getLogger(__name__)
 
-# Bytes; systems bound one argument (Linux, 128 KiB) or the whole command line (Windows, 32,767 characters).
+# As `argument_length` counts; systems bound one argument (Linux, 128 KiB) or the whole command line (Windows, 32,767 units of UTF-16).
 LONGEST_ARGUMENT = 30_000 if sys.platform == "win32" else 120_000
 _CHUNK = 2**16
 _MOST_UNREAD = 64 * 2**20  # bytes that the program has been sent and has not taken
 _LAST_OUTPUT_S = 2.0  # for what is still in the pipes when the program has ended
+
+
+def argument_length(text: str) -> int:
+    """The bytes that a text takes as an argument; on Windows, where quotes take more than one character, at least as many as units."""
+    return len((subprocess.list2cmdline([text]) if sys.platform == "win32" else text).encode())
 
 
 class InputFull(Exception):
@@ -121,11 +126,11 @@ class Program:
             self._started.set()
             return
         self._process = process
-        self._started.set()
         try:
             self._tree.add(process.pid)
         except OSError as e:
             logger.warning("Process %d is in no job object: %s", process.pid, e)
+        self._started.set()  # not before: `kill` ends what is in the tree
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
             (self._pass_on, (process.stdout, self._on_output)),

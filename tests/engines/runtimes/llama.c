@@ -9,12 +9,14 @@
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #ifdef _WIN32
+#include <corecrt_startup.h>
 #include <io.h>
 #include <windows.h>
 #define read _read
@@ -25,8 +27,20 @@
 
 enum { AT_ONCE = 4, LONGEST_ID = 400, BEGIN = 1, TURN_ENDS = 2, USER = 3, ASSISTANT = 4 };
 
+#ifdef _WIN32
+/* Windows' own C library, for which no file of the compiler's has to be built, has printf by another name. */
+static int say(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int length = __stdio_common_vfprintf(0, stdout, format, NULL, arguments);
+    va_end(arguments);
+    return length;
+}
+#define printf say
+#endif
+
 static void fail(const char *why) {
-    fprintf(stderr, "%s\n", why);
+    fputs(why, stderr), fputs("\n", stderr);
     exit(2);
 }
 
@@ -394,8 +408,9 @@ static void generate(const char *asked) {
     Answer *answer = answers;
     while (answer < answers + AT_ONCE && answer->runs) answer++;
     const char *id = member(asked, "id"), *options = member(asked, "options");
-    if (!id || past_value(id) - id >= LONGEST_ID || answer == answers + AT_ONCE) fail("this was not agreed on");
-    snprintf(answer->id, LONGEST_ID, "%.*s", (int)(past_value(id) - id), id);
+    size_t length = id ? (size_t)(past_value(id) - id) : LONGEST_ID;
+    if (length >= LONGEST_ID || answer == answers + AT_ONCE) fail("this was not agreed on");
+    memcpy(answer->id, id, length), answer->id[length] = 0;
     int *tokens = tokens_of(asked, &answer->prompt);
     if (answer->prompt < 1 || answer->prompt >= head.context) {
         const char *kind = answer->prompt < 1 ? "refused" : "context";
@@ -506,7 +521,7 @@ static int answer_once(int count, char **arguments) {
     return 0;
 }
 
-int main(int count, char **arguments) {
+static int run(int count, char **arguments) {
 #ifdef _WIN32
     _setmode(0, _O_BINARY), _setmode(1, _O_BINARY);
 #endif
@@ -514,3 +529,14 @@ int main(int count, char **arguments) {
     load(arguments[1]);
     return count == 3 && !strcmp(arguments[2], "--jsonl") ? answer_lines() : answer_once(count - 2, arguments + 2);
 }
+
+#ifdef _WIN32
+void mainCRTStartup(void) {
+    _configure_narrow_argv(_crt_argv_unexpanded_arguments);
+    exit(run(__argc, __argv));
+}
+#else
+int main(int count, char **arguments) {
+    return run(count, arguments);
+}
+#endif
