@@ -138,7 +138,10 @@ async def chats_of(url: str, nodes: Sequence[Node], pids: dict[str, int], asked:
     """By HTTP: all at once, then in a row."""
     async with Chats(url, _ANSWER_S) as chats:
         with MemoryWatch(pids) as watch:
-            texts = [f"Tell me about {topic}." for topic in itertools.islice(itertools.cycle(TOPICS), asked.at_once)]
+            texts = [
+                f"What is {topic}? Say it in a sentence."
+                for topic in itertools.islice(itertools.cycle(TOPICS), asked.at_once)
+            ]
             together, seconds = await chats.at_once(texts)
             say(f"{_whole(together, chats.context)} of {asked.at_once} at once answered in {seconds:.1f} s")
             sizes: list[dict[str, int]] = []

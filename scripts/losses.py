@@ -229,7 +229,7 @@ class Soak:
         in_prefill = self._chance.random() < 0.5
         if in_prefill:
             in_prefill = await self.until(lambda: bool(self._in_prefill()), _PREFILL_SECONDS)
-            await asyncio.sleep(self._chance.uniform(0, 0.2))
+            await asyncio.sleep(self._chance.uniform(0, 0.1))
         users = {id(node): self._users(node) for node in self._holders}
         # In a prefill the holder that computes one, else the one with most streams.
         victim = max(self._holders, key=lambda node: (in_prefill and any(users[id(node)]), len(users[id(node)])))
