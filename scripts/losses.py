@@ -61,8 +61,8 @@ class Figures:
     """Of one kind of loss."""
 
     losses: int = 0
-    in_prefill: int = 0
     streams_hit: int = 0
+    of_them_in_prefill: int = 0
     worst_gap_s: float = 0.0
     gaps_too_long: int = 0
     texts: int = 0
@@ -120,7 +120,7 @@ class Stream:
 
     def __init__(self, engine: PetalsEngine, prompts: list[Prompt], told: Callable[[], Figures | None]):
         self._engine, self._prompts, self._told = engine, prompts, told
-        self.last_sign = time.monotonic()  # of the last token, or the beginning of the question
+        self.last_sign = time.monotonic()  # of the last token, or the beginning of the question, or the answer's end
         self.tokens = 0  # of all answers
         self.in_prefill = False
         self.ends_at_error = False
@@ -151,14 +151,16 @@ class Stream:
         request = GenerationRequest("", prompt=tuple(prompt.ids), temperature=0.0)
         async with contextlib.aclosing(self._engine.generate(prompt.ids, request, len(prompt.answer))) as tokens:
             async for token in tokens:
-                self._note(time.monotonic())
+                self._note()
+                self.tokens += 1
                 self.in_prefill = False
                 answer.append(token)
+        self._note()  # whoever reads along waits for the end, too, at which nodes are told
         return answer
 
-    def _note(self, now: float) -> None:
+    def _note(self) -> None:
+        now = time.monotonic()
         gap, self.last_sign = now - self.last_sign, now
-        self.tokens += 1
         if (figures := self._told()) is not None:
             figures.worst_gap_s = max(figures.worst_gap_s, round(gap, 2))
             figures.gaps_too_long += gap > MOST_GAP
@@ -227,14 +229,14 @@ class Soak:
         in_prefill = self._chance.random() < 0.5
         if in_prefill:
             in_prefill = await self.until(lambda: bool(self._in_prefill()), _PREFILL_SECONDS)
-            await asyncio.sleep(self._chance.uniform(0, 0.2))
-        used = [peers for session in self._engine.routes() if (peers := {str(peer) for peer, _, _ in session})]
-        users = {id(node): sum(self._peer_id(node) in peers for peers in used) for node in self._holders}
-        victim = max(self._holders, key=lambda node: users[id(node)])
+            await asyncio.sleep(self._chance.uniform(0, 0.1))
+        users = {id(node): self._users(node) for node in self._holders}
+        # In a prefill the holder that computes one, else the one with most streams.
+        victim = max(self._holders, key=lambda node: (in_prefill and any(users[id(node)]), len(users[id(node)])))
         self._figures = figures
         figures.losses += 1
-        figures.in_prefill += bool(self._in_prefill())
-        figures.streams_hit += users[id(victim)]
+        figures.streams_hit += len(users[id(victim)])
+        figures.of_them_in_prefill += sum(users[id(victim)])
         before = [stream.tokens for stream in self.streams]
         loss = Loss(kind, victim, self._chance)
         self._losses.append(loss)
@@ -244,27 +246,35 @@ class Soak:
         )
         if not went_on:
             figures.errors.append(f"after a {kind} a stream did not go on within {_MOVE_SECONDS:.0f} s")
-        await self._bring_back(loss, victim)
-        self._figures = None
+        await self._bring_back(loss, victim)  # until the next loss, whatever follows counts with this one
+
+    def _users(self, node: LocalNode) -> list[bool]:
+        """Of each session at the node: whether it is in its first step."""
+        peer_id = self._peer_id(node)
+        running = [
+            session for session in self._engine._running if peer_id in {str(peer) for peer, _, _ in session.route}
+        ]
+        return [session.position == 0 for session in running]
 
     async def _bring_back(self, loss: Loss, victim: LocalNode) -> None:
         if loss.kind == "kill":
             self._holders.remove(victim)
-            await self._add_holder()
+            await self._until_usable(await self._add_holder())
         else:
             await asyncio.sleep(self._chance.uniform(0, 1))
             loss.resume()
             await self._until_usable(victim)
         self._losses.remove(loss)
 
-    async def _add_holder(self) -> None:
+    async def _add_holder(self) -> LocalNode:
+        """One more that serves, of which the client need not know yet."""
         if self._spare is None:
             self._spare = self._swarm.prepare_node(SHARED)
         node, self._spare = self._spare, None
         await asyncio.to_thread(self._swarm.let_in, node)
         await asyncio.to_thread(node.wait_for, "serving", _READY_SECONDS)
         self._holders.append(node)
-        await self._until_usable(node)
+        return node
 
     async def _until_usable(self, node: LocalNode) -> None:
         peer_id = self._peer_id(node)
@@ -285,8 +295,10 @@ class Soak:
     async def lose_all(self, kind: str) -> dict[str, Any]:
         """Both holders at once, while the streams run. Returns figures, with what does not hold under "wrong"."""
         wrong: list[str] = []
+        self._figures = None
         async with self.streaming():
-            await self.until(lambda: all(stream.tokens > 2 for stream in self.streams), _MOVE_SECONDS)
+            if not await self.until(lambda: all(stream.tokens > 2 for stream in self.streams), _MOVE_SECONDS):
+                wrong.append(f"not all streams had begun within {_MOVE_SECONDS:.0f} s")
             for stream in self.streams:
                 stream.ends_at_error = True
             began = time.monotonic()
@@ -310,7 +322,7 @@ class Soak:
             wrong.append(f"the first answer came {back:.1f} s after the blocks")
         self._losses.clear()
         if kind == "kill":
-            await self._add_holder()
+            await self._until_usable(await self._add_holder())
         return {"kind": kind, "last_error_s": round(ended, 2), "works_again_s": round(back, 2), "wrong": wrong}
 
     async def _first_answer(self) -> float:

@@ -95,6 +95,7 @@ class Node:
     script: Callable[[Request], Awaitable[None]] = _compute
     answer_shape: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     alive: bool = True  # whether it answers rpc_info
+    opens: bool = True  # whether it lets a session in
     takes_back: int | None = None  # tokens of a session; upstream's nodes do not say, and heed no request to
     lines: bool = True  # whether short steps can go together; upstream's nodes know no lines
     # By the hash of a page: which one it is, and the state.
@@ -193,7 +194,10 @@ class Swarm:
 
     async def iterate_protobuf_handler(self, peer_id, name, requests, answer_type):
         assert name == "TransformerConnectionHandler.rpc_inference"
-        return self._serve(self._node(peer_id), requests)
+        node = self._node(peer_id)
+        if not node.opens:
+            await asyncio.Event().wait()
+        return self._serve(node, requests)
 
     async def call_binary_stream_handler(self, peer_id, name):
         assert name == lines.NAME

@@ -660,6 +660,30 @@ def test_whoever_was_silent_is_not_asked_again_while_another_one_lives():
     assert swarm.failures == ["frozen", "frozen"], "the second time without having been asked"
 
 
+def test_a_node_that_lets_no_session_in_is_waited_for_as_long_as_a_silent_one():
+    """Unless no other one has its blocks."""
+    mute = Node("mute", 2, BLOCKS, opens=False)
+    swarm = Swarm(Node("a", 0, 2), mute, Node("other", 2, BLOCKS))
+
+    async def seconds(swarm: Swarm) -> float:
+        session, began = opened(swarm), time.monotonic()
+        await session.step(tokens(4))
+        took = time.monotonic() - began
+        await session.close()
+        return took
+
+    assert run(seconds(swarm)) < 0.8 < swarm.config.connect_timeout
+    assert swarm.failures == ["mute"]
+
+    async def let_in_late():
+        asking = asyncio.create_task(seconds(Swarm(Node("a", 0, 2), mute)))
+        await asyncio.sleep(0.4)
+        assert not asking.done()
+        asking.cancel()
+
+    run(let_in_late())
+
+
 def test_a_second_silent_node_is_not_waited_for_as_the_only_one():
     nodes = Node("a", 0, 2), freezing(Node("b", 2, BLOCKS)), freezing(Node("c", 2, BLOCKS))
     swarm = Swarm(*nodes)

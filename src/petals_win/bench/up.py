@@ -1,4 +1,7 @@
-"""`petals-win up` of any checkout as a program of its own, for scripts that measure it. Knows its command line; not what is asked."""
+"""`petals-win up` of any checkout, or another command with an API, as a program of its own, for scripts that measure it.
+
+Knows its command line; not what is asked.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +40,23 @@ class Up:
 
 
 @contextlib.contextmanager
-def up(python: Path, options: Sequence[str] = ()) -> Iterator[Up]:
-    """`petals-win up` of the checkout that this Python belongs to, once it answers; ends this program if it does not."""
+def up(python: Path, options: Sequence[str] = (), command: str = "up") -> Iterator[Up]:
+    """`petals-win up` of the checkout that this Python belongs to, or its `command` with an API, once it answers; ends this program if it
+    does not."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        command = [python, "-m", "petals_win.cli.main", "up", "--port", str(port), *options]
+        program = [python, "-m", "petals_win.cli.main", command, "--port", str(port), *options]
         environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(program, stdout=output, stderr=output, env=environment, stdin=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + _START_SECONDS
             url = f"http://127.0.0.1:{port}"
             while not _is_ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
-                    sys.exit(f"petals-win up of {python} does not answer. It says:\n{output.read()[-3000:]}")
+                    sys.exit(f"petals-win {command} of {python} does not answer. It says:\n{output.read()[-3000:]}")
                 time.sleep(0.5)
             yield Up(url, psutil.Process(process.pid))
         finally:

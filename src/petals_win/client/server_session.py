@@ -101,9 +101,12 @@ class ServerSession:
         return self.peer_id.to_base58(), self._session_id, self.start, self.end
 
     async def open(self, seconds: float) -> None:
-        """Open the stream. Raises NodeSilent after `seconds`, or after what an only node may take; and what the network raises."""
+        """Open the stream. Raises NodeSilent after `seconds`, or after what a node may be silent for in a step if that is less, or more for
+        an only one; and what the network raises."""
         if self._alone():
             seconds = max(seconds, SILENT_SECONDS + _PINGS_ALONE * PING_SECONDS)
+        else:
+            seconds = min(seconds, SILENT_SECONDS + PING_SECONDS)
         try:
             async with asyncio.timeout(seconds):
                 answers = await self._rpc.inference(_until_last(self._requests))

@@ -34,6 +34,9 @@ from petals_win.swarm.revision import check_content
 logger = logging.getLogger(__name__)
 
 _END_OF_DAEMON_S = 5.0  # from its last word until the system has reported that it is gone
+# Upstream's servers end a session after 30 minutes, and after 5 without a step. A long prompt takes a slow PC longer than that, and a node
+# waits for as long when the one behind it is lost, whose past is then computed anew. Who has gone is noticed without a deadline.
+_SESSION_SECONDS, _STEP_SECONDS = 24 * 3600.0, 1800.0
 _UPDATE_SECONDS = 20  # how often blocks are announced; a node that dies is forgotten after three times as long
 
 
@@ -109,6 +112,8 @@ class Node:
             adapters=settings.adapters,
             update_period=_UPDATE_SECONDS,
             expiration=3 * _UPDATE_SECONDS,
+            session_timeout=_SESSION_SECONDS,
+            step_timeout=_STEP_SECONDS,
             inference_max_length=source.context_length,
             # A peer behind a NAT is found out by asking the others to dial it; the first one has nobody to ask.
             reachable_via_relay=None if settings.internet and settings.peers else False,
