@@ -70,7 +70,7 @@ LEFT_OUT = [  # for their time
     "models/test_damaged.py",
     "models/test_gguf_types.py::test_memory_while_loading",
     "scripts/test_build.py",
-    "scripts/test_chats.py::test_chats_are_answered_and_a_long_prompt_survives_its_nodes",  # starts six more Pythons with torch
+    "scripts/test_many_chats.py::test_chats_are_answered_and_a_long_prompt_survives_its_nodes",  # starts six more Pythons with torch
     "scripts/test_families_table.py",
     "scripts/test_gpu_check.py",
     "scripts/test_resolve.py",
