@@ -192,9 +192,8 @@ class Tiles(nn.Module):
         """The values that stand for the weight's first rows, bfloat16 [rows, columns]."""
         columns = len(self.scales) * GROUP
         values = self.scales.new_empty(columns, rows)
-        for first in range(
-            0, columns, _UNPACKED_AT_ONCE
-        ):  # for all at once the inputs would take more than the weight
+        # For all at once the inputs would take more than the weight.
+        for first in range(0, columns, _UNPACKED_AT_ONCE):
             part = values[first : first + _UNPACKED_AT_ONCE]
             inputs = values.new_zeros(len(part), columns)
             inputs.diagonal(first).fill_(1)
