@@ -35,13 +35,13 @@ class ModelFootprint:
 
 
 def model_footprint(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: frozenset[str] = frozenset()
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
 ) -> ModelFootprint:
     """The footprint of a model whose weights and cache are of `dtype`, the linear layers of its blocks quantized.
 
     `in_four_bits`: the only weights that int4 is of; none: it is of all. Raises UserError for a model that cannot be split.
     """
-    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, in_four_bits)[quant]
+    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, frozenset(in_four_bits))[quant]
 
 
 def block_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

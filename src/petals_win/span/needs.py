@@ -6,6 +6,7 @@ Knows sizes, told from a model's configuration alone. Asks for the free memory o
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class Needs:
 
 
 def needs_of(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: frozenset[str] = frozenset()
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
 ) -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split.
 
