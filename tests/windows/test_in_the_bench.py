@@ -68,7 +68,8 @@ LEFT_OUT = [  # for their time
     "jobs/test_workers_as_engine.py::TestInAChildOver",  # a process for each test; in one process it is run
     "p2pd/test_hard.py::test_two_thousand_stores_and_gets",
     "models/test_damaged.py",
-    "models/test_gguf_types.py::test_memory_while_loading",
+    "models/test_gguf_types.py",  # bytes and numbers alone, as further files below
+    "models/test_packed.py",
     "scripts/test_build.py",
     "scripts/test_many_chats.py::test_chats_are_answered_and_a_long_prompt_survives_its_nodes",  # starts six more Pythons with torch
     "scripts/test_families_table.py",
@@ -76,9 +77,12 @@ LEFT_OUT = [  # for their time
     "scripts/test_resolve.py",
     "scripts/test_workflows.py",
     "span/test_equal_logits.py",
+    "span/test_families.py",
+    "span/test_hybrids.py",
     "span/test_scheduler_families.py",
     "span/test_scheduler_random.py",
     "span/test_true_shapes.py",
+    "span/test_wide_rows.py",
     "windows/test_speed.py",  # test_speed runs it by itself
 ]
 DURATIONS = ["--durations=25", "--durations-min=8"]
