@@ -369,8 +369,9 @@ def test_memory_stays_within_the_budget_and_comes_back(checkpoint, compute, monk
         watching = asyncio.create_task(watch())
         once = await crowd()
         twice = await crowd()
+        thrice = await crowd()
         watching.cancel()
-        return peak - before, once - before, twice - once
+        return peak - before, once - before, min(twice - once, thrice - twice)
 
     peak, kept, more = run(ask(), 240)
     # Beside the caches: activations, and one block's old keys and values while they are copied.
