@@ -1,4 +1,4 @@
-/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), computed in float32 from weights in 32, 16 or 4 bits.
+/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), computed in float32 from weights in 32, 16, 8 or 4 bits.
 
    One call computes all blocks. Between the operations of a step a general library runs code that the weights have driven out of the
    processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row.
@@ -66,7 +66,7 @@ typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4)));
 #define apart static __attribute__((noinline)) /* so that no frame of the stack exceeds a page, for which Windows wants a library's help */
 
 /* How numbers lie in memory. */
-enum { FLOAT32, BFLOAT16, INT4 };
+enum { FLOAT32, BFLOAT16, INT4, INT8 };
 
 /* In INT4: GROUP inputs of PANEL outputs, that is level * scale + least. A byte has the levels of two inputs, that of the first half in its
    lower bits. A weight is [panels, groups] of them; outputs that the last panel has too many are of no account. */
@@ -76,6 +76,12 @@ typedef struct {
     _Float16 scales[PANEL], leasts[PANEL];
     uint8_t levels[GROUP / 2][PANEL];
 } Panel;
+
+/* In INT8: level * scale, and each half of the inputs has scales of its own. */
+typedef struct {
+    _Float16 scales[2][PANEL];
+    int8_t levels[GROUP][PANEL];
+} Panel8;
 
 /* A weight [outputs, inputs] of a kind, and a bias [outputs] or NULL. */
 typedef struct {
@@ -262,11 +268,20 @@ static void products(const void *weight, int64_t kind, int64_t size, const float
     else products_of(weight, size, inputs, rows, outputs, results, stride, BFLOAT16);
 }
 
-always whole levels(const uint8_t *from) {
+/* Of a byte's lower bits, and of its upper ones. */
+always void levels_of(const uint8_t *from, lanes *low, lanes *high) {
     typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
     bytes pairs;
     __builtin_memcpy(&pairs, from, sizeof pairs);
-    return __builtin_convertvector(pairs, whole);
+    whole both = __builtin_convertvector(pairs, whole);
+    *low = __builtin_convertvector(both & 15, lanes), *high = __builtin_convertvector(both >> 4, lanes);
+}
+
+always lanes signed_levels(const int8_t *from) {
+    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+    bytes value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(__builtin_convertvector(value, whole), lanes);
 }
 
 always lanes halves(const _Float16 *from) {
@@ -278,57 +293,69 @@ always lanes halves(const _Float16 *from) {
 
 #define MOST_OF_PANEL (LANES == 8 ? 4 : 8) /* rows whose sums are kept in registers */
 
-/* results[row][output] of the outputs of a panel, for `rows` rows, which are known when it is compiled. sums: of each group of inputs. */
-always void panel_of(const Panel *weight, int64_t size, const float *inputs, const float *sums, int rows, float results[][PANEL]) {
+/* results[row][output] of the outputs of a panel, for `rows` rows and a kind, which are known when it is compiled. sums: of each group of
+   inputs, for INT4. */
+always void panel_of(const void *weight, int64_t size, const float *inputs, const float *sums, int kind, int rows, float results[][PANEL]) {
     const int chains = rows == 1 ? 4 : 2; /* sums that do not wait for one another */
     int64_t groups = size / GROUP;
     for (int part = 0; part < PANEL; part += LANES) {
         lanes totals[MOST_OF_PANEL];
         for (int row = 0; row < rows; row++) totals[row] = (lanes){0};
         for (int64_t group = 0; group < groups; group++) {
-            const Panel *panel = weight + group;
+            const Panel *four_bits = (const Panel *)weight + group;
+            const Panel8 *eight_bits = (const Panel8 *)weight + group;
             const float *input = inputs + group * GROUP;
             lanes of_group[4][MOST_OF_PANEL];
             for (int chain = 0; chain < chains; chain++)
                 for (int row = 0; row < rows; row++) of_group[chain][row] = (lanes){0};
 #pragma unroll
             for (int i = 0; i < GROUP / 2; i++) {
-                whole pairs = levels(panel->levels[i] + part);
-                lanes low = __builtin_convertvector(pairs & 15, lanes), high = __builtin_convertvector(pairs >> 4, lanes);
+                lanes low, high;
+                if (kind == INT4) levels_of(four_bits->levels[i] + part, &low, &high);
+                else low = signed_levels(eight_bits->levels[i] + part), high = signed_levels(eight_bits->levels[i + GROUP / 2] + part);
                 for (int row = 0; row < rows; row++) {
                     of_group[2 * i % chains][row] += low * input[row * size + i];
                     of_group[(2 * i + 1) % chains][row] += high * input[row * size + i + GROUP / 2];
                 }
             }
-            lanes scale = halves(panel->scales + part), least = halves(panel->leasts + part);
             for (int row = 0; row < rows; row++) {
-                lanes sum = of_group[0][row];
-                for (int chain = 1; chain < chains; chain++) sum += of_group[chain][row];
-                totals[row] += sum * scale + least * sums[row * groups + group];
+                lanes low = of_group[0][row], high = of_group[1][row];
+                if (chains == 4) low += of_group[2][row], high += of_group[3][row];
+                if (kind == INT4)
+                    totals[row] += (low + high) * halves(four_bits->scales + part) + halves(four_bits->leasts + part) * sums[row * groups + group];
+                else totals[row] += low * halves(eight_bits->scales[0] + part) + high * halves(eight_bits->scales[1] + part);
             }
         }
         for (int row = 0; row < rows; row++) __builtin_memcpy(results[row] + part, &totals[row], sizeof totals[row]);
     }
 }
 
-apart void panel(const Panel *weight, int64_t size, const float *inputs, const float *sums, int64_t rows, float results[][PANEL]) {
+always void panel_of_kind(const void *weight, int64_t size, const float *inputs, const float *sums, int kind, int64_t rows, float results[][PANEL]) {
     for (int64_t done = 0; done < rows;) {
         int64_t parts = (rows - done + MOST_OF_PANEL - 1) / MOST_OF_PANEL, now = (rows - done + parts - 1) / parts;
         const float *these = inputs + done * size, *their_sums = sums + done * (size / GROUP);
         switch (now) {
-            case 1: panel_of(weight, size, these, their_sums, 1, results + done); break;
-            case 2: panel_of(weight, size, these, their_sums, 2, results + done); break;
-            case 3: panel_of(weight, size, these, their_sums, 3, results + done); break;
-            case 4: panel_of(weight, size, these, their_sums, 4, results + done); break;
+            case 1: panel_of(weight, size, these, their_sums, kind, 1, results + done); break;
+            case 2: panel_of(weight, size, these, their_sums, kind, 2, results + done); break;
+            case 3: panel_of(weight, size, these, their_sums, kind, 3, results + done); break;
+            case 4: panel_of(weight, size, these, their_sums, kind, 4, results + done); break;
 #if LANES != 8
-            case 5: panel_of(weight, size, these, their_sums, 5, results + done); break;
-            case 6: panel_of(weight, size, these, their_sums, 6, results + done); break;
-            case 7: panel_of(weight, size, these, their_sums, 7, results + done); break;
-            case 8: panel_of(weight, size, these, their_sums, 8, results + done); break;
+            case 5: panel_of(weight, size, these, their_sums, kind, 5, results + done); break;
+            case 6: panel_of(weight, size, these, their_sums, kind, 6, results + done); break;
+            case 7: panel_of(weight, size, these, their_sums, kind, 7, results + done); break;
+            case 8: panel_of(weight, size, these, their_sums, kind, 8, results + done); break;
 #endif
         }
         done += now;
     }
+}
+
+apart void panel4(const void *weight, int64_t size, const float *inputs, const float *sums, int64_t rows, float results[][PANEL]) {
+    panel_of_kind(weight, size, inputs, sums, INT4, rows, results);
+}
+
+apart void panel8(const void *weight, int64_t size, const float *inputs, const float *sums, int64_t rows, float results[][PANEL]) {
+    panel_of_kind(weight, size, inputs, sums, INT8, rows, results);
 }
 
 /* Of each group of inputs, [rows, size / GROUP]. */
@@ -343,9 +370,11 @@ static void sum_groups(const float *inputs, int64_t rows, int64_t size, float *s
 /* Of outputs of a layer from the first on, `count` of one panel, without its bias. sums: of groups of inputs, for a weight in INT4. */
 static void of_layer(const Linear *layer, int64_t first, const float *inputs, const float *sums, int64_t rows, int64_t count, float results[][PANEL]) {
     int64_t size = layer->inputs, before = first % PANEL;
-    if (layer->kind == INT4) {
+    if (layer->kind == INT4 || layer->kind == INT8) {
         float all[MOST_ROWS][PANEL];
-        panel((const Panel *)layer->weight + first / PANEL * (size / GROUP), size, inputs, sums, rows, all);
+        int64_t panel = first / PANEL * (size / GROUP);
+        if (layer->kind == INT4) panel4((const Panel *)layer->weight + panel, size, inputs, sums, rows, all);
+        else panel8((const Panel8 *)layer->weight + panel, size, inputs, sums, rows, all);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < count; i++) results[row][i] = all[row][before + i];
         return;
@@ -668,17 +697,24 @@ EXPORT void petals_step(Step *step) {
     while (atomic_load(&step->inside)) give_way();
 }
 
-/* A weight in INT4 as numbers of another kind, [groups, GROUP, panels, PANEL]: its columns one after the other. */
-EXPORT void petals_unpack(const Panel *weight, int64_t panels, int64_t groups, void *to, int kind) {
+/* A weight in INT4 or INT8 as numbers of another kind, [groups, GROUP, panels, PANEL]: its columns one after the other. */
+EXPORT void petals_unpack(const void *weight, int from, int64_t panels, int64_t groups, void *to, int kind) {
     for (int64_t which = 0; which < panels; which++)
-        for (int64_t group = 0; group < groups; group++, weight++) {
+        for (int64_t group = 0; group < groups; group++) {
+            const Panel *four_bits = (const Panel *)weight + which * groups + group;
+            const Panel8 *eight_bits = (const Panel8 *)weight + which * groups + group;
             float values[GROUP][PANEL];
             for (int part = 0; part < PANEL; part += LANES) {
-                lanes scale = halves(weight->scales + part), least = halves(weight->leasts + part);
                 for (int i = 0; i < GROUP / 2; i++) {
-                    whole pairs = levels(weight->levels[i] + part);
-                    lanes low = __builtin_convertvector(pairs & 15, lanes) * scale + least;
-                    lanes high = __builtin_convertvector(pairs >> 4, lanes) * scale + least;
+                    lanes low, high;
+                    if (from == INT4) {
+                        lanes scale = halves(four_bits->scales + part), least = halves(four_bits->leasts + part);
+                        levels_of(four_bits->levels[i] + part, &low, &high);
+                        low = low * scale + least, high = high * scale + least;
+                    } else {
+                        low = signed_levels(eight_bits->levels[i] + part) * halves(eight_bits->scales[0] + part);
+                        high = signed_levels(eight_bits->levels[i + GROUP / 2] + part) * halves(eight_bits->scales[1] + part);
+                    }
                     __builtin_memcpy(values[i] + part, &low, sizeof low);
                     __builtin_memcpy(values[i + GROUP / 2] + part, &high, sizeof high);
                 }

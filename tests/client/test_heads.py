@@ -28,7 +28,7 @@ FAMILIES = {  # what their checkpoints call the head and the embeddings
 
 @pytest.fixture(autouse=True)
 def plain_linears(monkeypatch):
-    monkeypatch.setattr(hollow, "fast_head", lambda head, _embedding: head)
+    monkeypatch.setattr(hollow, "fast_head", lambda head, *_: head)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from petals_win.daemon.build import this_target
 from petals_win.kernels import library
 from petals_win.kernels.build import library_names
-from petals_win.kernels.library import BFLOAT16, FLOAT32, GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
+from petals_win.kernels.library import BFLOAT16, FLOAT32, GROUP, INT4, INT8, MOST_ROWS, PANEL, Kernels, Linear, kernels
 
 ORDER = ("avx2", "avx512")  # a processor that has the later one has those before, too
 
@@ -68,9 +68,32 @@ def test_weights_in_four_bits(name, sizes):
     columns = values.reshape(inputs_size, -1)
     for dtype in (torch.float32, torch.bfloat16):
         unpacked = torch.empty_like(columns, dtype=dtype)
-        ours.unpack(panels, unpacked)
+        ours.unpack(panels, INT4, unpacked)
         assert torch.equal(unpacked, columns.to(dtype))
     layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT4)
+    for rows in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(rows, inputs_size)
+        right = inputs @ columns[:, :outputs_size]
+        torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("sizes", [(32, 1), (64, 301), (576, 1537)], ids=str)
+def test_weights_in_eight_bits(name, sizes):
+    """The same panels, but a value is level * scale, and each half of a group's inputs has scales of its own."""
+    torch.manual_seed(0)
+    inputs_size, outputs_size = sizes
+    ours, count, groups = Kernels(library._folder() / name), -(-outputs_size // PANEL), inputs_size // GROUP
+    scales = (torch.rand(count, groups, 2, PANEL) / 64).half()
+    levels = torch.randint(-128, 128, (count, groups, GROUP, PANEL), dtype=torch.int8)
+    panels = torch.cat([part.view(torch.uint8).flatten(2) for part in (scales, levels)], dim=-1)
+    values = levels * scales.float().repeat_interleave(GROUP // 2, 2)
+    columns = values.permute(1, 2, 0, 3).reshape(inputs_size, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        unpacked = torch.empty_like(columns, dtype=dtype)
+        ours.unpack(panels, INT8, unpacked)
+        assert torch.equal(unpacked, columns.to(dtype))
+    layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT8)
     for rows in range(1, MOST_ROWS + 1):
         inputs = torch.randn(rows, inputs_size)
         right = inputs @ columns[:, :outputs_size]

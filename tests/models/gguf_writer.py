@@ -118,13 +118,14 @@ def write_quantized(
 ) -> Path:
     """Write `model` with those of its blocks' matrices whose rows hold blocks of `kind` in that type.
 
-    `but` has other types of some, by the part of the name that says which, such as "ffn_down". Types that the gguf package does not write
-    get random levels.
+    `but` has other types of some, and types of matrices outside of blocks, by the part of the name that says which, such as "ffn_down".
+    Types that the gguf package does not write get random levels.
     """
     data, raw = {}, {}
     for name, tensor in _tensors(model, ARCHITECTURES[model.config.model_type]).items():
-        if name.startswith("blk.") and tensor.ndim > 1 and "gate_inp" not in name:
-            this = (but or {}).get(name.split(".")[2], kind)
+        *block, part, _ = name.rsplit(".", 2)
+        this = (but or {}).get(part, kind if block else None)
+        if this is not None and tensor.ndim > 1 and "gate_inp" not in part:
             if tensor.shape[-1] % GGML_QUANT_SIZES[this][0] == 0:
                 raw[name], data[name] = this, _in_type(np.ascontiguousarray(tensor), this)
     return write_gguf(model, path, tensors=data, raw=raw)

@@ -17,7 +17,7 @@ from petals_win.span import int4
 from petals_win.span.int4 import (
     ON_CARD,
     ON_CPU,
-    Int4Linear,
+    FewBitsLinear,
     Int4Stack,
     Int4Weight,
     Rounding,
@@ -200,7 +200,7 @@ def test_a_span_computes_nearly_the_same_in_the_bytes_that_were_planned(checkpoi
     source = open_model(str(checkpoint(family, **sizes)))
     plain, span = Span.load(source, 1, 3, dtype=dtype), Span.load(source, 1, 3, dtype=dtype, quant="int4")
     layers = [layer for block in span._decoder.layers for layer in block.modules()]
-    assert any(isinstance(layer, Int4Linear) for layer in layers)
+    assert any(isinstance(layer, FewBitsLinear) for layer in layers)
     assert any(isinstance(layer, Int4Stack) for layer in layers) == (family != "llama")
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, 128, dtype=dtype)
@@ -215,7 +215,7 @@ def test_a_span_computes_nearly_the_same_in_the_bytes_that_were_planned(checkpoi
 def test_gradients_are_those_of_the_dequantized_weights():
     torch.manual_seed(0)
     plain = nn.Linear(96, 100)
-    layer = Int4Linear(Int4Weight(plain.weight, CPU), plain.bias, CPU, torch.float32).requires_grad_(False)
+    layer = FewBitsLinear(Int4Weight(plain.weight, CPU), plain.bias, CPU, torch.float32).requires_grad_(False)
     inputs, grad = torch.randn(2, 5, 96, requires_grad=True), torch.randn(2, 5, 100)
     (found,) = torch.autograd.grad(layer(inputs), inputs, grad)
     assert off(found, grad @ values_of(plain.weight)) < 0.006
@@ -243,7 +243,7 @@ def test_a_shape_without_groups_stays_as_it_is_and_is_named(caplog):
     odd = block["odd"]
     with caplog.at_level(logging.INFO, "petals_win"):
         quantize_linears(block, "int4", CPU, torch.float32)
-    assert block["odd"] is odd and type(block["few"]) is nn.Linear and isinstance(block["even"], Int4Linear)
+    assert block["odd"] is odd and type(block["few"]) is nn.Linear and isinstance(block["even"], FewBitsLinear)
     assert [record.getMessage() for record in caplog.records if "stays" in record.getMessage()] == [
         "odd.weight [1024, 1025] stays in 16 bits: int4 takes no such weight"
     ]
@@ -266,7 +266,7 @@ def test_adapters_add_to_it_what_they_add_to_plain_weights(checkpoint, tmp_path)
 
 def test_a_use_that_is_not_known_is_an_error():
     weight = Int4Weight(torch.randn(64, 64), CPU)
-    with pytest.raises(TypeError, match="four bits"):
+    with pytest.raises(TypeError, match="few bits"):
         torch.bmm(torch.randn(1, 2, 64), weight)  # pyright: ignore[reportArgumentType]
 
 

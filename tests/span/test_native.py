@@ -10,7 +10,7 @@ from torch import nn
 
 from petals_win.kernels.library import MOST_ROWS
 from petals_win.models.source import open_model
-from petals_win.span.int4 import Int4Linear
+from petals_win.span.int4 import FewBitsLinear
 from petals_win.span.native import NativeBlocks, NativeLinear
 from petals_win.span.packed_linear import can_pack
 from petals_win.span.span import Span
@@ -125,7 +125,7 @@ def test_weights_in_16_bits_and_in_four(checkpoint, monkeypatch, family, dtype, 
     for ours, other in zip(native._decoder.layers, theirs._decoder.layers, strict=True):
         for name, module in ours.named_modules():
             if isinstance(module, nn.Linear):
-                values = module.int4.dequantized() if isinstance(module, Int4Linear) else module.weight
+                values = module.few_bits.dequantized() if isinstance(module, FewBitsLinear) else module.weight
                 other.get_submodule(name).weight = nn.Parameter(values.float(), requires_grad=False)
     ours, other = native.open(2, 60), theirs.open(2, 60)
     most = 1e-5 if dtype is torch.float32 else 0.02

@@ -19,7 +19,7 @@ from torch import nn
 from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
 from petals_win.span import int4
 from petals_win.span.choices import choose_quant
-from petals_win.span.int4 import ON_CARD, Int4Linear, Int4Stack, Int4Weight
+from petals_win.span.int4 import ON_CARD, FewBitsLinear, Int4Stack, Int4Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 
@@ -53,7 +53,7 @@ def test_it_computes_with_the_levels_of_the_file(file_of, family, kind):
     source = file_of(family, kind)
     plain, span = Span.load(source, 1, 3), Span.load(source, 1, 3, quant="int4")
     kinds = {type(module) for layer in span._decoder.layers for module in layer.modules()}
-    assert Int4Linear in kinds and (Int4Stack in kinds) == (family != "llama")
+    assert FewBitsLinear in kinds and (Int4Stack in kinds) == (family != "llama")
     torch.manual_seed(0)
     hidden = torch.randn(2, 20, source.hidden_size)
     wanted = plain.forward(hidden, 1, 3)
@@ -70,10 +70,10 @@ def test_what_the_file_has_in_more_bits_stays_as_it_is(file_of):
     source = file_of("llama", Q4_K, {"ffn_down": Q6_K, "attn_v": Q6_K})
     plain, span = (Span.load(source, 1, 3, dtype=torch.bfloat16, quant=quant) for quant in ("none", "int4"))
     for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
-        assert isinstance(ours.mlp.up_proj, Int4Linear) and isinstance(ours.self_attn.k_proj, Int4Linear)
+        assert isinstance(ours.mlp.up_proj, FewBitsLinear) and isinstance(ours.self_attn.k_proj, FewBitsLinear)
         for name in ("mlp.down_proj", "self_attn.v_proj"):
             layer: Any = ours.get_submodule(name)
-            assert not isinstance(layer, Int4Linear)
+            assert not isinstance(layer, FewBitsLinear)
             inputs = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
             assert torch.equal(layer(inputs), theirs.get_submodule(name)(inputs))
     planned = needs_of(source.config, torch.bfloat16, "int4", source.in_four_bits).block_bytes[1:3]
@@ -85,7 +85,7 @@ def test_others_are_quantized_when_somebody_asks_for_it(file_of):
     assert choose_quant(None, CPU, source=source) == "none"
     span = Span.load(source, 1, 2, quant="int4")
     assert {type(module) for module in span._decoder.layers[0].modules() if isinstance(module, nn.Linear)} == {
-        Int4Linear
+        FewBitsLinear
     }
     assert span.weight_bytes == needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1]
 

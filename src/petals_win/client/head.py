@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from petals_win.host.threads import computing
+from petals_win.models.eight_bits import Scaled
+from petals_win.span.int4 import FewBitsLinear
+from petals_win.span.int8 import Int8Weight
 from petals_win.span.layouts import fastest_layout, lay_out
 from petals_win.span.linear import linear_weight
 from petals_win.span.native import NativeLinear
@@ -25,11 +28,17 @@ _SEVERAL = 4  # rows from which on the packed layer is taken, if it is faster fo
 _TRIED_ROWS, _TRIED_ROUNDS = 8, 3
 
 
-def fast_head(head: nn.Module, embedding: nn.Module) -> nn.Module:
-    """What computes as `head` does, as fast as this PC can. `embedding` is the model's, which may have the same weight."""
+def fast_head(head: nn.Module, embedding: nn.Module, stored: Scaled | None = None) -> nn.Module:
+    """What computes as `head` does, as fast as this PC can.
+
+    `embedding` is the model's, which may have the same weight. `stored` is the head's weight as its file has it, if that is in eight bits:
+    then it stays so, and loses nothing.
+    """
     weight = linear_weight(head)
     if weight is None:
         return head
+    if isinstance(head, nn.Linear) and (few_bits := Int8Weight.of(stored)) is not None:
+        return FewBitsLinear(few_bits, head.bias, weight.device, weight.dtype)
     if (native := NativeLinear.of(head)) is not None:
         return native
     shared = getattr(embedding, "weight", None)

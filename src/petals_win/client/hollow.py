@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from petals_win.client.head import fast_head
 from petals_win.host.threads import computing
 from petals_win.models.architecture import config_of_blocks, find_blocks, text_config
+from petals_win.models.eight_bits import Scaled, scaled_of
 from petals_win.models.loading import load_parts, model_to_fill
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
+from petals_win.models.transformers_internals import LazyTensor
 
 _TASKS = {
     "base": AutoModel,
@@ -108,7 +110,13 @@ def hollow_model(
     def is_local(name: str) -> bool:
         return not name.startswith(blocks.prefix)
 
-    load_parts(source, model, [is_local], dtype=dtype, device=torch.device("cpu"))
+    tensors: dict[str, LazyTensor] = {}
+
+    def look_at(name: str, tensor: LazyTensor) -> bool:
+        tensors[name] = tensor
+        return False
+
+    load_parts(source, model, [is_local], dtype=dtype, device=torch.device("cpu"), take=look_at)
     decoder = blocks.decoder
     row = Row.of(decoder.config)
     takes = list(inspect.signature(type(blocks.layers[0]).forward).parameters)
@@ -125,7 +133,8 @@ def hollow_model(
     layer.wrap = _expected_wrapping(decoder, layer)
     head = model.get_output_embeddings()
     if head is not None:
-        if (faster := fast_head(head, model.get_input_embeddings())) is not head:
+        stored = _scaled_weight_of(head, model, tensors)
+        if (faster := fast_head(head, model.get_input_embeddings(), stored)) is not head:
             head = faster
             model.set_output_embeddings(head)
         head.forward = _with_free_cores(head.forward)
@@ -159,6 +168,14 @@ class RemoteLayer(nn.Module):
 def remote_layer(model: PreTrainedModel) -> RemoteLayer:
     """The only layer of a model that `hollow_model` made."""
     return next(module for module in model.modules() if isinstance(module, RemoteLayer))
+
+
+def _scaled_weight_of(layer: nn.Module, model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> Scaled | None:
+    """A layer's weight as the checkpoint has it, if that is in eight bits, under its own name or as the embeddings that it is."""
+    weight = getattr(layer, "weight", None)
+    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]
+    found = [tensors[name] for name in names if name in tensors]
+    return scaled_of(found[0]) if found else None
 
 
 def _make_all_own(decoder: Any) -> None:

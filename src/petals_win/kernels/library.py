@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 STAGES = 6  # of a block
-FLOAT32, BFLOAT16, INT4 = range(3)  # how weights lie in memory
-GROUP, PANEL = 32, 16  # in INT4: inputs that share a scale, and outputs that lie side by side
+FLOAT32, BFLOAT16, INT4, INT8 = range(4)  # how weights lie in memory
+GROUP, PANEL = 32, 16  # in INT4 and INT8: inputs that share a scale, and outputs that lie side by side
 
 # By torch's names of what a processor of AMD's or Intel's can do. Others than these and ARM's compute by torch alone.
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
@@ -88,7 +88,7 @@ class Kernels:
         self._step.restype = self._help.restype = None
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
         self._unpack = library.petals_unpack
-        self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int64, c_int64, c_void_p, c_int], None
+        self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int], None
         self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._helpers = 0
 
@@ -113,10 +113,10 @@ class Kernels:
         """How many floats of memory a step of so many rows [width] needs for its work on a block."""
         return self._floats(block, rows, width)
 
-    def unpack(self, panels: torch.Tensor, to: torch.Tensor) -> None:
-        """Of a weight in INT4, panels [count, groups, bytes], its columns [groups x GROUP, count x PANEL] in float32 or bfloat16."""
-        kind = FLOAT32 if to.dtype is torch.float32 else BFLOAT16
-        self._unpack(panels.data_ptr(), *panels.shape[:2], to.data_ptr(), kind)
+    def unpack(self, panels: torch.Tensor, kind: int, to: torch.Tensor) -> None:
+        """Of a weight of a kind, panels [count, groups, bytes], its columns [groups x GROUP, count x PANEL] in float32 or bfloat16."""
+        into = FLOAT32 if to.dtype is torch.float32 else BFLOAT16
+        self._unpack(panels.data_ptr(), kind, *panels.shape[:2], to.data_ptr(), into)
 
     def run(self, step: Step) -> None:
         """Compute a step, with the help of `step.threads` - 1 threads as far as they come. Holds no lock of Python's meanwhile."""

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from petals_win.errors import UserError
 from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
+from petals_win.models import eight_bits, four_bits
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
-from petals_win.models.four_bits import GGUF_TYPES, Groups
+from petals_win.models.eight_bits import Scaled
+from petals_win.models.four_bits import Groups
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
 from petals_win.models.gguf_tokenizer import GgufTokenizer
@@ -94,7 +96,7 @@ class GgufCheckpoint:
         return frozenset(
             target
             for target, found in self._parts_of(names).items()
-            if all(GGMLQuantizationType(self._entries[name].type) in GGUF_TYPES for name in found)
+            if all(GGMLQuantizationType(self._entries[name].type) in four_bits.GGUF_TYPES for name in found)
             and self._only_rows_move(names, target, found, expected[target].shape)
         )
 
@@ -144,14 +146,17 @@ class GgufCheckpoint:
         entry = self._entries[name]
         return _read_tensor(self._parts[entry.part], entry, dtype)
 
+    def type_of(self, name: str) -> GGMLQuantizationType:
+        """Of a tensor of the file."""
+        return GGMLQuantizationType(self._entries[name].type)
+
     def read_levels(self, name: str) -> tuple[np.ndarray, ...]:
-        """Of one of four bits its levels [..., rows, columns], and the scale and the least value of each group [..., rows, groups]."""
-        entry = self._entries[name]
-        kind = GGMLQuantizationType(entry.type)
+        """Of one of four or eight bits its levels [..., rows, columns], and what the module of these bits has for each group of them."""
+        entry, kind = self._entries[name], self.type_of(name)
         with self._parts[entry.part].open("rb") as file:
             file.seek(entry.offset)
             data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
-        found = GGUF_TYPES[kind](data.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        found = (four_bits.GGUF_TYPES | eight_bits.GGUF_TYPES)[kind](data.reshape(-1, GGML_QUANT_SIZES[kind][1]))
         return tuple(array.reshape(*entry.shape[:-1], -1) for array in found)
 
 
@@ -169,12 +174,20 @@ class _Dequantized:
         return (found if found.is_floating_point() else found.view(self._dtype))[index]
 
     def groups(self) -> Groups:
-        """The same as levels: rows are moved about as those of the weight itself are."""
-        parts = {name: self._checkpoint.read_levels(name) for name in self._parts}
-        made = (
-            self._names.convert({name: each[kind] for name, each in parts.items()}, self._target) for kind in range(3)
+        """The same as levels of four bits: rows are moved about as those of the weight itself are."""
+        return Groups(*self._levels())
+
+    def scaled(self) -> Scaled | None:
+        """The same as levels of eight bits; None if the file has others."""
+        in_eight_bits = all(self._checkpoint.type_of(name) in eight_bits.GGUF_TYPES for name in self._parts)
+        return Scaled(*self._levels()) if in_eight_bits else None
+
+    def _levels(self) -> Iterator[torch.Tensor]:
+        parts = [self._checkpoint.read_levels(name) for name in self._parts]
+        return (
+            self._names.convert(dict(zip(self._parts, kind, strict=True)), self._target)
+            for kind in zip(*parts, strict=True)
         )
-        return Groups(*made)
 
 
 def _description(parts: list[Path]) -> Path:

@@ -21,6 +21,7 @@ from petals_win.span.packed_linear import can_pack
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
+_MOST_CALLS = 4  # of a kernel for one product: for more rows it is faster to unpack the weight
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
 _UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
@@ -136,6 +137,7 @@ class Panels(nn.Module):
     """A weight on the CPU as our kernels read it: uint8 [panels, groups, bytes], src/kernels/blocks.c says of what."""
 
     panels: torch.Tensor
+    kind = INT4
     rounding = ON_CPU
 
     def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
@@ -145,9 +147,9 @@ class Panels(nn.Module):
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
-        if 0 < len(inputs) <= MOST_ROWS:
-            layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], INT4)
-            return _library().linear(layer, inputs.float())
+        if 0 < len(inputs) <= _MOST_CALLS * MOST_ROWS:
+            layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], self.kind)
+            return torch.cat([_library().linear(layer, some) for some in inputs.float().split(MOST_ROWS)])
         # In 16 bits where the inputs have no more, and the processor multiplies such numbers.
         short = inputs.dtype is torch.bfloat16 and can_pack(torch.bfloat16)
         dtype = torch.bfloat16 if short else torch.float32
@@ -164,7 +166,7 @@ class Panels(nn.Module):
         """Of these rows, [columns, rows]; they begin and end with a panel."""
         panels = self.panels[rows.start // PANEL : rows.stop // PANEL]
         values = torch.empty(panels.shape[1] * GROUP, len(rows), dtype=dtype)
-        _library().unpack(panels, values)
+        _library().unpack(panels, self.kind, values)
         return values
 
 
@@ -206,16 +208,12 @@ class Tiles(nn.Module):
         return torch.ops.aten._weight_int4pack_mm(inputs, self.packed, GROUP, self.scales)
 
 
-class Int4Weight(nn.Module):
-    """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
+class FewBits(nn.Module):
+    """A weight [rows, columns] in few bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
-    def __init__(self, weight: torch.Tensor | Groups, device: torch.device) -> None:
-        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
+    def __init__(self, rows: int, columns: int, kept: Panels | Tiles) -> None:
         super().__init__()
-        self.rows, self.columns = weight.shape
-        kept = Panels if device.type == "cpu" else Tiles
-        pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(_padded(self.rows), self.columns))
-        self.kept: Panels | Tiles = kept(pieces, device)
+        self.rows, self.columns, self.kept = rows, columns, kept
 
     @property
     def nbytes(self) -> int:
@@ -224,7 +222,7 @@ class Int4Weight(nn.Module):
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows], of the same dtype."""
         if torch.is_grad_enabled() and inputs.requires_grad:
-            return _Int4Function.apply(inputs, self)
+            return _Function.apply(inputs, self)
         output = self.kept.multiply(inputs.reshape(-1, self.columns), self.rows)
         return output.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
 
@@ -234,33 +232,42 @@ class Int4Weight(nn.Module):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in _MULTIPLYING and len(args) >= 2 and isinstance(args[1], cls) and not kwargs:
+        if func in _MULTIPLYING and len(args) >= 2 and isinstance(args[1], FewBits) and not kwargs:
             result = args[1].multiply(args[0])
             return result if len(args) < 3 or args[2] is None else result + args[2]
-        raise TypeError(f"A weight in four bits cannot be used by {func}")
+        raise TypeError(f"A weight in few bits cannot be used by {func}")
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, columns={self.columns}"
 
 
+class Int4Weight(FewBits):
+    """A weight in groups of four bits."""
+
+    def __init__(self, weight: torch.Tensor | Groups, device: torch.device) -> None:
+        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
+        rows, columns = weight.shape
+        kept = Panels if device.type == "cpu" else Tiles
+        pieces = (_quantized(weight, some, kept.rounding) for some in _pieces(_padded(rows), columns))
+        super().__init__(rows, columns, kept(pieces, device))
+
+
 _MULTIPLYING = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
-class Int4Linear(nn.Linear):
+class FewBitsLinear(nn.Linear):
     """Computes what nn.Linear does. Frozen. A subclass, so that peft adds to it what it adds to one."""
 
-    def __init__(
-        self, weight: Int4Weight, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, weight: FewBits, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(weight.columns, weight.rows, bias=False, device="meta")
         # Tells whoever asks the layer where and in what it computes.
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.bias = bias
-        self.int4 = weight
+        self.few_bits = weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in nn.Linear
         """[..., in] to [..., out]."""
-        output = self.int4.multiply(input)
+        output = self.few_bits.multiply(input)
         return output if self.bias is None else output + self.bias
 
 
@@ -283,11 +290,11 @@ def taken_over(groups: Groups, device: torch.device) -> Int4Weight | Int4Stack:
     return Int4Stack((groups[expert] for expert in range(groups.shape[0])), device)
 
 
-class _Int4Function(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     """Only the inputs have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, weight: FewBits) -> torch.Tensor:
         ctx.weight = weight
         return weight.multiply(inputs.detach())
 

@@ -16,7 +16,6 @@ from torch import nn
 from petals_win.kernels.library import (
     BFLOAT16,
     FLOAT32,
-    INT4,
     MOST_ROWS,
     STAGES,
     Block,
@@ -29,7 +28,7 @@ from petals_win.kernels.library import (
 )
 from petals_win.span.cache import SessionCache
 from petals_win.span.decoder import CutDecoder
-from petals_win.span.int4 import Int4Linear, Panels
+from petals_win.span.int4 import FewBitsLinear, Panels
 from petals_win.span.lean import is_dense, is_plain
 from petals_win.span.packed_linear import can_pack
 from petals_win.span.rotary import DeclaredRotary
@@ -47,7 +46,7 @@ def suits(block: nn.Module, model_type: str, dtype: torch.dtype, device: torch.d
     kinds = {type(module) for module in _linears(block)}
     if not all(module.weight.is_contiguous() for module in _linears(block) if isinstance(module, nn.Linear)):
         return False
-    return kinds <= {nn.Linear, Int4Linear} and (Int4Linear in kinds or _reads_fastest(dtype))
+    return kinds <= {nn.Linear, FewBitsLinear} and (FewBitsLinear in kinds or _reads_fastest(dtype))
 
 
 def _reads_fastest(dtype: torch.dtype) -> bool:
@@ -152,13 +151,13 @@ class NativeBlocks:
         return block
 
     def _linear(self, module: nn.Linear) -> Linear:
-        weight = module.int4.kept if isinstance(module, Int4Linear) else module.weight
+        weight = module.few_bits.kept if isinstance(module, FewBitsLinear) else module.weight
         assert isinstance(weight, (torch.Tensor, Panels))
-        kept = weight if isinstance(weight, torch.Tensor) else weight.panels
+        kept = weight.panels if isinstance(weight, Panels) else weight
         assert kept.is_contiguous()
         self._kept.append(kept)
         bias = None if module.bias is None else self._address(module.bias)
-        kind = _KINDS[kept.dtype] if kept is weight else INT4
+        kind = weight.kind if isinstance(weight, Panels) else _KINDS[kept.dtype]
         return Linear(kept.data_ptr(), bias, module.out_features, module.in_features, kind)
 
     def _address(self, tensor: torch.Tensor) -> int:
