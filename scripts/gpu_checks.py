@@ -223,7 +223,7 @@ def check_memory(asked: Asked) -> Iterator[Result]:
         if why := _why_not(quant, asked.device):
             yield Result("skipped", f"memory, {storage}", {"why": why})
             continue
-        needs = needs_of(source.config, dtype, quant, source.in_four_bits)
+        needs = needs_of(source.config, dtype, quant, source.in_few_bits_on(asked.device.type))
         tokens = needs.cache_tokens
         before = _allocated(asked)
         _reset_peak(asked)

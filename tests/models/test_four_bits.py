@@ -70,8 +70,10 @@ def test_levels_go_where_the_values_of_their_weight_go(in_kind, family, kind):
         if ".layers." in name or ".h." in name
         if parameter.ndim > 1 and parameter.shape[-1] % 256 == 0
     }
-    assert wanted and source.in_four_bits >= {name for name in wanted if "proj" in name or "query_key_value" in name}
-    for name in source.in_four_bits:
+    assert wanted and source.in_few_bits.keys() >= {
+        name for name in wanted if "proj" in name or "query_key_value" in name
+    }
+    for name in source.in_few_bits:
         groups = groups_of(tensors[name])
         assert groups is not None
         torch.testing.assert_close(plain(groups), model.get_parameter(name), rtol=1e-6, atol=1e-6)
@@ -81,13 +83,15 @@ def test_levels_go_where_the_values_of_their_weight_go(in_kind, family, kind):
 def test_what_lies_the_other_way_round_is_left_out(in_kind, family):
     source = in_kind(family, Q4_0)
     left_out = {"gpt2": "", "gpt_oss": "experts", "bloom": "query_key_value", "deepseek_v3": "kv_b_proj"}[family]
-    assert not [name for name in source.in_four_bits if left_out in name]
-    assert bool(source.in_four_bits) == (family in ("bloom", "deepseek_v3"))
+    assert not [name for name in source.in_few_bits if left_out in name]
+    assert bool(source.in_few_bits) == (family in ("bloom", "deepseek_v3"))
 
 
 def test_only_where_they_are_most(in_kind):
     mixed = in_kind("llama", Q4_K, {"ffn_down": Q6_K, "attn_v": Q6_K})
-    names = {name.rsplit(".", 2)[1] for name in mixed.in_four_bits}
-    assert names == {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj"}
+    found = {name.rsplit(".", 2)[1]: bits for name, bits in mixed.in_few_bits.items()}
+    in_four = dict.fromkeys(("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj"), 4)
+    assert found == {**in_four, "down_proj": 8, "v_proj": 8}
+    assert {name.rsplit(".", 2)[1]: bits for name, bits in mixed.in_few_bits_on("cuda").items()} == in_four
     few = {"ffn_down": Q4_1, "attn_v": Q4_1}
-    assert in_kind("llama", Q8_0, few).in_four_bits == frozenset()
+    assert in_kind("llama", Q8_0, few).in_few_bits == {}

@@ -227,7 +227,7 @@ def test_four_bits_are_taken_over(published, kind):
     """All others are computed in 16 bits, unless somebody asks for int4, which then is another rounding."""
     packed, plain = published(kind)
     source = open_model(str(packed))
-    assert bool(source.in_four_bits) == (kind in IN_FOUR_BITS)
+    assert bool(source.in_few_bits) == (kind in IN_FOUR_BITS)
     if kind not in IN_FOUR_BITS:
         return
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def test_four_bits_are_taken_over(published, kind):
     span = Span.load(source, 1, 3, quant="int4")
     found, wanted = span.forward(hidden, 1, 3), Span.load(open_model(str(plain)), 1, 3).forward(hidden, 1, 3)
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
-    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:3])
+    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:3])
 
 
 def test_inputs_in_another_order_than_the_configuration_says_are_refused(published):

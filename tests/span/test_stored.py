@@ -20,13 +20,14 @@ from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
 from petals_win.span import int4
 from petals_win.span.choices import choose_quant
 from petals_win.span.int4 import ON_CARD, FewBitsLinear, Int4Stack, Int4Weight
+from petals_win.span.int8 import Int8Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 
 CPU = torch.device("cpu")
 PROSE = Path(__file__).resolve().parents[1] / "data" / "prose.txt"
 Q4_0, Q4_1, Q4_K = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K
-Q6_K, Q8_0 = GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0
+Q5_0, Q6_K, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0
 WIDE = dict(hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_attention_heads=4)
 # Of hidden states: nothing but the order of sums where scales are of 16 bits in the file, too.
 ERRORS = {Q4_0: 1e-5, Q4_1: 1e-5, Q4_K: 1e-3}
@@ -61,14 +62,29 @@ def test_it_computes_with_the_levels_of_the_file(file_of, family, kind):
     session = span.open(2, 24)
     steps = [span.step(session, hidden[:, :17]), *(span.step(session, hidden[:, i : i + 1]) for i in range(17, 20))]
     assert off(torch.cat(steps, dim=1), wanted) < ERRORS[kind]
-    planned = needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:3]
+    planned = needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:3]
     assert span.weight_bytes == sum(planned) < 0.3 * plain.weight_bytes
 
 
-def test_what_the_file_has_in_more_bits_stays_as_it_is(file_of):
-    """As in a Q4_K_M file, which has some matrices in Q6_K."""
-    source = file_of("llama", Q4_K, {"ffn_down": Q6_K, "attn_v": Q6_K})
+def test_what_the_file_has_in_six_bits_takes_eight(file_of):
+    """As in a Q4_K_M file, which has some matrices in Q6_K; queries are such whose rows are moved about."""
+    source = file_of("llama", Q4_K, {"ffn_down": Q6_K, "attn_v": Q6_K, "attn_q": Q6_K})
+    plain, span = (Span.load(source, 1, 3, quant=quant) for quant in ("none", "int4"))
+    for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
+        for name in ("mlp.down_proj", "self_attn.v_proj", "self_attn.q_proj"):
+            layer: Any = ours.get_submodule(name)
+            assert isinstance(layer.few_bits, Int8Weight)
+            assert off(layer.few_bits.dequantized(), theirs.get_parameter(f"{name}.weight")) < 1e-3
+    hidden = torch.randn(2, 20, source.hidden_size)
+    assert off(span.forward(hidden, 1, 3), plain.forward(hidden, 1, 3)) < ERRORS[Q4_K]
+    planned = needs_of(source.config, span.dtype, "int4", source.in_few_bits_on("cpu")).block_bytes[1:3]
+    assert span.weight_bytes == sum(planned)
+
+
+def test_what_the_file_has_in_other_bits_stays_as_it_is(file_of):
+    source = file_of("llama", Q4_K, {"ffn_down": Q5_0, "attn_v": Q5_0})
     plain, span = (Span.load(source, 1, 3, dtype=torch.bfloat16, quant=quant) for quant in ("none", "int4"))
+    ours: Any
     for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
         assert isinstance(ours.mlp.up_proj, FewBitsLinear) and isinstance(ours.self_attn.k_proj, FewBitsLinear)
         for name in ("mlp.down_proj", "self_attn.v_proj"):
@@ -76,7 +92,7 @@ def test_what_the_file_has_in_more_bits_stays_as_it_is(file_of):
             assert not isinstance(layer, FewBitsLinear)
             inputs = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
             assert torch.equal(layer(inputs), theirs.get_submodule(name)(inputs))
-    planned = needs_of(source.config, torch.bfloat16, "int4", source.in_four_bits).block_bytes[1:3]
+    planned = needs_of(source.config, torch.bfloat16, "int4", source.in_few_bits).block_bytes[1:3]
     assert span.weight_bytes == sum(planned)
 
 
@@ -87,7 +103,7 @@ def test_others_are_quantized_when_somebody_asks_for_it(file_of):
     assert {type(module) for module in span._decoder.layers[0].modules() if isinstance(module, nn.Linear)} == {
         FewBitsLinear
     }
-    assert span.weight_bytes == needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1]
+    assert span.weight_bytes == needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1]
 
 
 def test_it_is_the_default_and_says_so(file_of, monkeypatch, caplog):
@@ -134,7 +150,7 @@ def test_the_default_model_is_as_good_as_its_own_weights():
     ids = torch.tensor([source.tokenizer()(PROSE.read_text("utf-8"))["input_ids"]])
     wanted = model(ids, use_cache=False).logits[0]
     span = Span.load(source, 0, source.num_blocks, quant="int4")
-    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes)
+    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes)
     hidden = span.forward(model.get_input_embeddings()(ids), 0, source.num_blocks)
     found = model.lm_head(model.model.norm(hidden))[0]
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
@@ -149,6 +165,7 @@ import sys
 import torch
 from petals_win.host.memory import give_back_memory, own_bytes
 from petals_win.models.source import open_model
+from petals_win.span.int8 import Int8Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 
@@ -160,7 +177,7 @@ give_back_memory()
 before = own_bytes()
 span = Span.load(source, 1, source.num_blocks, quant="int4")
 give_back_memory()
-planned = sum(needs_of(source.config, span.dtype, "int4", source.in_four_bits).block_bytes[1:])
+planned = sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:])
 print(planned, own_bytes() - before)
 """
 

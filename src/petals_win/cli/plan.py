@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,8 +72,8 @@ def plan(
         _show_plan(model, pcs, asked, read_token(token_file), as_json)
 
 
-def _needs(model: str, token: str | None) -> tuple[dict[Quant, Needs], bool]:
-    """What a model takes, by quantization, and whether it is stored in four bits.
+def _needs(model: str, token: str | None) -> tuple[Callable[[Quant, str], Needs], bool]:
+    """What a model takes, by quantization and the kind of a PC, and whether it is stored in four bits.
 
     Of a well-known one nothing is fetched, of any other its configuration.
     """
@@ -82,13 +82,17 @@ def _needs(model: str, token: str | None) -> tuple[dict[Quant, Needs], bool]:
 
     known = find_known_model(model)
     if known is not None:
-        config, dtype, in_four_bits = known.config(), STORED_IN, frozenset[str]()
-    else:
-        from petals_win.models.source import open_model
+        config = known.config()
+        return lambda quant, _kind: needs_of(config, STORED_IN, quant), False
+    from petals_win.models.source import open_model
 
-        source = open_model(model, token=token)
-        config, dtype, in_four_bits = source.config, source.dtype, source.in_four_bits
-    return {quant: needs_of(config, dtype, quant, in_four_bits) for quant in _QUANTS}, bool(in_four_bits)
+    source = open_model(model, token=token)
+
+    def needs(quant: Quant, kind: str) -> Needs:
+        in_few_bits = source.in_few_bits_on("cpu" if kind == "ram" else "cuda")
+        return needs_of(source.config, source.dtype, quant, in_few_bits)
+
+    return needs, bool(source.in_few_bits)
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,12 @@ def _show_plan(model: str, pcs: list[Pc], quant: Quant | None, token: str | None
     from petals_win.swarm.planner import make_plan
     from petals_win.swarm.speeds import predict
 
-    by_quant, in_four_bits = _needs(model, token)
+    needs_on, in_four_bits = _needs(model, token)
     kept: list[Quant] = [_kept(pc, quant, in_four_bits) for pc in pcs]
-    needs = [by_quant[way] for way in kept]
+    needs = [needs_on(way, pc.kind) for way, pc in zip(kept, pcs, strict=True)]
     plan, processor = make_plan(list(zip(pcs, needs, strict=True))), processor_rates()
     speed = predict(plan, needs, kept, processor)
-    made = _Planned(model, pcs, kept, needs, by_quant["none"], plan, processor, speed)
+    made = _Planned(model, pcs, kept, needs, needs_on("none", "ram"), plan, processor, speed)
     typer.echo(json.dumps(_in_json(made)) if as_json else _in_text(made))
 
 
@@ -272,10 +276,16 @@ def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
     pcs = {f"{size}GiB": Pc("gpu", size * _GIB) for size in _USUAL_GPUS}
     pcs |= {f"{size}GiB RAM": Pc("ram", size * _GIB) for size in _USUAL_RAMS}
     processor = processor_rates()
+    needs_of = {name: _needs(name, token)[0] for name in names}
     rows = [
-        _Row(name, quant, needs, {memory: alike(pc, needs, quant, processor) for memory, pc in pcs.items()})
+        _Row(
+            name,
+            quant,
+            needs_of[name](quant, "ram"),
+            {memory: alike(pc, needs_of[name](quant, pc.kind), quant, processor) for memory, pc in pcs.items()},
+        )
         for name in names
-        for quant, needs in _needs(name, token)[0].items()
+        for quant in _QUANTS
     ]
     if as_json:
         typer.echo(json.dumps({"smallest": [row.in_json() for row in rows], "processor_bytes_per_s": processor}))

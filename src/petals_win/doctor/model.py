@@ -59,7 +59,7 @@ def _check_room(name: str, config: PreTrainedConfig, source: ModelSource | None)
     quant = choose_quant(None, device, source=source)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     plain = needs_of(config, dtype)
-    needs = needs_of(config, dtype, quant, source.in_four_bits if source else frozenset())
+    needs = needs_of(config, dtype, quant, source.in_few_bits_on(device.type) if source else {})
     free = available_bytes(device)
     fitting = blocks_that_fit(free, needs)
     where = f"into {free / _GIB:.1f} GiB free on {device}" + ("" if quant == "none" else f", stored as {quant}")

@@ -113,7 +113,7 @@ def whole_model_here(settings: EngineSettings) -> WholeModel:
     source = open_model(settings.model, token=settings.token)
     device = choose_device(settings.device)
     dtype, quant = choose_dtype(settings.dtype, source, device), choose_quant(settings.quant, device, source=source)
-    needs = needs_of(source.config, dtype, quant, source.in_four_bits)
+    needs = needs_of(source.config, dtype, quant, source.in_few_bits_on(device.type))
     return WholeModel(source, device, dtype, quant, needs)
 
 

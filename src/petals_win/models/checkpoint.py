@@ -6,7 +6,7 @@ Knows the safetensors format and the index of a sharded checkpoint. Does not kno
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,10 +41,10 @@ class Checkpoint(Protocol):
         """In which to compute unless somebody asks for another: that of the weights as they are stored, if they are plain."""
         ...
 
-    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
-        """The model's names of weights that it has as 16 equal steps for each group, told before anything is read.
+    def in_few_bits(self, model: PreTrainedModel) -> Mapping[str, int]:
+        """By the model's names those weights that it has in 4 bits, as 16 equal steps for each group, or in 8, told before anything is read.
 
-        The tensors of these may have `groups()`, as four_bits.Groups; one that has none is plain after all.
+        The tensors of these may have `groups()`, as four_bits.Groups, or `scaled()`, as eight_bits.Scaled; one that has none is plain after all.
         """
         ...
 
@@ -101,8 +101,8 @@ class SafetensorsCheckpoint:
                 return dtype
         return torch.float32
 
-    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
-        return frozenset()
+    def in_few_bits(self, model: PreTrainedModel) -> Mapping[str, int]:
+        return {}
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """Raises UserError if the file does not hold what its index or header says."""

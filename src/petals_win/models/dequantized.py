@@ -70,15 +70,15 @@ class DequantizedCheckpoint:
     def dtype(self) -> torch.dtype:
         return self._checkpoint.dtype()
 
-    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+    def in_few_bits(self, model: PreTrainedModel) -> Mapping[str, int]:
         """By the configuration, since the names of tensors may have to be downloaded: all linear layers."""
         if self._format.groups is None:
-            return frozenset()
-        return frozenset(
-            f"{name}.weight"
+            return {}
+        return {
+            f"{name}.weight": 4
             for name, module in model.named_modules()
             if type(module) is nn.Linear and module.in_features % GROUP == 0
-        )
+        }
 
     def content(self) -> Iterable[bytes]:
         return self._checkpoint.content()

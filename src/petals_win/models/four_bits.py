@@ -5,7 +5,7 @@ Knows of which types of GGUF files that is true, and how their bytes are read. D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,13 +92,18 @@ GGUF_TYPES: dict[GGMLQuantizationType, Callable[[np.ndarray], Unpacked]] = {
 }
 
 
-def if_most(model: PreTrainedModel, names: frozenset[str]) -> frozenset[str]:
-    """Those of the names that are of weights in blocks; none if these are not most of what the blocks have."""
+def if_most_in_four(model: PreTrainedModel, bits: Mapping[str, int]) -> Mapping[str, int]:
+    """Those of weights in blocks; none if those in 4 bits are not most of what the blocks have. Of experts there are none in 8."""
     prefix = find_blocks(model).prefix
-    sizes = {
-        name: parameter.numel()
+    weights = {
+        name: parameter
         for name, parameter in model.named_parameters()
         if name.startswith(prefix) and parameter.ndim > 1
     }
-    found = names & sizes.keys()
-    return found if 2 * sum(sizes[name] for name in found) > sum(sizes.values()) else frozenset()
+    found = {
+        name: bits[name]
+        for name, weight in weights.items()
+        if bits.get(name) == 4 or (bits.get(name) == 8 and weight.ndim == 2)
+    }
+    in_four = sum(weights[name].numel() for name, kept in found.items() if kept == 4)
+    return found if 2 * in_four > sum(weight.numel() for weight in weights.values()) else {}

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ _PIECE = (
     2**18
 )  # values that are dequantized at once: they fit into a processor's cache, and blocks of any type into them
 _LARGE = 2**20  # values of a tensor from which on it does not pass through float32 as a whole
+_LEVELS: dict[int, Mapping[GGMLQuantizationType, Callable[[np.ndarray], tuple[np.ndarray, ...]]]] = {
+    4: four_bits.GGUF_TYPES,
+    8: eight_bits.GGUF_TYPES,
+}
 _OTHER_TYPE = "Take another quantization of the model, such as Q4_K_M or Q8_0, or its safetensors files."
 _AGAIN = "Download all parts again, into a folder of their own."
 
@@ -91,14 +95,18 @@ class GgufCheckpoint:
             for target, found in self._parts_of(names).items()
         }
 
-    def in_four_bits(self, model: PreTrainedModel) -> frozenset[str]:
+    def in_few_bits(self, model: PreTrainedModel) -> Mapping[str, int]:
         names, expected = _names(self._path, model, self._architecture), model.state_dict()
-        return frozenset(
-            target
+        return {
+            target: bits
             for target, found in self._parts_of(names).items()
-            if all(GGMLQuantizationType(self._entries[name].type) in four_bits.GGUF_TYPES for name in found)
-            and self._only_rows_move(names, target, found, expected[target].shape)
-        )
+            if (bits := self.bits_of(found)) and self._only_rows_move(names, target, found, expected[target].shape)
+        }
+
+    def bits_of(self, names: Iterable[str]) -> int | None:
+        """In how many bits all of these tensors are, if their levels can be taken over."""
+        types = {self.type_of(name) for name in names}
+        return next((bits for bits, known in _LEVELS.items() if types <= known.keys()), None)
 
     def _only_rows_move(self, names: GgufNames, target: str, found: list[str], shape: torch.Size) -> bool:
         """Whether these tensors become the model's in the same way if each has other columns: that is tried with a single one."""
@@ -156,7 +164,9 @@ class GgufCheckpoint:
         with self._parts[entry.part].open("rb") as file:
             file.seek(entry.offset)
             data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
-        found = (four_bits.GGUF_TYPES | eight_bits.GGUF_TYPES)[kind](data.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        found = next(known for known in _LEVELS.values() if kind in known)[kind](
+            data.reshape(-1, GGML_QUANT_SIZES[kind][1])
+        )
         return tuple(array.reshape(*entry.shape[:-1], -1) for array in found)
 
 
@@ -179,8 +189,7 @@ class _Dequantized:
 
     def scaled(self) -> Scaled | None:
         """The same as levels of eight bits; None if the file has others."""
-        in_eight_bits = all(self._checkpoint.type_of(name) in eight_bits.GGUF_TYPES for name in self._parts)
-        return Scaled(*self._levels()) if in_eight_bits else None
+        return Scaled(*self._levels()) if self._checkpoint.bits_of(self._parts) == 8 else None
 
     def _levels(self) -> Iterator[torch.Tensor]:
         parts = [self._checkpoint.read_levels(name) for name in self._parts]

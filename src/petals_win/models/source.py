@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from petals_win.models.content import canonical_config, content_id
 from petals_win.models.default_model import NAME as DEFAULT_MODEL
 from petals_win.models.default_model import default_model_file
 from petals_win.models.dequantized import DequantizedCheckpoint
-from petals_win.models.four_bits import if_most
+from petals_win.models.four_bits import if_most_in_four
 from petals_win.models.gguf_file import GgufCheckpoint
 from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
@@ -98,15 +99,19 @@ class ModelSource:
         return isinstance(self.checkpoint, GgufCheckpoint) and self.checkpoint.is_quantized()
 
     @cached_property
-    def in_four_bits(self) -> frozenset[str]:
-        """The names of those weights of blocks that its files have in four bits as int4 does, if they are most; else none.
+    def in_few_bits(self) -> Mapping[str, int]:
+        """By name those weights of blocks that its files have in 4 bits as int4 does, or in 8, if those in 4 are most; else none.
 
-        What else is in such files stays in 16 bits or more when these are kept in int4.
+        What else is in such files stays in 16 bits or more when these are kept as they are.
         """
         if isinstance(self.checkpoint, SafetensorsCheckpoint):
-            return frozenset()
+            return {}
         model = empty_model(self.config, torch.float32)
-        return if_most(model, self.checkpoint.in_four_bits(model))
+        return if_most_in_four(model, self.checkpoint.in_few_bits(model))
+
+    def in_few_bits_on(self, device_type: str) -> Mapping[str, int]:
+        """Those of them that stay so on such a device: none but a CPU has a kernel for 8."""
+        return {name: bits for name, bits in self.in_few_bits.items() if bits == 4 or device_type == "cpu"}
 
     @property
     def context_length(self) -> int:

@@ -83,7 +83,7 @@ class Node:
         quant = choose_quant(settings.quant, device, bool(settings.adapters), source)
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
-            needs = needs_of(source.config, dtype, quant, source.in_four_bits)
+            needs = needs_of(source.config, dtype, quant, source.in_few_bits_on(device.type))
             needs.cuts.check(start, end)
             check_fits(source.name, start, end, needs, device)
         on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))

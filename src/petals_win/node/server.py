@@ -69,7 +69,8 @@ class Server:
                     f"{settings.num_blocks} blocks are too few: at least {fewest} of this model have to stay together."
                 )
         else:
-            needs = needs_of(source.config, self._dtype, self._quant, source.in_four_bits)
+            in_few_bits = source.in_few_bits_on(self._device.type)
+            needs = needs_of(source.config, self._dtype, self._quant, in_few_bits)
             self._num_blocks = choose_num_blocks(needs, self._device)
         self._model_info = ModelInfo(num_blocks=source.num_blocks)
         if not os.path.exists(model):

@@ -62,7 +62,7 @@ def choose_quant(
     Raises UserError for one that cannot be had.
     """
     if name is None:
-        if source is not None and source.in_four_bits:
+        if source is not None and source.in_few_bits:
             return _as_stored(source, device)
         if device.type != "cuda" or adapters:
             return "none"

@@ -6,8 +6,9 @@ Knows modules on the meta device, and the layout of quantized weights. Does not 
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -15,7 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_win.models.architecture import empty_model, find_blocks, text_config
 from petals_win.span.decoder import CutDecoder
+from petals_win.span.int4 import has_place
+from petals_win.span.int8 import int8_bytes
 from petals_win.span.quantized_linear import QUANTS, Quant, fused_experts, kept_bytes
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,15 @@ class ModelFootprint:
 
 
 def model_footprint(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_few_bits: Mapping[str, int] = NOTHING
 ) -> ModelFootprint:
     """The footprint of a model whose weights and cache are of `dtype`, the linear layers of its blocks quantized.
 
-    `in_four_bits`: the only weights that int4 is of; none: it is of all. Raises UserError for a model that cannot be split.
+    `in_few_bits`: the only weights that int4 is of, some of which it keeps in 8; none: it is of all. Raises UserError for a model that cannot be split.
     """
-    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, frozenset(in_four_bits))[quant]
+    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, frozenset(in_few_bits.items()))[
+        quant
+    ]
 
 
 def block_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -69,7 +76,7 @@ class _Hidden:
 
 @functools.lru_cache(maxsize=8)
 def _footprints(
-    _key: str, hidden: _Hidden, dtype: torch.dtype, in_four_bits: frozenset[str]
+    _key: str, hidden: _Hidden, dtype: torch.dtype, in_few_bits: frozenset[tuple[str, int]]
 ) -> dict[Quant, ModelFootprint]:
     model = empty_model(hidden.config, dtype)
     layers = find_blocks(model).layers
@@ -79,26 +86,38 @@ def _footprints(
     caches = tuple(shape.planned_bytes_per_token for shape in CutDecoder(model, 0, len(layers)).kv_shapes(dtype))
     asked = getattr(text_config(hidden.config), "num_experts_per_tok", None)
     chosen = asked if isinstance(asked, int) else None
-    others = {parameter for name, parameter in model.named_parameters() if in_four_bits and name not in in_four_bits}
+    bits = dict(in_few_bits)
+    others = {
+        parameter: _bytes_in(bits.get(name), parameter)
+        for name, parameter in model.named_parameters()
+        if bits and bits.get(name) != 4
+    }
     found: dict[Quant, ModelFootprint] = {}
     for quant in QUANTS:
-        as_it_is = others if quant == "int4" else set[nn.Parameter]()
-        kept, read = zip(*(_of_a_block(layer, quant, as_it_is, chosen) for layer in layers), strict=True)
+        known = others if quant == "int4" else dict[nn.Parameter, int]()
+        kept, read = zip(*(_of_a_block(layer, quant, known, chosen) for layer in layers), strict=True)
         found[quant] = ModelFootprint(kept, read, everything - plain, _head_bytes(model), caches)
     return found
 
 
-def _of_a_block(block: nn.Module, quant: Quant, as_it_is: Set[nn.Parameter], chosen: int | None) -> tuple[int, int]:
+def _bytes_in(bits: int | None, weight: torch.Tensor) -> int:
+    """What a weight takes in so many bits; None: as it is."""
+    return int8_bytes(*weight.shape) if bits == 8 and has_place(*weight.shape) else weight.nbytes
+
+
+def _of_a_block(
+    block: nn.Module, quant: Quant, known: Mapping[nn.Parameter, int], chosen: int | None
+) -> tuple[int, int]:
     """Bytes of its weights, and of those that a token reads, which goes to `chosen` experts; None: to all, for all that is known.
 
-    `as_it_is`: what is not quantized.
+    `known`: bytes of what is not quantized.
     """
     kept = read = 0
     for module in block.modules():
         sizes = {} if quant == "none" else kept_bytes(module, quant)
         experts = fused_experts(module)
         for name, parameter in module.named_parameters(recurse=False):
-            size = parameter.nbytes if parameter in as_it_is else sizes.get(name, parameter.nbytes)
+            size = known.get(parameter, sizes.get(name, parameter.nbytes))
             kept += size
             read += size * min(chosen, len(parameter)) // len(parameter) if chosen and name in experts else size
     return kept, read

@@ -6,7 +6,7 @@ Knows sizes, told from a model's configuration alone. Asks for the free memory o
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from petals_win.errors import UserError
 from petals_win.host.memory import available_bytes
 from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.cuts import Cuts
-from petals_win.span.footprint import model_footprint
+from petals_win.span.footprint import NOTHING, model_footprint
 from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,13 @@ class Needs:
 
 
 def needs_of(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_four_bits: Set[str] = frozenset()
+    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_few_bits: Mapping[str, int] = NOTHING
 ) -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split.
 
-    `in_four_bits` is what ModelSource says: if there are any, int4 is of these weights alone.
+    `in_few_bits` is what ModelSource says for a device: if there are any, int4 is of these weights alone.
     """
-    footprint = model_footprint(config, dtype, quant, in_four_bits)
+    footprint = model_footprint(config, dtype, quant, in_few_bits)
     return Needs(
         block_bytes=footprint.block_bytes,
         cache_bytes_per_token=footprint.cache_bytes_per_token,

@@ -16,7 +16,7 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.span import int4
-from petals_win.span.int4 import Int4Stack, Int4Weight
+from petals_win.span.int4 import FewBits, Int4Stack
 from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ def quantize_linears(
     quant: Quant,
     device: torch.device,
     dtype: torch.dtype,
-    stored: Mapping[str, Int4Weight | Int4Stack] | None = None,
+    stored: Mapping[str, FewBits | Int4Stack] | None = None,
 ) -> None:
     """Replace the linear layers (and GPT-2's Conv1D) below `module`, whose weights are in memory, by quantized ones.
 
     They compute in `dtype` on `device`. Each plain weight is freed before the next layer is quantized. In int4 the fused experts of
     mixture models are, too, and a layer whose shape it cannot take stays as it is. `stored`: what takes the place of parameters, by
-    their names below `module`, since a file has it in four bits; all other weights then stay as they are.
+    their names below `module`, since a file has it in few bits; all other weights then stay as they are.
     """
     if quant == "int4":
         _in_int4(module, device, dtype, stored)
@@ -95,7 +95,7 @@ def extra_bytes(module: nn.Module) -> int:
     states = [getattr(parameter, "quant_state", None) for parameter in module.parameters()]
     sizes = [state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0) for state in states if state]
     scales = [scale for parameter in module.parameters() if (scale := getattr(parameter, "SCB", None)) is not None]
-    packed = [part.nbytes for part in module.modules() if isinstance(part, int4.Int4Weight)]
+    packed = [part.nbytes for part in module.modules() if isinstance(part, FewBits)]
     return sum(sizes) + sum(scale.nbytes for scale in scales) + sum(packed)
 
 
@@ -128,7 +128,7 @@ def kept_bytes(module: nn.Module, quant: Quant) -> dict[str, int]:
 
 
 def _in_int4(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, Int4Weight | Int4Stack] | None
+    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, FewBits | Int4Stack] | None
 ) -> None:
     of: dict[torch.Tensor, Any] = {module.get_parameter(name): kept for name, kept in (stored or {}).items()}
 

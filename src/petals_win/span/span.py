@@ -103,7 +103,7 @@ class Span:
 
         layers, model_type = list(blocks.layers)[start:end], blocks.decoder.config.model_type
         weight_bytes = 0
-        stored = StoredWeights(source, model, device) if quant == "int4" and source.in_four_bits else None
+        stored = StoredWeights(source, model, device) if quant == "int4" and source.in_few_bits else None
 
         def settle(done: int, of: int) -> None:
             nonlocal weight_bytes
