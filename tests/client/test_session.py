@@ -337,7 +337,7 @@ def test_the_only_node_of_its_blocks_may_be_silent_for_longer():
     async def silent_for_a_while(request):
         second.alive = request.number != 1
         if request.number == 1:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.25)  # longer than another one's 0.2, and shorter than its own 0.4
 
     second.script = silent_for_a_while
     swarm = Swarm(first, second)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SILENT_SECONDS = 2.0  # without an answer, after which a node is asked whether it is there
 PING_SECONDS = 2.0  # that it has to say so
-_PINGS_ALONE = 5  # without an answer, where no other node has the blocks
+_PINGS_ALONE = 3  # without an answer, where no other node has the blocks
 _MOST_UNREAD = 16  # answers; no more chunks than a few are ever in flight
 _CLOSE_SECONDS = 3.0  # for a node's last word; it frees the session anyway when the stream ends
 

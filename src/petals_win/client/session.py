@@ -275,7 +275,8 @@ class _Step:
             if failures == routes.max_attempts:
                 # That no node is left now says less than what the last one said.
                 raise (told or cause) if failure.peer_id is None else failure.told_or_lost()
-            pause = routes.pause(failures)
+            # For who was silent has been waited already.
+            pause = 0.0 if isinstance(cause, NodeSilent) else routes.pause(failures)
             logger.warning("A step failed at %s, trying again in %.0f s: %r", failure, pause, cause)
             logger.debug("It failed here:", exc_info=cause)
             await asyncio.sleep(pause)
