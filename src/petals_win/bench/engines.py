@@ -75,6 +75,7 @@ def run_engines_bench(
 ) -> EnginesReport:
     """Measure "local", "onnx_int4", "onnx_fp32", "petals" (two nodes on this PC) and, if its program is given, "llama_server".
 
+    "local" and "petals" are as users get them; of a model that is stored in few bits there are "local_unquantized" and "petals_unquantized", too.
     All of them are loaded at once and take turns within a round. The models for onnx are converted once and kept in the cache folder.
     An engine whose package is missing, or that does not take the model, is left out. Raises UserError if the model cannot be opened.
     """
@@ -84,11 +85,15 @@ def run_engines_bench(
 async def _measure(
     model: str, rounds: int, tokens: int, sessions: tuple[int, ...], llama_server: Path | None, report: Report
 ) -> EnginesReport:
-    name = open_model(model).name
-    sides: dict[str, Callable[[], Opened]] = {"local": lambda: _local(model)}
+    source = open_model(model)
+    name = source.name
+    ways = {"": None, "_unquantized": "none"} if source.in_few_bits else {"": None}
+    sides: dict[str, Callable[[], Opened]] = {
+        f"local{way}": lambda quant=quant: _local(model, quant) for way, quant in ways.items()
+    }
     for precision in PRECISIONS:
         sides[f"onnx_{precision}"] = lambda precision=precision: _onnx(model, name, precision, report)
-    sides["petals"] = lambda: _two_nodes(model)
+    sides |= {f"petals{way}": lambda quant=quant: _two_nodes(model, quant) for way, quant in ways.items()}
     if llama_server is not None:
         sides["llama_server"] = lambda: _llama_server(model, llama_server)
     found, left_out = Rounds(), dict[str, str]()
@@ -143,8 +148,8 @@ async def _started(engine: Engine) -> AsyncGenerator[Engine, None]:
 
 
 @asynccontextmanager
-async def _local(model: str) -> AsyncGenerator[Engine, None]:
-    settings = EngineSettings(model, quant="none")
+async def _local(model: str, quant: str | None) -> AsyncGenerator[Engine, None]:
+    settings = EngineSettings(model, quant=quant)
     async with _started(await asyncio.to_thread(find_engine("local"), settings)) as engine:
         yield engine
 
@@ -172,10 +177,10 @@ def _converted(model: str, name: str, precision: str, report: Report) -> Path:
 
 
 @asynccontextmanager
-async def _two_nodes(model: str) -> AsyncGenerator[Engine, None]:
+async def _two_nodes(model: str, quant: str | None) -> AsyncGenerator[Engine, None]:
     blocks = open_model(model).num_blocks
-    half = blocks // 2
-    with LocalSwarm(model, [f"0:{half}", f"{half}:{blocks}"], options=["--quant", "none"]) as swarm:
+    half, options = blocks // 2, [] if quant is None else ["--quant", quant]
+    with LocalSwarm(model, [f"0:{half}", f"{half}:{blocks}"], options=options) as swarm:
         await asyncio.to_thread(swarm.wait_until_serving)
         settings = EngineSettings(model, tuple(swarm.peers))
         async with _started(await asyncio.to_thread(find_engine("petals"), settings)) as engine:
