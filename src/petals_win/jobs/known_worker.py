@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Literal
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from petals_win.engines.base import ModelCard, WorkerStatus
 from petals_win.errors import UserError
@@ -27,9 +27,36 @@ _ANSWER_S = 24 * 3600.0  # the longest answer; that a worker lives is known othe
 _ONCE_S = 60.0  # for everything else
 _USUAL_TOKENS = 200  # of an answer, as far as nobody knows
 _CHARACTERS = 4  # of a token
+_USUAL_SPEED = 10.0  # tokens per second, where nobody's is known
 _PROMPT_FASTER = 8  # how much faster prompts are read than answers are written, where it was not measured
+# Speeds that differ by less are taken for equal: how much slower answers are beside others is known roughly, so that of two like PCs the
+# one that had more to do would seem to be another kind, and get more, or less, for good.
+_ALIKE = 1.5
 
 Connect = Callable[[Address], Awaitable[Link]]
+
+
+class Speeds(NamedTuple):
+    """Tokens per second of answers and of prompts."""
+
+    tokens: float
+    prompt: float
+
+    @classmethod
+    def usual(cls, workers: Iterable[KnownWorker]) -> Speeds:
+        """The mean of those whose speeds are known."""
+        states = [worker.state for worker in workers if worker.state]
+        tokens = _mean([state.tokens_per_s for state in states if state.tokens_per_s]) or _USUAL_SPEED
+        prompt = _mean([state.prompt_tokens_per_s for state in states if state.prompt_tokens_per_s])
+        return cls(tokens, prompt or tokens * _PROMPT_FASTER)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _or_usual(speed: float | None, usual: float) -> float:
+    return usual if speed is None or usual / _ALIKE < speed < usual * _ALIKE else speed
 
 
 class KnownWorker:
@@ -96,17 +123,16 @@ class KnownWorker:
             return None
         return next((card for card in self.state.models if card.id == name), None)
 
-    def seconds(self, characters: int, tokens: int | None, usual: float) -> float:
+    def seconds(self, characters: int, tokens: int | None, usual: Speeds) -> float:
         """How long until the last token of a question, asked now.
 
         :param characters: of the prompt, those that it has likely not computed yet
         :param tokens: the longest answer, if that is known
-        :param usual: tokens per second of a worker whose speed is not known
+        :param usual: of all workers
         """
         state = self.state
         assert state is not None
-        speed = state.tokens_per_s or usual
-        reads = state.prompt_tokens_per_s or speed * _PROMPT_FASTER
+        speed, reads = _or_usual(state.tokens_per_s, usual.tokens), _or_usual(state.prompt_tokens_per_s, usual.prompt)
         busy = self._others + self.running
         answer = min(tokens or _USUAL_TOKENS, _USUAL_TOKENS) / speed * beside(min(busy + 1, state.slots))
         prompt = characters / _CHARACTERS / reads * beside(min(busy + 1, state.slots))

@@ -25,12 +25,11 @@ from petals_win.engines.base import (
 from petals_win.errors import UserError
 from petals_win.jobs import model as job_model
 from petals_win.jobs.failures import BadMessage, Draining, LinkLost, NoWorker, WorkerFailed
-from petals_win.jobs.known_worker import Connect, KnownWorker
+from petals_win.jobs.known_worker import Connect, KnownWorker, Speeds
 from petals_win.jobs.links import Address
 from petals_win.jobs.prefixes import Prefixes, Prompt
 
 _FIRST_LOOK_S = 6.0
-_USUAL_SPEED = 10.0  # tokens per second, where nobody's is known
 # What another worker may do better. The rest is said of the request itself.
 _ELSEWHERE = (LinkLost, Draining, EngineClosed, Full, SwarmUnavailable, SwarmFailed, ModelNotFound, BadMessage)
 
@@ -144,8 +143,7 @@ class RoutedEngine:
     ) -> Callable[[KnownWorker], float]:
         known = self._prefixes.known(prompt) if prompt else {}
         length = prompt.length if prompt else 0
-        speeds = [worker.state.tokens_per_s for worker in able if worker.state and worker.state.tokens_per_s]
-        usual = sum(speeds) / len(speeds) if speeds else _USUAL_SPEED
+        usual = Speeds.usual(able)
         return lambda worker: worker.seconds(length - known.get(worker.address, 0), request.max_tokens, usual)
 
     async def close(self) -> None:
