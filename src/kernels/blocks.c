@@ -111,16 +111,17 @@ typedef struct {
     int64_t position, angle;
 } Row;
 
+/* count: of blocks. Without any, the head alone is computed, of as many rows as there are, each `width` behind the one before. */
 typedef struct {
     const Block *blocks;
     const Row *rows;
     const float *cosines, *sines; /* [positions, turning] each */
     float *hidden;                /* [rows, width]: what goes in, and what comes out of the blocks */
-    float *work;                  /* petals_step_floats() of them */
+    float *work;                  /* petals_step_floats() of them; for a head of more than MOST_ROWS, petals_many_floats() */
     const Linear *head;           /* of what comes out; or NULL */
     float *outputs;               /* [rows, head's outputs] */
     int64_t count, row_count, width, turning, threads;
-    _Atomic int64_t open, inside;
+    _Atomic int64_t open, inside, came;
     struct {
         _Atomic int32_t taken, done;
     } *stages;                    /* [count, STAGES], and one for a head */
@@ -291,6 +292,28 @@ always lanes halves(const _Float16 *from) {
     return __builtin_convertvector(value, lanes);
 }
 
+/* What a panel's levels stand for: values[i * stride + output] of its inputs. */
+static void values_of(const Panel *panel, float *values, int64_t stride) {
+    for (int part = 0; part < PANEL; part += LANES) {
+        lanes scale = halves(panel->scales + part), least = halves(panel->leasts + part);
+        for (int i = 0; i < GROUP / 2; i++) {
+            lanes low, high;
+            levels_of(panel->levels[i] + part, &low, &high);
+            low = low * scale + least, high = high * scale + least;
+            __builtin_memcpy(values + i * stride + part, &low, sizeof low);
+            __builtin_memcpy(values + (i + GROUP / 2) * stride + part, &high, sizeof high);
+        }
+    }
+}
+
+static void values_of8(const Panel8 *panel, float *values, int64_t stride) {
+    for (int part = 0; part < PANEL; part += LANES)
+        for (int i = 0; i < GROUP; i++) {
+            lanes value = signed_levels(panel->levels[i] + part) * halves(panel->scales[i / (GROUP / 2)] + part);
+            __builtin_memcpy(values + i * stride + part, &value, sizeof value);
+        }
+}
+
 #define MOST_OF_PANEL (LANES == 8 ? 4 : 8) /* rows whose sums are kept in registers */
 
 /* results[row][output] of the outputs of a panel, for `rows` rows and a kind, which are known when it is compiled. sums: of each group of
@@ -405,6 +428,151 @@ apart void linear(const Linear *layer, const float *inputs, const float *sums, i
             }
     }
 }
+
+/* Many rows: weights are laid out anew, some inputs of some outputs at a time, and each piece is multiplied with all rows. */
+#define DEEP 256 /* inputs of such a piece */
+#if LANES == 16
+#define VECTORS 2      /* of its outputs */
+#define ROWS_AT_ONCE 12
+#elif LANES == 8
+#define VECTORS 2
+#define ROWS_AT_ONCE 6
+#else
+#define VECTORS 4
+#define ROWS_AT_ONCE 6
+#endif
+#define WIDE (VECTORS * LANES)
+
+/* The rows of a square become its columns: in each round rows of both halves are put together, number by number. */
+always void transpose(lanes rows[LANES]) {
+    for (int round = 1; round < LANES; round *= 2) {
+        lanes mixed[LANES];
+#pragma unroll
+        for (int i = 0; i < LANES / 2; i++) {
+            lanes a = rows[i], b = rows[i + LANES / 2];
+#if LANES == 16
+            mixed[2 * i] = shuffle(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            mixed[2 * i + 1] = shuffle(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+            mixed[2 * i] = shuffle(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+            mixed[2 * i + 1] = shuffle(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+            mixed[2 * i] = shuffle(a, b, 0, 4, 1, 5);
+            mixed[2 * i + 1] = shuffle(a, b, 2, 6, 3, 7);
+#endif
+        }
+        for (int i = 0; i < LANES; i++) rows[i] = mixed[i];
+    }
+}
+
+/* columns[i][output] of the inputs [begin, begin + deep) of `count` outputs from the first on; the others are zeros. */
+always void columns_of(const Linear *layer, int64_t first, int64_t count, int64_t begin, int64_t deep, int kind, float columns[][WIDE]) {
+    for (int64_t side = 0; side < WIDE; side += LANES)
+        for (int64_t i = 0; i < deep; i += LANES) {
+            lanes square[LANES];
+            for (int64_t output = 0; output < LANES; output++) {
+                square[output] = (lanes){0};
+                if (side + output >= count) continue;
+                const void *row = row_of(layer->weight, first + side + output, layer->inputs, kind);
+                if (i + LANES <= deep) square[output] = numbers(row, begin + i, kind);
+                else
+                    for (int64_t rest = i; rest < deep; rest++) square[output][rest - i] = number(row, begin + rest, kind);
+            }
+            transpose(square);
+            for (int64_t rest = 0; rest < LANES && i + rest < deep; rest++)
+                __builtin_memcpy(&columns[i + rest][side], &square[rest], sizeof square[rest]);
+        }
+}
+
+apart void columns_of_float32(const Linear *layer, int64_t first, int64_t count, int64_t begin, int64_t deep, float columns[][WIDE]) {
+    columns_of(layer, first, count, begin, deep, FLOAT32, columns);
+}
+
+apart void columns_of_bfloat16(const Linear *layer, int64_t first, int64_t count, int64_t begin, int64_t deep, float columns[][WIDE]) {
+    columns_of(layer, first, count, begin, deep, BFLOAT16, columns);
+}
+
+apart void columns_of_panels(const Linear *layer, int64_t first, int64_t begin, int64_t deep, float columns[][WIDE]) {
+    int64_t groups = layer->inputs / GROUP, panels = (layer->outputs + PANEL - 1) / PANEL;
+    for (int64_t side = 0; side < WIDE && first / PANEL + side / PANEL < panels; side += PANEL)
+        for (int64_t group = 0; group < deep / GROUP; group++) {
+            int64_t which = (first + side) / PANEL * groups + begin / GROUP + group;
+            if (layer->kind == INT4) values_of((const Panel *)layer->weight + which, &columns[group * GROUP][side], WIDE);
+            else values_of8((const Panel8 *)layer->weight + which, &columns[group * GROUP][side], WIDE);
+        }
+}
+
+/* results += inputs [rows, deep] . columns, of `rows` rows, which are known when it is compiled. */
+always void many_of(float columns[][WIDE], int64_t deep, const float *inputs, int64_t width, int rows, float *results, int64_t stride) {
+    lanes sums[ROWS_AT_ONCE][VECTORS];
+#pragma unroll
+    for (int row = 0; row < rows; row++)
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = load(results + row * stride + v * LANES);
+    for (int64_t i = 0; i < deep; i++) {
+        lanes weights[VECTORS];
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) weights[v] = load(columns[i] + v * LANES);
+#pragma unroll
+        for (int row = 0; row < rows; row++)
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) sums[row][v] += weights[v] * inputs[row * width + i];
+    }
+#pragma unroll
+    for (int row = 0; row < rows; row++)
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) __builtin_memcpy(results + row * stride + v * LANES, &sums[row][v], sizeof sums[row][v]);
+}
+
+apart void many_at_once(float columns[][WIDE], int64_t deep, const float *inputs, int64_t width, int64_t rows, float *results, int64_t stride) {
+    switch (rows) {
+        case 1: many_of(columns, deep, inputs, width, 1, results, stride); break;
+        case 2: many_of(columns, deep, inputs, width, 2, results, stride); break;
+        case 3: many_of(columns, deep, inputs, width, 3, results, stride); break;
+        case 4: many_of(columns, deep, inputs, width, 4, results, stride); break;
+        case 5: many_of(columns, deep, inputs, width, 5, results, stride); break;
+        case 6: many_of(columns, deep, inputs, width, 6, results, stride); break;
+#if ROWS_AT_ONCE == 12
+        case 7: many_of(columns, deep, inputs, width, 7, results, stride); break;
+        case 8: many_of(columns, deep, inputs, width, 8, results, stride); break;
+        case 9: many_of(columns, deep, inputs, width, 9, results, stride); break;
+        case 10: many_of(columns, deep, inputs, width, 10, results, stride); break;
+        case 11: many_of(columns, deep, inputs, width, 11, results, stride); break;
+        case 12: many_of(columns, deep, inputs, width, 12, results, stride); break;
+#endif
+    }
+}
+
+/* Outputs [from, to) of a layer for any number of rows. scratch: DEEP x WIDE floats. */
+static void linear_of_many(const Linear *layer, const float *inputs, int64_t width, int64_t rows, int64_t from, int64_t to, float *outputs, float *scratch) {
+    float(*columns)[WIDE] = (float(*)[WIDE])scratch, edge[ROWS_AT_ONCE][WIDE] = {0};
+    int64_t stride = layer->outputs;
+    for (int64_t first = from; first < to; first += WIDE) {
+        int64_t count = to - first < WIDE ? to - first : WIDE;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < count; i++) outputs[row * stride + first + i] = layer->bias ? layer->bias[first + i] : 0;
+        for (int64_t begin = 0; begin < layer->inputs; begin += DEEP) {
+            int64_t deep = layer->inputs - begin < DEEP ? layer->inputs - begin : DEEP;
+            if (layer->kind == FLOAT32) columns_of_float32(layer, first, count, begin, deep, columns);
+            else if (layer->kind == BFLOAT16) columns_of_bfloat16(layer, first, count, begin, deep, columns);
+            else columns_of_panels(layer, first, begin, deep, columns);
+            for (int64_t row = 0, now; row < rows; row += now) {
+                int64_t parts = (rows - row + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+                now = (rows - row + parts - 1) / parts;
+                float *results = outputs + row * stride + first;
+                if (count == WIDE) {
+                    many_at_once(columns, deep, inputs + row * width + begin, width, now, results, stride);
+                    continue;
+                }
+                for (int64_t i = 0; i < now; i++) __builtin_memcpy(edge[i], results + i * stride, count * sizeof **edge);
+                many_at_once(columns, deep, inputs + row * width + begin, width, now, edge[0], WIDE);
+                for (int64_t i = 0; i < now; i++) __builtin_memcpy(results + i * stride, edge[i], count * sizeof **edge);
+            }
+        }
+    }
+}
+
+EXPORT int64_t petals_many_floats(int64_t threads) { return threads * DEEP * WIDE; }
 
 static void rms_norm(const float *inputs, const float *weight, float eps, int64_t size, float *outputs) {
     float squares;
@@ -617,7 +785,11 @@ static int64_t stage_size(const Step *step, int64_t index, int stage) {
     }
 }
 
-static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to) {
+static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to, int64_t thread) {
+    if (stage == HEAD && step->row_count > MOST_ROWS) {
+        linear_of_many(step->head, step->hidden, step->width, step->row_count, from, to, step->outputs, step->work + thread * DEEP * WIDE);
+        return;
+    }
     if (stage == HEAD) {
         linear(step->head, step->hidden, step->work, step->row_count, from, to, step->outputs, step->head->outputs, 0);
         return;
@@ -652,7 +824,7 @@ static void between(const Step *step, int64_t index, int stage) {
     if (stage == 5 && index + 1 < step->count) norm_rows(step, index + 1, step->blocks[index + 1].norm, step->blocks[index + 1].eps);
 }
 
-static void take_part_in(Step *step, int64_t index, int stage) {
+static void take_part_in(Step *step, int64_t index, int stage, int64_t thread) {
     int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
     int64_t each = (size + pieces - 1) / pieces;
     if (stage != 1 && stage != 2) each = (each + PANEL - 1) / PANEL * PANEL;
@@ -662,7 +834,7 @@ static void take_part_in(Step *step, int64_t index, int stage) {
         int64_t piece = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
         if (piece >= pieces) break;
         int64_t from = piece * each, to = from + each < size ? from + each : size;
-        compute(step, index, stage, from, to);
+        compute(step, index, stage, from, to, thread);
         if (atomic_fetch_add_explicit(done, 1, memory_order_acq_rel) == pieces - 1) {
             between(step, index, stage);
             atomic_store_explicit(done, COMPLETE, memory_order_release);
@@ -674,25 +846,26 @@ static void take_part_in(Step *step, int64_t index, int stage) {
     }
 }
 
-static void take_part(Step *step) {
+/* thread: each has another number, the caller's is 0. */
+static void take_part(Step *step, int64_t thread) {
     for (int64_t index = 0; index < step->count; index++)
-        for (int stage = 0; stage < STAGES; stage++) take_part_in(step, index, stage);
-    if (step->head) take_part_in(step, step->count, HEAD);
+        for (int stage = 0; stage < STAGES; stage++) take_part_in(step, index, stage, thread);
+    if (step->head) take_part_in(step, step->count, HEAD, thread);
 }
 
 /* For every thread but the first: returns when the step is done, at once if it is already. */
 EXPORT void petals_help(Step *step) {
     atomic_fetch_add(&step->inside, 1);
-    if (atomic_load(&step->open)) take_part(step);
+    if (atomic_load(&step->open)) take_part(step, atomic_fetch_add(&step->came, 1) + 1);
     atomic_fetch_sub(&step->inside, 1);
 }
 
 /* Computes the step. `stages` are all zero. */
 EXPORT void petals_step(Step *step) {
     if (step->count) norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
-    else if (step->head->kind == INT4) sum_groups(step->hidden, step->row_count, step->head->inputs, step->work);
+    else if (step->head->kind == INT4 && step->row_count <= MOST_ROWS) sum_groups(step->hidden, step->row_count, step->head->inputs, step->work);
     atomic_store(&step->open, 1);
-    take_part(step);
+    take_part(step, 0);
     atomic_store(&step->open, 0);
     while (atomic_load(&step->inside)) give_way();
 }
@@ -701,24 +874,9 @@ EXPORT void petals_step(Step *step) {
 EXPORT void petals_unpack(const void *weight, int from, int64_t panels, int64_t groups, void *to, int kind) {
     for (int64_t which = 0; which < panels; which++)
         for (int64_t group = 0; group < groups; group++) {
-            const Panel *four_bits = (const Panel *)weight + which * groups + group;
-            const Panel8 *eight_bits = (const Panel8 *)weight + which * groups + group;
             float values[GROUP][PANEL];
-            for (int part = 0; part < PANEL; part += LANES) {
-                for (int i = 0; i < GROUP / 2; i++) {
-                    lanes low, high;
-                    if (from == INT4) {
-                        lanes scale = halves(four_bits->scales + part), least = halves(four_bits->leasts + part);
-                        levels_of(four_bits->levels[i] + part, &low, &high);
-                        low = low * scale + least, high = high * scale + least;
-                    } else {
-                        low = signed_levels(eight_bits->levels[i] + part) * halves(eight_bits->scales[0] + part);
-                        high = signed_levels(eight_bits->levels[i + GROUP / 2] + part) * halves(eight_bits->scales[1] + part);
-                    }
-                    __builtin_memcpy(values[i] + part, &low, sizeof low);
-                    __builtin_memcpy(values[i + GROUP / 2] + part, &high, sizeof high);
-                }
-            }
+            if (from == INT4) values_of((const Panel *)weight + which * groups + group, values[0], PANEL);
+            else values_of8((const Panel8 *)weight + which * groups + group, values[0], PANEL);
             for (int i = 0; i < GROUP; i++) keep(values[i], PANEL, to, ((group * GROUP + i) * panels + which) * PANEL, kind);
         }
 }

@@ -14,6 +14,7 @@ from petals_win.kernels import library
 from petals_win.kernels.build import library_names
 from petals_win.kernels.library import BFLOAT16, FLOAT32, GROUP, INT4, INT8, MOST_ROWS, PANEL, Kernels, Linear, kernels
 
+MANY = (17, 29, 101)  # rows, for which weights are laid out anew
 ORDER = ("avx2", "avx512")  # a processor that has the later one has those before, too
 
 
@@ -31,12 +32,12 @@ def layer_of(module: nn.Linear) -> Linear:
 
 
 @pytest.mark.parametrize("name", variants())
-@pytest.mark.parametrize("sizes", [(16, 8), (47, 301), (1, 1), (15, 3), (576, 1537)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 8), (47, 301), (1, 1), (15, 3), (512, 33), (576, 1537)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_for_any_number_of_rows(name, sizes, bias):
     torch.manual_seed(0)
     ours, plain = Kernels(library._folder() / name), nn.Linear(*sizes, bias=bias).requires_grad_(False)
-    for rows in range(1, MOST_ROWS + 1):
+    for rows in (*range(1, MOST_ROWS + 1), *MANY):
         inputs = torch.randn(rows, sizes[0])
         torch.testing.assert_close(ours.linear(layer_of(plain), inputs), plain(inputs), atol=2e-5, rtol=1e-5)
 
@@ -47,7 +48,7 @@ def test_weights_in_16_bits(name, sizes):
     torch.manual_seed(0)
     ours, weight = Kernels(library._folder() / name), torch.randn(sizes[1], sizes[0]).bfloat16()
     layer = Linear(weight.data_ptr(), None, *weight.shape, BFLOAT16)
-    for rows in range(1, MOST_ROWS + 1):
+    for rows in (*range(1, MOST_ROWS + 1), *MANY):
         inputs = torch.randn(rows, sizes[0])
         torch.testing.assert_close(ours.linear(layer, inputs), inputs @ weight.float().t(), atol=1e-4, rtol=1e-5)
 
@@ -71,7 +72,7 @@ def test_weights_in_four_bits(name, sizes):
         ours.unpack(panels, INT4, unpacked)
         assert torch.equal(unpacked, columns.to(dtype))
     layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT4)
-    for rows in range(1, MOST_ROWS + 1):
+    for rows in (*range(1, MOST_ROWS + 1), *MANY):
         inputs = torch.randn(rows, inputs_size)
         right = inputs @ columns[:, :outputs_size]
         torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
@@ -94,7 +95,7 @@ def test_weights_in_eight_bits(name, sizes):
         ours.unpack(panels, INT8, unpacked)
         assert torch.equal(unpacked, columns.to(dtype))
     layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT8)
-    for rows in range(1, MOST_ROWS + 1):
+    for rows in (*range(1, MOST_ROWS + 1), *MANY):
         inputs = torch.randn(rows, inputs_size)
         right = inputs @ columns[:, :outputs_size]
         torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
@@ -114,12 +115,13 @@ def helpers() -> int:
 def test_threads_that_come_late_or_never_change_nothing(threads):
     ours, plain = kernels(), nn.Linear(64, 500).requires_grad_(False)
     assert ours is not None
-    inputs = torch.randn(3, 64)
-    right = plain(inputs)
+    inputs, many = torch.randn(3, 64), torch.randn(40, 64)
+    right, right_of_many = plain(inputs), plain(many)
     before = helpers()
     threads(4)
     for _ in range(500):  # each a step that the helpers of the last one may still look at
         torch.testing.assert_close(ours.linear(layer_of(plain), inputs), right, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.linear(layer_of(plain), many), right_of_many, atol=1e-5, rtol=1e-5)
     alone = Kernels(library._folder() / variants()[-1])
     alone._helpers = MOST_ROWS  # of which there is none
     torch.testing.assert_close(alone.linear(layer_of(plain), inputs), right, atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ from torch import nn
 
 from petals_win.kernels.library import MOST_ROWS
 from petals_win.models.source import open_model
+from petals_win.span import native as native_room
 from petals_win.span.int4 import FewBitsLinear
 from petals_win.span.native import NativeBlocks, NativeLinear
 from petals_win.span.packed_linear import can_pack
@@ -18,6 +19,13 @@ from span.families import FAMILIES
 from span.test_lean import PLAIN, WITH_IMAGES, hidden_states, usual, whole_span
 
 DENSE = PLAIN - {"qwen2_moe", "qwen3_moe"}
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_many_rows(monkeypatch):
+    """Also in these small models, and whatever this processor is faster with."""
+    monkeypatch.setattr(native_room, "_LARGE", 1)
+    monkeypatch.setattr(native_room, "many_rows_pay", lambda _dtype: True)
 
 
 def is_native(span: Span) -> bool:
@@ -166,6 +174,37 @@ def test_a_layer(checkpoint):
     assert (in_16_bits is None) == can_pack(torch.bfloat16)
     for other in (nn.Linear(4, 4), plain.to(torch.float16), nn.Identity()):
         assert NativeLinear.of(other) is None
+
+
+@pytest.mark.parametrize("large, pays, takes", [(1, True, True), (1, False, False), (2**30, True, False)])
+def test_many_rows_where_it_pays(checkpoint, monkeypatch, large, pays, takes):
+    """Layers stay the kind that they are, and what is computed of small ones is transformers' to the last bit."""
+    source = open_model(str(checkpoint("llama")))
+    theirs = usual(source, monkeypatch)
+    monkeypatch.setattr(native_room, "_LARGE", large)
+    monkeypatch.setattr(native_room, "many_rows_pay", lambda _dtype: pays)
+    span, asked = Span.load(source, 0, 4), list[int]()
+    linear = native_room.Kernels.linear
+    monkeypatch.setattr(
+        native_room.Kernels, "linear", lambda self, *args: asked.append(len(args[1])) or linear(self, *args)
+    )
+    assert {type(each) for each in native_room._linears(span._decoder.layers[0])} == {nn.Linear}
+    hidden = hidden_states(1, 30, seed=0)
+    outputs = [each.step(each.open(1, 40), hidden) for each in (span, theirs)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    assert set(asked) == ({30} if takes else set()) and (takes or torch.equal(*outputs))
+
+
+def test_whether_many_rows_pay_is_tried_out(monkeypatch):
+    monkeypatch.undo()
+    for seconds, pays in ((1.0, True), (3.0, False)):
+        native_room.many_rows_pay.cache_clear()
+        monkeypatch.setattr(
+            native_room, "_seconds", lambda layer, _inputs, ours=seconds: 2.0 if isinstance(layer, nn.Linear) else ours
+        )
+        assert native_room.many_rows_pay(torch.float32) == pays
+    assert not native_room.many_rows_pay(torch.float16)
+    native_room.many_rows_pay.cache_clear()
 
 
 @pytest.mark.parametrize("count, calls", [(11, 2), (24, 4), (30, 0)])

@@ -27,6 +27,8 @@ STAGES = 6  # of a block
 FLOAT32, BFLOAT16, INT4, INT8 = range(4)  # how weights lie in memory
 GROUP, PANEL = 32, 16  # in INT4 and INT8: inputs that share a scale, and outputs that lie side by side
 
+_SAME_PLACE = 512  # floats; rows that are multiples of them apart share places of caches
+
 # By torch's names of what a processor of AMD's or Intel's can do. Others than these and ARM's compute by torch alone.
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 _ENDINGS = {"win32": ".dll", "darwin": ".dylib"}
@@ -73,7 +75,7 @@ class Step(Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_void_p) for name in ("blocks", "rows", "cosines", "sines", "hidden", "work", "head", "outputs")),
-        *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside")),
+        *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside", "came")),
         ("stages", c_void_p),
     ]
 
@@ -89,21 +91,27 @@ class Kernels:
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
         self._unpack = library.petals_unpack
         self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int], None
+        self._many_floats = library.petals_many_floats
+        self._many_floats.argtypes, self._many_floats.restype = [c_int64], c_int64
         self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._helpers = 0
 
     def linear(self, layer: Linear, inputs: torch.Tensor) -> torch.Tensor:
-        """Of at most MOST_ROWS rows [rows, inputs] in float32."""
-        inputs = inputs.contiguous()
-        outputs, stages = torch.empty(len(inputs), layer.outputs), (c_int32 * 2)()
-        work = torch.empty(len(inputs) * (layer.inputs // GROUP))
+        """Of rows [rows, inputs] in float32."""
+        rows, threads = len(inputs), torch.get_num_threads()
+        inputs = _apart(inputs) if rows > MOST_ROWS and layer.inputs % _SAME_PLACE == 0 else inputs.contiguous()
+        outputs, stages = torch.empty(rows, layer.outputs), (c_int32 * 2)()
+        if not rows:
+            return outputs
+        work = torch.empty(rows * (layer.inputs // GROUP) if rows <= MOST_ROWS else self._many_floats(threads))
         step = Step(
             hidden=inputs.data_ptr(),
             work=work.data_ptr(),
             head=ctypes.addressof(layer),
             outputs=outputs.data_ptr(),
-            row_count=len(inputs),
-            threads=torch.get_num_threads(),
+            row_count=rows,
+            width=inputs.stride(0),
+            threads=threads,
             stages=ctypes.addressof(stages),
         )
         self.run(step)
@@ -130,6 +138,11 @@ class Kernels:
     def _help_out(self) -> None:
         while True:
             self._help(self._wanted.get())
+
+
+def _apart(inputs: torch.Tensor) -> torch.Tensor:
+    """The same rows, a little farther apart: else all would meet in the same few places of the processor's nearest memory."""
+    return torch.nn.functional.pad(inputs, (0, GROUP))[:, : inputs.shape[1]]
 
 
 def variant() -> str | None:

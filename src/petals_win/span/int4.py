@@ -21,7 +21,6 @@ from petals_win.span.packed_linear import can_pack
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
-_MOST_CALLS = 4  # of a kernel for one product: for more rows it is faster to unpack the weight
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
 _UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
@@ -147,13 +146,13 @@ class Panels(nn.Module):
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
-        if 0 < len(inputs) <= _MOST_CALLS * MOST_ROWS:
-            layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], self.kind)
-            return torch.cat([_library().linear(layer, some) for some in inputs.float().split(MOST_ROWS)])
         # In 16 bits where the inputs have no more, and the processor multiplies such numbers.
-        short = inputs.dtype is torch.bfloat16 and can_pack(torch.bfloat16)
-        dtype = torch.bfloat16 if short else torch.float32
-        output, inputs = inputs.new_empty(len(inputs), len(self.panels) * PANEL, dtype=dtype), inputs.to(dtype)
+        short = inputs.dtype is torch.bfloat16 and can_pack(torch.bfloat16) and len(inputs) > MOST_ROWS
+        if not short:
+            layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], self.kind)
+            return _library().linear(layer, inputs.float())
+        dtype = torch.bfloat16
+        output = inputs.new_empty(len(inputs), len(self.panels) * PANEL)
         for which in _pieces(len(self.panels) * PANEL, inputs.shape[1]):
             torch.mm(inputs, self._columns(which, dtype), out=output[:, which.start : which.stop])
         return output[:, :rows]

@@ -49,7 +49,8 @@ class LeanBlocks:
 
     @classmethod
     def of(cls, decoder: CutDecoder, join: bool = True) -> LeanBlocks | None:
-        """None: the blocks are of another kind. join: let weights that read the same become parts of one, which few rows gain by."""
+        """None: the blocks are of another kind. join: let weights that read the same become parts of one, which few rows gain by, else each
+        layer computes as it does by itself."""
         rotary = decoder.part("rotary_emb")
         model_type = decoder.config.model_type
         if rotary is None or not all(is_plain(layer, model_type) for layer in decoder.layers):
@@ -83,7 +84,7 @@ class _LeanBlock:
         self._head_norms = (
             [_norm(getattr(attention, name)) for name in names] if hasattr(attention, "q_norm") else None
         )
-        self._add_attention = _adding(attention.o_proj)
+        self._add_attention = _adding(attention.o_proj, join)
         self._add_mlp = _adding_mlp(block.mlp, join)
 
     def __call__(
@@ -127,10 +128,10 @@ def _side_by_side(modules: Sequence[Any], join: bool) -> _Layer:
     return lambda inputs: linear(inputs, weight, bias)
 
 
-def _adding(module: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function of hidden states and a linear layer's inputs, which adds its outputs."""
+def _adding(module: Any, join: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of hidden states and a linear layer's inputs, which adds its outputs; in one operation with `join`."""
     weight = linear_weight(module)
-    if weight is None or module.bias is not None:
+    if weight is None or module.bias is not None or not join:
         return lambda hidden, inputs: hidden + module(inputs)
     transposed = weight.t()
     return lambda hidden, inputs: torch.addmm(hidden, inputs, transposed)
@@ -157,7 +158,7 @@ def _adding_mlp(module: Any, join: bool) -> Callable[[torch.Tensor, torch.Tensor
     if not _is_gated(module):
         # Experts, of which each row chooses some.
         return lambda hidden, inputs: hidden + _first(module(inputs[None]))[0]
-    gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj], join), _adding(module.down_proj)
+    gate_and_up, down = _side_by_side([module.gate_proj, module.up_proj], join), _adding(module.down_proj, join)
     activate, size = module.act_fn, module.gate_proj.out_features
 
     def add(hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

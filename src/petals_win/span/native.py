@@ -7,12 +7,16 @@ span/joint.py tries that out.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
+from petals_win.host.threads import computing
 from petals_win.kernels.library import (
     BFLOAT16,
     FLOAT32,
@@ -34,6 +38,8 @@ from petals_win.span.packed_linear import can_pack
 from petals_win.span.rotary import DeclaredRotary
 
 _ANGLES = 256  # positions by which the rotary tables grow
+_LARGE = 2**16  # weights; a smaller layer takes next to nothing
+_TRIED, _TRIED_ROWS, _TURNS = 768, 128, 5
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -67,6 +73,8 @@ class NativeBlocks:
         self._stages = (ctypes.c_int32 * (2 * STAGES * len(made)))()
         self._work = torch.empty(max(library.floats(block, MOST_ROWS, self._width) for block in made))
         self._rows = (Row * MOST_ROWS)()
+        for layer in decoder.layers:
+            _multiply_many_rows(layer, library)
         self._step = Step(
             rows=ctypes.addressof(self._rows),
             work=self._work.data_ptr(),
@@ -166,16 +174,34 @@ class NativeBlocks:
         return self._kept[-1].data_ptr()
 
 
-class NativeLinear(nn.Module):
-    """A frozen linear layer, by our kernels for few rows."""
+class _Product:
+    """What a frozen linear layer computes, by our kernels. Keeps the layer's weight, not the layer."""
 
     def __init__(self, plain: nn.Linear, library: Kernels) -> None:
-        super().__init__()
-        self.plain, self._library = plain, library
+        self._library, self.weight, self.bias = library, plain.weight, plain.bias
         self._bias = None if plain.bias is None else plain.bias.detach().float()
         bias = None if self._bias is None else self._bias.data_ptr()
         kind = _KINDS[plain.weight.dtype]
         self._layer = Linear(plain.weight.data_ptr(), bias, plain.out_features, plain.in_features, kind)
+
+    def takes(self, inputs: torch.Tensor) -> bool:
+        """Whether these are of the weight's dtype, and nobody wants their gradient."""
+        learns = torch.is_grad_enabled() and inputs.requires_grad
+        return inputs.numel() > 0 and inputs.dtype is self.weight.dtype and not learns
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return self._library.linear(self._layer, rows.float()).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+
+
+class NativeLinear(nn.Module):
+    """A frozen linear layer, by our kernels where they are faster."""
+
+    def __init__(self, plain: nn.Linear, library: Kernels) -> None:
+        super().__init__()
+        self.plain, self._product = plain, _Product(plain, library)
+        self._many = many_rows_pay(plain.weight.dtype)
 
     @classmethod
     def of(cls, layer: nn.Module) -> NativeLinear | None:
@@ -195,11 +221,45 @@ class NativeLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs]."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        learns = torch.is_grad_enabled() and inputs.requires_grad
-        if not 0 < len(rows) <= MOST_ROWS or learns or inputs.dtype is not self.weight.dtype:
-            return self.plain(inputs)
-        return self._library.linear(self._layer, rows.float()).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        few = inputs.numel() <= MOST_ROWS * inputs.shape[-1]
+        return self._product(inputs) if (few or self._many) and self._product.takes(inputs) else self.plain(inputs)
+
+
+def _multiply_many_rows(block: nn.Module, library: Kernels) -> None:
+    """Let the plain linear layers of a block multiply many rows, as prompts are, by our kernels where these are faster.
+
+    torch leaves that to MKL, which uses half of what AMD's processors with AVX-512 can do. Few rows, and small layers, go as ever.
+    """
+    for module in _linears(block):
+        if type(module) is nn.Linear and module.weight.numel() >= _LARGE and many_rows_pay(module.weight.dtype):
+            module.forward = functools.partial(_many_rows, _Product(module, library))
+
+
+def _many_rows(product: _Product, input: torch.Tensor) -> torch.Tensor:
+    """Instead of the forward() of nn.Linear, whose argument has that name."""
+    if input.numel() > MOST_ROWS * input.shape[-1] and product.takes(input):
+        return product(input)
+    return linear(input, product.weight, product.bias)
+
+
+@functools.cache
+@torch.inference_mode()
+def many_rows_pay(dtype: torch.dtype) -> bool:
+    """Whether our kernels multiply many rows faster than torch, by the shortest of some calls in turn."""
+    library = kernels()
+    if library is None or dtype not in _KINDS:
+        return False
+    plain = nn.Linear(_TRIED, _TRIED, bias=False, dtype=dtype).requires_grad_(False)
+    product, inputs = _Product(plain, library), torch.ones(_TRIED_ROWS, _TRIED, dtype=dtype)
+    with computing():
+        turns = [(_seconds(product, inputs), _seconds(plain, inputs)) for _ in range(_TURNS)]
+    return min(ours for ours, _ in turns) < min(theirs for _, theirs in turns)
+
+
+def _seconds(layer: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> float:
+    began = time.perf_counter()
+    layer(inputs)
+    return time.perf_counter() - began
 
 
 def _linears(block: Any) -> list[nn.Module]:
