@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -47,7 +48,29 @@ class Groups:
         return cls(levels.to(torch.uint8), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
 
 
-def groups_of(tensor: object) -> Groups | None:
+class UnreadGroups:
+    """A weight [..., rows, columns] whose groups are read when rows are asked for, so that it is never in memory as a whole."""
+
+    def __init__(self, rows: np.ndarray, columns: int, read: Callable[[np.ndarray], Groups]) -> None:
+        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]."""
+        self._rows, self._columns, self._read = rows, columns, read
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._rows.shape, self._columns))
+
+    @overload
+    def __getitem__(self, index: int) -> UnreadGroups: ...
+    @overload
+    def __getitem__(self, index: slice) -> Groups: ...
+    def __getitem__(self, index: int | slice) -> UnreadGroups | Groups:
+        """One expert of several; or some rows of a weight [rows, columns]."""
+        if isinstance(index, slice):
+            return self._read(self._rows[index])
+        return UnreadGroups(self._rows[index], self._columns, self._read)
+
+
+def groups_of(tensor: object) -> Groups | UnreadGroups | None:
     """What a tensor of a checkpoint is in four bits; None: it is plain, or in another form."""
     groups = getattr(tensor, "groups", None)
     return None if groups is None else groups()

@@ -6,13 +6,14 @@ Knows the gguf package and the folder in which what it costs seconds to find out
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from petals_win.host.folders import cache_folder
 from petals_win.host.locks import hold_lock
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
-from petals_win.models.four_bits import GGUF_TYPES, Groups
+from petals_win.models.four_bits import GGUF_TYPES, Groups, UnreadGroups
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
 from petals_win.models.gguf_tokenizer import GgufTokenizer
@@ -95,16 +96,28 @@ class GgufCheckpoint:
             target
             for target, found in self._parts_of(names).items()
             if all(GGMLQuantizationType(self._entries[name].type) in GGUF_TYPES for name in found)
-            and self._only_rows_move(names, target, found, expected[target].shape)
+            and (order := self.order_of_rows(names, target, found)) is not None
+            and order.shape == expected[target].shape[:-1]
         )
 
-    def _only_rows_move(self, names: GgufNames, target: str, found: list[str], shape: torch.Size) -> bool:
-        """Whether these tensors become the model's in the same way if each has other columns: that is tried with a single one."""
-        columns = {name: np.zeros((*self._entries[name].shape[:-1], 1), dtype=np.uint8) for name in found}
+    def order_of_rows(self, names: GgufNames, target: str, found: list[str]) -> np.ndarray | None:
+        """Which of the rows of the tensors `found`, counted through all of them, is each row of the model's tensor, [..., rows].
+
+        None if the model's is made of them otherwise than by moving rows: that is tried with a single column.
+        """
+        shapes = {name: self._entries[name].shape[:-1] for name in found}
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        columns = {
+            name: np.arange(end - math.prod(shape), end).reshape(*shape, 1)
+            for (name, shape), end in zip(shapes.items(), ends, strict=True)
+        }
         try:
-            return names.convert(columns, target).shape == (*shape[:-1], 1)
+            made = names.convert(columns, target).numpy()
         except ValueError:  # of numpy: columns are told apart
-            return False
+            return None
+        seen = np.zeros(ends[-1], dtype=bool)
+        seen[made] = True
+        return made[..., 0] if made.shape[-1] == 1 and made.size == len(seen) and seen.all() else None
 
     def _parts_of(self, names: GgufNames) -> dict[str, list[str]]:
         """By the name of each of the model's tensors, those of the file that it is made of."""
@@ -144,15 +157,33 @@ class GgufCheckpoint:
         entry = self._entries[name]
         return _read_tensor(self._parts[entry.part], entry, dtype)
 
-    def read_levels(self, name: str) -> tuple[np.ndarray, ...]:
-        """Of one of four bits its levels [..., rows, columns], and the scale and the least value of each group [..., rows, groups]."""
+    def rows_and_columns(self, name: str) -> tuple[int, int]:
+        """Of a tensor as if it were a matrix."""
+        *before, columns = self._entries[name].shape
+        return math.prod(before), columns
+
+    def read_levels(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of these rows of a tensor of four bits the levels [rows, columns], and each group's scale and least value [rows, groups].
+
+        Raises UserError if the file is shorter than it was.
+        """
         entry = self._entries[name]
-        kind = GGMLQuantizationType(entry.type)
-        with self._parts[entry.part].open("rb") as file:
-            file.seek(entry.offset)
-            data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
+        kind, (count, _) = GGMLQuantizationType(entry.type), self.rows_and_columns(name)
+        data = np.empty((len(rows), entry.num_bytes // count), dtype=np.uint8)
+        path = self._parts[entry.part]
+        with path.open("rb", buffering=0) as file:
+            for run in _runs(rows, 1):
+                file.seek(entry.offset + int(rows[run.start]) * data.shape[1])
+                if file.readinto(data[run].data) != data[run].nbytes:
+                    raise UserError(f"{path} ends too early: it has been changed. Download it again.")
         found = GGUF_TYPES[kind](data.reshape(-1, GGML_QUANT_SIZES[kind][1]))
-        return tuple(array.reshape(*entry.shape[:-1], -1) for array in found)
+        return tuple(array.reshape(len(rows), -1) for array in found)
+
+
+def _runs(numbers: np.ndarray, step: int) -> Iterator[slice]:
+    """The longest parts in which each number is by `step` more than the one before it."""
+    ends = np.flatnonzero(np.diff(numbers) != step) + 1
+    return (slice(start, stop) for start, stop in itertools.pairwise([0, *ends.tolist(), len(numbers)]))
 
 
 class _Dequantized:
@@ -168,13 +199,23 @@ class _Dequantized:
         found = self._names.convert(arrays, self._target)
         return (found if found.is_floating_point() else found.view(self._dtype))[index]
 
-    def groups(self) -> Groups:
+    def groups(self) -> UnreadGroups | None:
         """The same as levels: rows are moved about as those of the weight itself are."""
-        parts = {name: self._checkpoint.read_levels(name) for name in self._parts}
-        made = (
-            self._names.convert({name: each[kind] for name, each in parts.items()}, self._target) for kind in range(3)
-        )
-        return Groups(*made)
+        order = self._checkpoint.order_of_rows(self._names, self._target, self._parts)
+        if order is None:
+            return None
+        sizes = [self._checkpoint.rows_and_columns(name) for name in self._parts]
+        starts = np.cumsum([0, *(rows for rows, _ in sizes[:-1])])
+
+        def read(rows: np.ndarray) -> Groups:
+            part = np.searchsorted(starts, rows, side="right") - 1
+            pieces = (
+                self._checkpoint.read_levels(self._parts[part[run.start]], rows[run] - starts[part[run.start]])
+                for run in _runs(part, 0)
+            )
+            return Groups(*(torch.from_numpy(np.concatenate(kind)) for kind in zip(*pieces, strict=True)))
+
+        return UnreadGroups(order, sizes[0][1], read)
 
 
 def _description(parts: list[Path]) -> Path:

@@ -16,12 +16,13 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
-from petals_win.models.four_bits import Groups
+from petals_win.models.four_bits import Groups, UnreadGroups
 from petals_win.span.packed_linear import can_pack
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
+_TILE_ROWS = 8  # of a weight on a card
 _UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
 
@@ -138,10 +139,10 @@ class Panels(nn.Module):
     panels: torch.Tensor
     rounding = ON_CPU
 
-    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, of whole panels."""
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, of whole panels, with so many rows in all."""
         super().__init__()
-        self.register_buffer("panels", torch.cat([_panels(*piece) for piece in pieces]), persistent=False)
+        self.register_buffer("panels", _joined((_panels(*piece) for piece in pieces), rows // PANEL), persistent=False)
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
@@ -175,13 +176,17 @@ class Tiles(nn.Module):
     scales: torch.Tensor  # and zeros, bfloat16 [groups, padded rows, 2]
     rounding = ON_CARD
 
-    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, packed on the card one by one."""
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, with so many rows in all, packed on the card one by one."""
         super().__init__()
-        packed, scales = zip(
-            *((_tiles(levels.to(device)), scales.transpose(0, 1)) for levels, scales in pieces), strict=True
-        )
-        self.register_buffer("packed", torch.cat(packed), persistent=False)
+        scales: list[torch.Tensor] = []
+
+        def packed() -> Iterator[torch.Tensor]:
+            for levels, scales_of_piece in pieces:
+                scales.append(scales_of_piece.transpose(0, 1))
+                yield _tiles(levels.to(device))
+
+        self.register_buffer("packed", _joined(packed(), rows // _TILE_ROWS), persistent=False)
         self.register_buffer("scales", torch.cat(scales, 1).contiguous().to(device), persistent=False)
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
@@ -209,13 +214,14 @@ class Tiles(nn.Module):
 class Int4Weight(nn.Module):
     """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
-    def __init__(self, weight: torch.Tensor | Groups, device: torch.device) -> None:
+    def __init__(self, weight: torch.Tensor | Groups | UnreadGroups, device: torch.device) -> None:
         """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
         super().__init__()
         self.rows, self.columns = weight.shape
         kept = Panels if device.type == "cpu" else Tiles
-        pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(_padded(self.rows), self.columns))
-        self.kept: Panels | Tiles = kept(pieces, device)
+        padded = _padded(self.rows)
+        pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(padded, self.columns))
+        self.kept: Panels | Tiles = kept(pieces, padded, device)
 
     @property
     def nbytes(self) -> int:
@@ -267,7 +273,7 @@ class Int4Linear(nn.Linear):
 class Int4Stack(nn.Module):
     """In the place of a tensor of weights [experts, …]: each of them by its number."""
 
-    def __init__(self, weights: Iterable[torch.Tensor | Groups], device: torch.device) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor | Groups | UnreadGroups], device: torch.device) -> None:
         """`weights` are the experts', [rows, columns] each."""
         super().__init__()
         self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in weights)
@@ -276,7 +282,7 @@ class Int4Stack(nn.Module):
         return self._experts[int(index)]
 
 
-def taken_over(groups: Groups, device: torch.device) -> Int4Weight | Int4Stack:
+def taken_over(groups: Groups | UnreadGroups, device: torch.device) -> Int4Weight | Int4Stack:
     """A weight [rows, columns], or those of experts, as a file has it."""
     if len(groups.shape) == 2:
         return Int4Weight(groups, device)
@@ -306,7 +312,20 @@ def _pieces(rows: int, columns: int) -> Iterator[range]:
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _quantized(weight: torch.Tensor | Groups, rows: range, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(pieces: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """The pieces one behind the other, `length` of what they have along their first dimension; no two of them are in memory with it."""
+    whole, end = torch.empty(0), 0
+    for piece in pieces:
+        if not end:
+            whole = piece.new_empty(length, *piece.shape[1:])
+        whole[end : end + len(piece)] = piece
+        end += len(piece)
+    return whole
+
+
+def _quantized(
+    weight: torch.Tensor | Groups | UnreadGroups, rows: range, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of these rows, some of which may be padding, as `quantize` returns it."""
     own = weight[rows.start : rows.stop]
     if isinstance(own, Groups):
