@@ -33,13 +33,14 @@ from petals_win.models.content import gguf_file
 from petals_win.models.four_bits import GGUF_TYPES, Groups, UnreadGroups
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
+from petals_win.models.gguf_tensors import is_left_out
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.transformers_internals import GgufNames, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
-_FORMAT = 5  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_FORMAT = 6  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
 _READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
 _PLAIN = {
@@ -349,7 +350,11 @@ def _refuse_types(path: Path, entries: Mapping[str, _Entry]) -> None:
 def _refuse_unused(path: Path, config: PreTrainedConfig, architecture: str, entries: Iterable[str]) -> None:
     """A tensor that the model has no place for would be left out of the computation without a word."""
     names = _names(path, empty_model(config, torch.float32), architecture)
-    unused = sorted(name for name in entries if name not in ROPE_TABLES and names.target(name) is None)
+    unused = sorted(
+        name
+        for name in entries
+        if name not in ROPE_TABLES and names.target(name) is None and not is_left_out(config, name)
+    )
     if unused:
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise UserError(

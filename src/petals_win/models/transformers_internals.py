@@ -188,8 +188,8 @@ def inverse_frequencies(config: PreTrainedConfig) -> np.ndarray:
 
 
 def sentencepiece_backend(architecture: str, vocabulary: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file whose `tokenizer.ggml.model` is llama, as transformers builds it from these entries."""
-    return convert_gguf_tokenizer(architecture, {"tokenizer_type": "llama", **vocabulary})[0]
+    """The tokenizer of a GGUF file of pieces of sentencepiece, as transformers builds it from these entries."""
+    return convert_gguf_tokenizer(architecture, vocabulary)[0]
 
 
 def pre_tokenizer_split(name: str) -> str | None:
