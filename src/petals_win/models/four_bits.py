@@ -26,6 +26,9 @@ class Groups:
     levels: torch.Tensor  # uint8 [..., rows, columns], 0 to 15
     scale: torch.Tensor  # float32 [..., rows, columns / GROUP], as is
     least: torch.Tensor
+    order: torch.Tensor | None = (
+        None  # int64 [columns], by which input each column is to be multiplied; None: as they are
+    )
 
     def __post_init__(self) -> None:
         if not self.levels.shape[-1] == GROUP * self.scale.shape[-1] == GROUP * self.least.shape[-1]:
@@ -37,15 +40,18 @@ class Groups:
 
     def __getitem__(self, index: int | slice) -> Groups:
         """Some of the rows, or one expert of several."""
-        return Groups(self.levels[index], self.scale[index], self.least[index])
+        return Groups(self.levels[index], self.scale[index], self.least[index], self.order)
 
     @classmethod
-    def of_points(cls, levels: torch.Tensor, zeros: torch.Tensor, scale: torch.Tensor) -> Groups:
+    def of_points(
+        cls, levels: torch.Tensor, zeros: torch.Tensor, scale: torch.Tensor, order: torch.Tensor | None = None
+    ) -> Groups:
         """Of levels [rows, columns], and of each larger group a scale and the level that means nothing, [rows, groups]."""
         times = levels.shape[1] // (scale.shape[1] * GROUP)
         scale = scale.float()
         least = -zeros * scale
-        return cls(levels.to(torch.uint8), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        parts = (levels.to(torch.uint8), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        return cls(*parts, order)
 
 
 class UnreadGroups:

@@ -214,6 +214,8 @@ class Tiles(nn.Module):
 class Int4Weight(nn.Module):
     """A weight [rows, columns] in four bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
+    order: torch.Tensor | None  # int32 [columns]: which input each column that is kept is multiplied by
+
     def __init__(self, weight: torch.Tensor | Groups | UnreadGroups, device: torch.device) -> None:
         """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
         super().__init__()
@@ -222,21 +224,25 @@ class Int4Weight(nn.Module):
         padded = _padded(self.rows)
         pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(padded, self.columns))
         self.kept: Panels | Tiles = kept(pieces, padded, device)
+        order = weight.order if isinstance(weight, Groups) else None
+        self.register_buffer("order", None if order is None else order.to(device, torch.int32), persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.kept.buffers())
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows], of the same dtype."""
         if torch.is_grad_enabled() and inputs.requires_grad:
             return _Int4Function.apply(inputs, self)
-        output = self.kept.multiply(inputs.reshape(-1, self.columns), self.rows)
+        flat = inputs.reshape(-1, self.columns)
+        output = self.kept.multiply(flat if self.order is None else flat[:, self.order], self.rows)
         return output.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
 
     def dequantized(self) -> torch.Tensor:
         """The values that stand for the weight, [rows, columns]."""
-        return self.kept.dequantized(self.rows)
+        values = self.kept.dequantized(self.rows)
+        return values if self.order is None else values[:, torch.argsort(self.order)]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -268,6 +274,16 @@ class Int4Linear(nn.Linear):
         """[..., in] to [..., out]."""
         output = self.int4.multiply(input)
         return output if self.bias is None else output + self.bias
+
+
+class ScatteredInt4Linear(Int4Linear):
+    """One whose weight has an order of inputs of its own. Another class, since no kernel computes a block with such layers."""
+
+
+def int4_linear(weight: Int4Weight, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype) -> Int4Linear:
+    """The layer for a weight."""
+    kind = Int4Linear if weight.order is None else ScatteredInt4Linear
+    return kind(weight, bias, device, dtype)
 
 
 class Int4Stack(nn.Module):
