@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4",
     "starcoder2": "starcoder2",
     "stablelm": "stablelm",
@@ -226,6 +227,8 @@ def hyperparameters(config: Any) -> dict[str, Any]:
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if kind in _DEEPSEEK:
         found |= _of_deepseek(config)
+    if kind == "gemma3n_text":
+        found |= _of_gemma3n(config)
     if kind == "gemma4_text":
         found |= _of_gemma4(config)
     if kind == "ministral3":
@@ -259,6 +262,21 @@ def _of_deepseek(config: Any) -> dict[str, Any]:
         "expert_weights_scale": float(config.routed_scaling_factor),
         "leading_dense_block_count": config.first_k_dense_replace,
         "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
+def _of_gemma3n(config: Any) -> dict[str, Any]:
+    normal = torch.distributions.Normal(0, 1)
+    return {
+        "activation_sparsity_scale": normal.icdf(torch.tensor(config.activation_sparsity_pattern)).tolist(),
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.freq_base_swa": config.rope_parameters["sliding_attention"]["rope_theta"],
     }
 
 
@@ -349,6 +367,10 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
             part = "ffn_gate_inp" if found[2] == "scale" else "ffn_down_exps"
             stored[f"blk.{found[1]}.{part}.scale"] = tensor.numpy()
             continue
+        if found := re.fullmatch(r"model\.(altup_projections|altup_unembed_projections)\.(\d+)\.weight", name):
+            whole = "altup_proj.weight" if found[1] == "altup_projections" else "altup_unembd_proj.weight"
+            stored[whole] = np.concatenate([*([stored[whole]] if found[2] != "0" else []), tensor.numpy()[None]])
+            continue
         if name in _HEAD_NAMES and config.tie_word_embeddings:
             continue
         if kind == "gpt_oss" and (found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name)):
@@ -378,7 +400,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
             name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
         )
         assert target is not None, f"{architecture} has no name for {name}"
-        if name.endswith((".layer_scalar", ".experts.gate_up_proj", ".experts.down_proj")):
+        if name.endswith((".correct_output_scale", ".layer_scalar", ".experts.gate_up_proj", ".experts.down_proj")):
             target += ".weight"
         stored[target] = _converted(kind, config, name, target, tensor).numpy()
     return stored

@@ -148,6 +148,27 @@ def test_experts_of_gemma_4_in_two_parts(converted):
     assert_same(*converted("gemma4-experts", tensors=halves, without=tuple(whole)))
 
 
+def test_gemma_3n(converted):
+    original, file = converted("gemma3n_text")
+    assert file.config.activation_sparsity_pattern == original.config.activation_sparsity_pattern
+    assert_same(original, file, start=2, end=8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "without", "said"),
+    [
+        ({}, (".altup.num_inputs",), "lacks gemma3n.altup.num_inputs"),
+        ({}, (".attention.shared_kv_layers",), "lacks gemma3n.attention.shared_kv_layers"),
+        ({}, ("blk.0.laurel_l.weight",), "lacks the tensor blk.0.laurel_l.weight"),
+        ({}, (".activation_sparsity_scale",), "gemma3n.activation_sparsity_scale is None"),
+        ({".rope.scaling.type": "yarn", ".rope.scaling.factor": 2.0}, (), "gemma3n.rope.scaling.type is 'yarn'"),
+    ],
+)
+def test_a_gemma_3n_of_another_kind_is_refused_by_name(converted, keys, without, said):
+    with pytest.raises(UserError, match=said):
+        converted("gemma3n_text", keys=keys, without=without)
+
+
 ROPE_OF_GEMMA4 = np.array([1.0] * 2 + [1e30] * 8, dtype=np.float32)
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from petals_win.models.content import gguf_file
 from petals_win.models.four_bits import GGUF_TYPES, Groups, UnreadGroups
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
-from petals_win.models.gguf_tensors import is_left_out
+from petals_win.models.gguf_tensors import SEVERAL, is_left_out
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.transformers_internals import GgufNames, LazyTensor
 
@@ -262,6 +262,9 @@ def _describe(parts: list[Path], folder: Path) -> None:
             f"{_AGAIN}"
         )
     _refuse_types(path, entries)
+    for name in SEVERAL:
+        if (stacked := entries.pop(f"{name}.weight", None)) is not None:
+            entries |= {f"{name}.{index}.weight": part for index, part in enumerate(_unstacked(stacked))}
     tables = {
         name: _read_tensor(parts[entry.part], entry).astype(np.float64)
         for name, entry in entries.items()
@@ -315,6 +318,13 @@ def _contents(path: Path, number: int, architecture: str | None = None) -> tuple
             f"{path} is no complete GGUF file ({path.stat().st_size:,} bytes): it is damaged or was not downloaded to its end. "
             "Download it again."
         ) from e
+
+
+def _unstacked(entry: _Entry) -> list[_Entry]:
+    """The tensors that lie one behind the other in one of a dimension more."""
+    count, *shape = entry.shape
+    size = entry.num_bytes // count
+    return [replace(entry, shape=shape, offset=entry.offset + index * size, num_bytes=size) for index in range(count)]
 
 
 def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TABLES = (ROPE_DIVISORS, _LONG, _SHORT)  # tensors that say how the rotary embedding is scaled
 
 _LARGEST = 2**24  # of any size: ten million tokens are the longest context there is, and a damaged file says anything
+_BY_LAYER = "per_layer_token_embd.weight"  # the table of inputs that each block gets for itself
 _STANDS_STILL = 1e20  # a divisor by which no text that there is turns anything
 _HUGE = 1e12  # of any number that is no size: bases of rotary embeddings come near it
 _NOT_YET = "which petals-win cannot follow yet. Use the model's safetensors files instead."
@@ -515,6 +517,32 @@ def _gemma3(settings: dict[str, Any], reader: _Reader) -> None:
         raise UserError(f"The file scales its rotary embedding by {ROPE_DIVISORS} in a way of its own, {_NOT_YET}")
 
 
+def _gemma3n(settings: dict[str, Any], reader: _Reader) -> None:
+    """Several streams, of which each block computes one; the last blocks take keys and values of others."""
+    for key in (
+        "attention.shared_kv_layers",
+        "altup.active_idx",
+        "altup.num_inputs",
+        "attention.sliding_window_pattern",
+    ):
+        if key not in reader.values:
+            raise reader.lacks(key)
+    for name, tensor in (("laurel_rank", "blk.0.laurel_l.weight"), ("vocab_size_per_layer_input", _BY_LAYER)):
+        if tensor not in reader.shapes:
+            raise UserError(f"The file lacks the tensor {tensor}: it is damaged. Download it again.")
+        settings[name] = reader.shapes[tensor][0]
+    settings["intermediate_size"] = reader.of_blocks("feed_forward_length")
+    sparsity = reader.values.get("activation_sparsity_scale")
+    if not isinstance(sparsity, list) or len(sparsity) != settings["num_hidden_layers"]:
+        raise reader.refusal("activation_sparsity_scale")
+    # The file has deviations from the mean beyond which a number counts; -inf is where all do.
+    settings["activation_sparsity_pattern"] = [round(NormalDist().cdf(float(each)), 6) for each in sparsity]
+    local = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base_swa", 10_000.0)}
+    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
+    if settings["rope_parameters"]["full_attention"]["rope_type"] != "default":
+        raise reader.refusal("rope.scaling.type")
+
+
 def _gemma4(settings: dict[str, Any], reader: _Reader) -> None:
     """Blocks with a window have heads and a rotary embedding of their own; the last blocks may take keys and values of others."""
     slides = [kind == "sliding_attention" for kind in settings["layer_types"]]
@@ -555,7 +583,7 @@ def _gemma4(settings: dict[str, Any], reader: _Reader) -> None:
     settings["use_double_wide_mlp"] = widths[-1] != width
 
     settings.setdefault("hidden_size_per_layer_input", 0)
-    if table := reader.shapes.get("per_layer_token_embd.weight"):
+    if table := reader.shapes.get(_BY_LAYER):
         settings["vocab_size_per_layer_input"] = table[0]
     if reader.get("expert_count"):
         settings |= {"enable_moe_block": True, "num_experts": reader.need("expert_count")}
@@ -671,6 +699,22 @@ _FAMILIES: dict[str, _Family] = {
         window=6,
         adjust=_gemma3,
         read=frozenset({"rope.freq_base_swa"}),
+    ),
+    "gemma3n": _Family(
+        "gemma3n_text",
+        {
+            **_RMS,
+            "altup.active_idx": "altup_active_idx",
+            "altup.num_inputs": "altup_num_inputs",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        theta=1_000_000.0,
+        window=5,
+        adjust=_gemma3n,
+        read=frozenset({"activation_sparsity_scale", "rope.freq_base_swa"}),
+        by_block=frozenset({"feed_forward_length"}),
     ),
     "gemma4": _Family(
         "gemma4_text",

@@ -22,6 +22,9 @@ _PAIRED = ("granite", "mistral3", "smollm3")
 # Of Gemma 4: names that the file has for parameters that are no weights of linear layers or norms.
 _GEMMA4 = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 _GEMMA4_EXPERTS = re.compile(r".*\.(?P<index>\d+)\.experts\.gate_up_proj")
+# Of Gemma 3n: tensors of the file that are several parameters, one behind the other.
+SEVERAL = {"altup_proj": "altup_projections", "altup_unembd_proj": "altup_unembed_projections"}
+_SEVERAL = re.compile(rf"(?P<before>.*\.)(?P<name>{'|'.join(SEVERAL.values())})\.(?P<index>\d+)\.weight")
 _OWN_KEYS = re.compile(r"blk\.(?P<index>\d+)\.attn_(k|v|k_norm)\.weight")
 
 
@@ -40,6 +43,9 @@ def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
             found["output.weight"] = (
                 name  # llama.cpp's lists leave out the heads of models that have none of their own
             )
+        elif model_type == "gemma3n_text" and (one := _SEVERAL.fullmatch(name)):
+            stored_as = next(stored for stored, ours in SEVERAL.items() if ours == one["name"])
+            found[f"{stored_as}.{one['index']}.weight"] = name
         elif model_type == "gemma4_text" and (fused := _GEMMA4_EXPERTS.fullmatch(name)):
             found |= {f"blk.{fused['index']}.ffn_{part}_exps.weight": name for part in ("gate", "up")}
         elif model_type == "gemma4_text" and (stored := _GEMMA4.get(".".join(name.split(".")[3:]))):

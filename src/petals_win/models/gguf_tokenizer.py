@@ -23,7 +23,7 @@ _TEMPLATE = "tokenizer.chat_template"
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _OF_GEMMA_4 = "gemma4"  # tokenizer.ggml.model: pieces of sentencepiece with merges
-_GEMMA = ("gemma", "gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
+_GEMMA = ("gemma", "gemma2", "gemma3", "gemma3n")  # whose sentencepiece never puts a space before the text
 
 # Vocabularies whose words are looked up whole before anything is merged, and that begin a text if no key says whether.
 _WHOLE_WORDS = {
@@ -207,7 +207,8 @@ class GgufTokenizer:
             raise UserError(
                 f"{self._name} has a vocabulary without scores. Use the model's safetensors files instead."
             )
-        backend = sentencepiece_backend(architecture, vocabulary)
+        # transformers knows that of Gemma 3n by the name of the model before it.
+        backend = sentencepiece_backend("gemma3" if architecture in _GEMMA else architecture, vocabulary)
         if model == _OF_GEMMA_4 or architecture in _GEMMA:
             return backend
         spaces = normalizers.Replace(" ", "▁")
