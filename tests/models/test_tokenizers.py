@@ -111,7 +111,7 @@ def test_one_that_transformers_would_count_otherwise(folder_of):
 
 
 def test_one_with_other_control_tokens_than_its_class(folder_of):
-    with pytest.raises(UserError, match="gemma2 .*begin otherwise.* Take a version .* tokenizer.json"):
+    with pytest.raises(UserError, match="gemma2 .*another one begins a text. Take a version .* tokenizer.json"):
         open_model(folder_of({"tokenizer.model": trained(**GEMMA)}, family="gemma2")).tokenizer()
 
 

@@ -6,6 +6,7 @@ Knows transformers' tokenizers, and whether what they make of the other forms co
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,13 @@ def load_tokenizer(name: str, place: str, model_type: str = "", **hub_arguments:
 
     Raises UserError if there is none that can be read, or if what can be made of it would count otherwise than the model learned.
     """
-    pieces: SentencePieceProcessor | None = None
-    described: dict[str, Any] = {}
     try:
-        found = None if small_file(place, "tokenizer.json", hub_arguments) else _model_file(place, hub_arguments)
-        beginning: dict[str, bool] = {}
-        if found is not None:
-            described = _described(place, hub_arguments)
-            if are_ranks(found):
-                _check_ranks(name, model_type if found.suffix == ".model" else "", described)
-            else:
-                pieces = _pieces(found)
-            # Where nothing is said, a text begins so; these files cannot say it.
-            if "add_bos_token" not in described and (pieces is None or pieces.bos_id() >= 0):
-                beginning = {"add_bos_token": True}
-        tokenizer = AutoTokenizer.from_pretrained(place, **beginning, **hub_arguments)
+        other = (
+            None
+            if small_file(place, "tokenizer.json", hub_arguments)
+            else _Other.at(name, place, model_type, hub_arguments)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place, **(other.options if other else {}), **hub_arguments)
         words = tokenizer.get_vocab().keys()
         if words:
             tokenizer.decode(tokenizer(_HELLO)["input_ids"])  # some damage shows only when it is used
@@ -54,14 +47,53 @@ def load_tokenizer(name: str, place: str, model_type: str = "", **hub_arguments:
         raise UserError(
             f"The tokenizer of {name} has no words: its files, such as tokenizer.json, are missing. {_AGAIN}"
         )
-    if pieces is not None:
-        _check_counts(name, tokenizer, pieces)
-        if "bos_token" not in described and tokenizer("")["input_ids"] not in ([], [pieces.bos_id()]):
-            raise UserError(
-                f"{name} has its tokenizer as a sentencepiece model only, whose texts begin otherwise than those of its class in "
-                f"transformers. {_TAKE_JSON}"
-            )
+    if other is not None:
+        other.check(name, tokenizer)
     return tokenizer
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A file that stands for tokenizer.json: of sentencepiece, with its own reader, or of tiktoken."""
+
+    pieces: SentencePieceProcessor | None
+    described: dict[str, Any]  # in tokenizer_config.json
+
+    @classmethod
+    def at(cls, name: str, place: str, model_type: str, hub_arguments: dict[str, Any]) -> _Other | None:
+        """None if there is none. Raises UserError for one by which nobody can count."""
+        file = _model_file(place, hub_arguments)
+        if file is None:
+            return None
+        described = _described(place, hub_arguments)
+        if not are_ranks(file):
+            return cls(_pieces(file), described)
+        _check_ranks(name, model_type if file.suffix == ".model" else "", described)
+        return cls(None, described)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Where nothing is said, a text begins with a token of its own; these files cannot say it."""
+        begins = "add_bos_token" not in self.described and (self.pieces is None or self.pieces.bos_id() >= 0)
+        return {"add_bos_token": True} if begins else {}
+
+    def check(self, name: str, tokenizer: Any) -> None:
+        """Whether `tokenizer` counts as sentencepiece does by the same file: not all that it may say reaches transformers."""
+        if self.pieces is None:
+            return
+        for text in _SAMPLES:
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != self.pieces.encode(text):
+                raise _otherwise(name, f"{text!r} becomes others")
+        known = "bos_token" not in self.described and bool(self.options)
+        if known and tokenizer("")["input_ids"][:1] != [self.pieces.bos_id()]:
+            raise _otherwise(name, "another one begins a text")
+
+
+def _otherwise(name: str, how: str) -> UserError:
+    return UserError(
+        f"{name} has its tokenizer as a sentencepiece model only, by which transformers would count tokens otherwise than the model "
+        f"learned them: {how}. {_TAKE_JSON}"
+    )
 
 
 def _model_file(place: str, hub_arguments: dict[str, Any]) -> Path | None:
@@ -97,13 +129,3 @@ def _check_ranks(name: str, model_type: str, described: dict[str, Any]) -> None:
             f"{name} has its tokenizer as ranks of tiktoken only, and no tokenizer_config.json that names its control tokens "
             f"(added_tokens_decoder). {_TAKE_JSON}"
         )
-
-
-def _check_counts(name: str, tokenizer: Any, pieces: SentencePieceProcessor) -> None:
-    """Whether ours counts as sentencepiece does by the same file: not all that such a file may say reaches transformers."""
-    for text in _SAMPLES:
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.encode(text):
-            raise UserError(
-                f"{name} has its tokenizer as a sentencepiece model only, by which transformers would count tokens otherwise than the model "
-                f"learned them: {text!r} becomes others. {_TAKE_JSON}"
-            )
