@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from span.equal_logits import BOUND, Differences, cut_of, differences  # noqa: E402
 from span.families import FAMILIES as WITHOUT_STATES  # noqa: E402
 from span.families import VOCABULARY, config_of, random_model  # noqa: E402
-from span.hybrids import HYBRIDS, ROUGH  # noqa: E402
+from span.hybrids import HYBRIDS  # noqa: E402
 
 from petals_win.errors import UserError  # noqa: E402
 from petals_win.models.architecture import (  # noqa: E402
@@ -43,7 +43,7 @@ from petals_win.models.gguf_metadata import MODEL_TYPES  # noqa: E402
 from petals_win.models.rows import Row  # noqa: E402
 
 README = ROOT / "README.md"
-FAMILIES = {**WITHOUT_STATES, **{family: HYBRIDS[family] for family in HYBRIDS if family not in ROUGH}}
+FAMILIES = {**WITHOUT_STATES, **HYBRIDS}
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 HEAD = "| family | layout | spans | prefill | decode | chunked | batched | files |\n|---|---|---|---|---|---|---|---|"
 ROW = re.compile(r"^\| `(.+?)` \|.*?((?: (?:0|\d\.\de-\d\d) \|){4}) [^|]* \|$", re.MULTILINE)

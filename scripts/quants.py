@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -20,9 +21,11 @@ from transformers import LlamaConfig
 from petals_win.host.threads import computing
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.default_model import default_model_path
-from petals_win.models.source import open_model
+from petals_win.models.source import ModelSource, open_model
 from petals_win.span.decoder import CutDecoder
+from petals_win.span.int4 import Int4Weight, has_place
 from petals_win.span.layouts import lay_out_linears
+from petals_win.span.linear import linear_weight
 from petals_win.span.native import suits
 from petals_win.span.quantized_linear import Quant, quantize_linears
 from petals_win.span.span import Span
@@ -86,9 +89,28 @@ def perplexity(quant: Quant, dtype: torch.dtype) -> float:
         if quant != "none":
             below = stored.give(f"{blocks.prefix}{index}.") if quant == "int4" else None
             quantize_linears(layer, quant, CPU, dtype, below)
+    return _surprise(model, source)
+
+
+def _surprise(model: Any, source: ModelSource) -> float:
     ids = torch.tensor([source.tokenizer()(PROSE.read_text("utf-8"))["input_ids"]])
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+
+
+@torch.inference_mode()
+def perplexity_in_other_groups() -> float:
+    """In int4, of inputs in an order by chance: as the file's groups are int4's, it shows of no other order what rounding costs."""
+    source = open_model(str(default_model_path()))
+    model = source.whole_model(torch.bfloat16)
+    torch.manual_seed(0)
+    for layer in find_blocks(model).layers:
+        for module in layer.modules():
+            weight = linear_weight(module)
+            if weight is not None and has_place(*weight.shape):
+                order = torch.randperm(weight.shape[1])
+                weight[:, order] = Int4Weight(weight[:, order], CPU).dequantized().to(weight.dtype)
+    return _surprise(model, source)
 
 
 def main() -> None:
@@ -115,11 +137,12 @@ def main() -> None:
             ("int8", "int8", torch.bfloat16),
         ]
         figures.update({f"perplexity, {name}": perplexity(quant, dtype) for name, quant, dtype in ways})
+        figures["perplexity, int4 in other groups"] = perplexity_in_other_groups()
     if asked.json:
         print(json.dumps(figures))
         return
     for name, figure in figures.items():
-        print(f"{name:20} {figure:10.3f}")
+        print(f"{name:32} {figure:10.3f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4",
     "starcoder2": "starcoder2",
     "stablelm": "stablelm",
     "nemotron": "nemotron",
@@ -89,7 +92,7 @@ def write_gguf(
     raw: dict[str, GGMLQuantizationType] | None = None,
 ) -> Path:
     """Write `model` with its hyperparameters. `keys` are added or replace what a converter writes (those that begin with a dot
-    are below the architecture's name), `tensors` are added, the keys in `without` are left out, and of the
+    are below the architecture's name), `tensors` are added, the keys and tensors in `without` are left out, and of the
     tensors only those named in `only` are written, if it is given. Tensors in `raw` are given as bytes of these types.
     """
     kind = model.config.model_type
@@ -101,7 +104,7 @@ def write_gguf(
         if key not in without and key.removeprefix(architecture) not in without:
             add_key(writer, key, value)
     for name, tensor in {**_tensors(model, architecture), **(tensors or {})}.items():
-        if only is None or name in only:
+        if name not in without and (only is None or name in only):
             writer.add_tensor(name, np.ascontiguousarray(tensor), raw_dtype=(raw or {}).get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -150,6 +153,9 @@ _SCALES_OF_BLOCKS = {GGMLQuantizationType.Q4_K: (0, 2), GGMLQuantizationType.Q6_
 def hyperparameters(config: Any) -> dict[str, Any]:
     """What the converter of this kind of model writes besides the tokenizer."""
     kind = config.model_type
+    if kind == "gemma4_text":  # blocks differ: what each has is told by the keys of its own converter
+        config = copy.copy(config)
+        config.allow_global_per_layer_attribute_access = True
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -222,6 +228,10 @@ def hyperparameters(config: Any) -> dict[str, Any]:
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if kind in _DEEPSEEK:
         found |= _of_deepseek(config)
+    if kind == "gemma3n_text":
+        found |= _of_gemma3n(config)
+    if kind == "gemma4_text":
+        found |= _of_gemma4(config)
     if kind == "ministral3":
         found["attention.temperature_scale"] = scaling["llama_4_scaling_beta"]
         found["rope.scaling.yarn_log_multiplier"] = float(scaling["mscale_all_dim"])
@@ -254,6 +264,57 @@ def _of_deepseek(config: Any) -> dict[str, Any]:
         "leading_dense_block_count": config.first_k_dense_replace,
         "rope.dimension_count": config.qk_rope_head_dim,
     }
+
+
+def _of_gemma3n(config: Any) -> dict[str, Any]:
+    normal = torch.distributions.Normal(0, 1)
+    return {
+        "activation_sparsity_scale": normal.icdf(torch.tensor(config.activation_sparsity_pattern)).tolist(),
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.freq_base_swa": config.rope_parameters["sliding_attention"]["rope_theta"],
+    }
+
+
+def _of_gemma4(config: Any) -> dict[str, Any]:
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    by_block = [config.per_layer_config[index] for index in range(len(slides))]
+    whole, windowed = (by_block[slides.index(slide)].head_dim for slide in (False, True))
+    first = len(slides) - config.num_kv_shared_layers
+    double = config.use_double_wide_mlp
+    return {
+        "attention.head_count_kv": [block.num_key_value_heads for block in by_block],
+        "attention.key_length": whole,
+        "attention.key_length_swa": windowed,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": slides,
+        "attention.value_length": whole,
+        "attention.value_length_swa": windowed,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "expert_count": config.num_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_used_count": config.top_k_experts,
+        "feed_forward_length": [
+            config.intermediate_size * (2 if double and index >= first else 1) for index in range(len(slides))
+        ],
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.dimension_count": whole,
+        "rope.dimension_count_swa": windowed,
+        "rope.freq_base_swa": config.rope_parameters["sliding_attention"]["rope_theta"],
+    }
+
+
+def _divisors_of_gemma4(config: Any) -> np.ndarray:
+    """In blocks that see everything some dimensions stand still."""
+    head_dim = config.per_layer_config[config.layer_types.index("full_attention")].head_dim
+    turned = int(config.rope_parameters["full_attention"]["partial_rotary_factor"] * head_dim // 2)
+    return np.array([1.0] * turned + [1e30] * (head_dim // 2 - turned), dtype=np.float32)
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high: float, context: int) -> np.ndarray:
@@ -300,7 +361,17 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
     number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(number, config.num_hidden_layers)
     stored: dict[str, np.ndarray] = {}
+    if kind == "gemma4_text":
+        stored["rope_freqs.weight"] = _divisors_of_gemma4(config)
     for name, tensor in model.state_dict().items():
+        if found := re.fullmatch(r"model\.layers\.(\d+)\.router\.(scale|per_expert_scale)", name):
+            part = "ffn_gate_inp" if found[2] == "scale" else "ffn_down_exps"
+            stored[f"blk.{found[1]}.{part}.scale"] = tensor.numpy()
+            continue
+        if found := re.fullmatch(r"model\.(altup_projections|altup_unembed_projections)\.(\d+)\.weight", name):
+            whole = "altup_proj.weight" if found[1] == "altup_projections" else "altup_unembd_proj.weight"
+            stored[whole] = np.concatenate([*([stored[whole]] if found[2] != "0" else []), tensor.numpy()[None]])
+            continue
         if name in _HEAD_NAMES and config.tie_word_embeddings:
             continue
         if kind == "gpt_oss" and (found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name)):
@@ -330,6 +401,8 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
             name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
         )
         assert target is not None, f"{architecture} has no name for {name}"
+        if name.endswith((".correct_output_scale", ".layer_scalar", ".experts.gate_up_proj", ".experts.down_proj")):
+            target += ".weight"
         stored[target] = _converted(kind, config, name, target, tensor).numpy()
     return stored
 

@@ -44,13 +44,14 @@ def converted(checkpoint, tmp_path):
     return make
 
 
-def assert_same(original: ModelSource, file: ModelSource) -> None:
+def assert_same(original: ModelSource, file: ModelSource, start: int = 1, end: int = 3) -> None:
     """Logits, and what blocks in the middle make of random hidden states."""
     with torch.no_grad():
         wanted, found = (source.whole_model()(input_ids=IDS).logits for source in (original, file))
     assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
-    hidden = torch.randn(1, 40, original.hidden_size)
-    wanted, found = (Span.load(source, 1, 3).forward(hidden, 1, 3) for source in (original, file))
+    spans = [Span.load(source, start, end) for source in (original, file)]
+    hidden = torch.randn(1, 40, spans[0].row.width)
+    wanted, found = (span.forward(hidden, start, end) for span in spans)
     assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
 
 
@@ -99,11 +100,96 @@ def assert_same(original: ModelSource, file: ModelSource) -> None:
         ("deepseek_v2", {}, {}),
         ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}, {}),
         ("ministral3", {}, {}),
+        (
+            "gemma4_text",
+            {"num_kv_shared_layers": 0, "use_double_wide_mlp": False, "final_logit_softcapping": None},
+            {},
+        ),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False},
+            {},
+        ),
+        ("gemma4-experts", {}, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_a_file_computes_as_its_original(converted, family, changes, keys):
     assert_same(*converted(family, keys=keys, **changes))
+
+
+def test_blocks_of_gemma_4_that_take_keys_of_others(converted):
+    assert_same(*converted("gemma4_text"), start=2, end=8)
+
+
+def test_keys_that_a_block_of_gemma_4_has_for_nothing(converted):
+    """Files have keys and values also of blocks that take those of others."""
+    needless = {f"blk.6.attn_{name}.weight": np.ones((24, 64), dtype=np.float32) for name in ("k", "v")}
+    needless["blk.6.attn_k_norm.weight"] = np.ones(12, dtype=np.float32)
+    assert_same(*converted("gemma4_text", tensors=needless), start=2, end=8)
+    with pytest.raises(
+        UserError, match=r"has the tensor blk.6.attn_v_norm.weight, for which transformers' gemma4_text"
+    ):
+        converted("gemma4_text", tensors={"blk.6.attn_v_norm.weight": np.ones(12, dtype=np.float32)})
+
+
+def test_experts_of_gemma_4_in_two_parts(converted):
+    """As other converters write them."""
+    original, _ = converted("gemma4-experts")
+    model = original.whole_model()
+    fused = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("gate_up_proj")}
+    halves = {
+        f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight": half.numpy()
+        for name, tensor in fused.items()
+        for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)
+    }
+    whole = [f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight" for name in fused]
+    assert len(whole) == 4
+    assert_same(*converted("gemma4-experts", tensors=halves, without=tuple(whole)))
+
+
+def test_gemma_3n(converted):
+    original, file = converted("gemma3n_text")
+    assert file.config.activation_sparsity_pattern == original.config.activation_sparsity_pattern
+    assert_same(original, file, start=2, end=8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "without", "said"),
+    [
+        ({}, (".altup.num_inputs",), "lacks gemma3n.altup.num_inputs"),
+        ({}, (".attention.shared_kv_layers",), "lacks gemma3n.attention.shared_kv_layers"),
+        ({}, ("blk.0.laurel_l.weight",), "lacks the tensor blk.0.laurel_l.weight"),
+        ({}, (".activation_sparsity_scale",), "gemma3n.activation_sparsity_scale is None"),
+        ({".rope.scaling.type": "yarn", ".rope.scaling.factor": 2.0}, (), "gemma3n.rope.scaling.type is 'yarn'"),
+    ],
+)
+def test_a_gemma_3n_of_another_kind_is_refused_by_name(converted, keys, without, said):
+    with pytest.raises(UserError, match=said):
+        converted("gemma3n_text", keys=keys, without=without)
+
+
+ROPE_OF_GEMMA4 = np.array([1.0] * 2 + [1e30] * 8, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "without", "said"),
+    [
+        ({}, {}, (".attention.sliding_window_pattern",), "lacks gemma4.attention.sliding_window_pattern"),
+        ({}, {}, (".attention.key_length_swa",), "lacks gemma4.attention.key_length_swa"),
+        ({".attention.value_length_swa": 10}, {}, (), "gemma4.attention.value_length_swa is 10"),
+        ({".rope.dimension_count": 10}, {}, (), "gemma4.rope.dimension_count is 10"),
+        ({".rope.scaling.type": "yarn"}, {}, (), "gemma4.rope.scaling.type is yarn"),
+        ({".attention.head_count_kv": [2, 2, 2, 1, 2, 2, 2, 2]}, {}, (), "gemma4.attention.head_count_kv is "),
+        ({".attention.head_count_kv": [2, 2]}, {}, (), "gemma4.attention.head_count_kv is "),
+        ({".feed_forward_length": [96] * 6 + [192] * 2}, {}, (), "gemma4.feed_forward_length is "),
+        ({}, {"rope_freqs.weight": ROPE_OF_GEMMA4[::-1]}, (), "rope_freqs.weight in a way of its own"),
+        ({}, {"rope_freqs.weight": ROPE_OF_GEMMA4 * 2}, (), "rope_freqs.weight in a way of its own"),
+    ],
+)
+def test_a_gemma_4_of_another_kind_is_refused_by_name(converted, keys, tensors, without, said):
+    with pytest.raises(UserError, match=said):
+        converted("gemma4_text", keys=keys, tensors=tensors, without=without)
 
 
 @pytest.mark.parametrize("tied", [True, False])

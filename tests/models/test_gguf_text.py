@@ -458,6 +458,23 @@ def test_sentencepiece_without_a_beginning(with_text):
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("Paris")) == ["▁Paris"]
 
 
+GEMMA_4 = {
+    **sentencepiece(add_bos_token=True, add_space_prefix=False),
+    "tokenizer.ggml.model": "gemma4",
+    "tokenizer.ggml.merges": ["P a", "r i", "ri s", "Pa ris", "▁ Paris"],
+}
+
+
+def test_pieces_with_merges_as_gemma_4_has_them(with_text):
+    """Nothing precedes a text but BOS, and what is no piece is its bytes."""
+    tokenizer = with_text(GEMMA_4, SPM_ONLY[:1]).tokenizer()
+    ids = tokenizer.encode("Paris Paris[INST]\nris")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "Paris", "▁Paris", "[INST]", "<0x0A>", "ris"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Paris Paris\nris"
+    with pytest.raises(UserError, match="has a vocabulary without merges"):
+        with_text(GEMMA_4, SPM_ONLY[:2])
+
+
 def test_the_chat_template_is_the_file_s(with_text):
     tokenizer = with_text({"tokenizer.chat_template": CHATML}).tokenizer()
     assert tokenizer.chat_template == CHATML

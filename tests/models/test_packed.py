@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import SINGLE, SafetensorsCheckpoint
 from petals_win.models.source import open_model
+from petals_win.span.int4 import Int4Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 
@@ -219,7 +220,8 @@ def test_it_computes_as_the_plain_weights(published, kind):
     assert (outputs[0] - outputs[1]).abs().max() <= 1e-5 * max(1, outputs[1].abs().max())
 
 
-IN_FOUR_BITS = ("pack-quantized", "pack-quantized with zero points", "gptq", "gptq v2", "awq")
+IN_ORDER = "gptq in the order of activations"
+IN_FOUR_BITS = ("pack-quantized", "pack-quantized with zero points", "gptq", "gptq v2", "awq", IN_ORDER)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,7 +237,40 @@ def test_four_bits_are_taken_over(published, kind):
     span = Span.load(source, 1, 3, quant="int4")
     found, wanted = span.forward(hidden, 1, 3), Span.load(open_model(str(plain)), 1, 3).forward(hidden, 1, 3)
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
-    assert span.weight_bytes == sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:3])
+    session = span.open(1, 5)
+    steps = [span.step(session, hidden[:, index : index + 1]) for index in range(5)]
+    assert (torch.cat(steps, dim=1) - wanted).norm() <= 1e-3 * wanted.norm()
+    orders = [
+        module.order for layer in span._decoder.layers for module in layer.modules() if isinstance(module, Int4Weight)
+    ]
+    assert orders and all((order is not None) == (kind == IN_ORDER) for order in orders)
+    planned = sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:3])
+    assert span.weight_bytes == planned + sum(order.nbytes for order in orders if order is not None)
+
+
+def test_gradients_of_weights_in_an_order_of_their_own(published):
+    packed, plain = published(IN_ORDER)
+    spans = [
+        Span.load(open_model(str(folder)), 1, 3, quant=quant) for folder, quant in ((packed, "int4"), (plain, "none"))
+    ]
+    torch.manual_seed(0)
+    hidden, grad = torch.randn(1, 5, 64), torch.randn(1, 5, 64)
+    found, wanted = (span.backward(hidden, grad, 1, 3)[0] for span in spans)
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_groups_of_different_sizes_stay_plain(published):
+    """As no file has them, but the names of groups may say so."""
+    folder, _ = published(IN_ORDER)
+    group_of = torch.tensor([0] * 20 + [1] * 44, dtype=torch.int32)
+    change(folder, lambda held: held.update({WEIGHT + ".g_idx": group_of}))
+    source = open_model(str(folder))
+    spans = [Span.load(source, 1, 2, quant=quant) for quant in ("int4", "none")]
+    kept: Any = spans[0]._decoder.layers[0].get_submodule(WEIGHT.split(".", 3)[-1])
+    assert type(kept) is torch.nn.Linear
+    hidden = torch.randn(1, 5, 64)
+    found, wanted = (span.forward(hidden, 1, 2) for span in spans)
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
 def test_inputs_in_another_order_than_the_configuration_says_are_refused(published):

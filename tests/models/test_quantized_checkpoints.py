@@ -67,7 +67,7 @@ def refused(act) -> str:
 
 def check_sentence(said: str, method: str, name: str) -> None:
     assert name in said and method in said, said
-    assert "petals-win does not read" in said and "16-bit safetensors" in said and "GGUF" in said and "nf4" in said
+    assert "petals-win does not read" in said and "16-bit safetensors" in said and "GGUF" in said and "int4" in said
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import struct
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -75,33 +72,3 @@ def test_an_unknown_type(tmp_path):
 def test_the_types_that_are_refused_exist():
     for model_type in REFUSED:
         assert AutoConfig.for_model(model_type).model_type == model_type
-
-
-def sentencepiece_model() -> bytes:
-    """The smallest that a model of the Llama family could have: ten pieces."""
-
-    def field(number: int, kind: int, payload: bytes) -> bytes:
-        return bytes([number << 3 | kind]) + (bytes([len(payload)]) if kind == 2 else b"") + payload
-
-    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((letter, 1) for letter in "\u2581abcdef")]
-    bodies = [
-        field(1, 2, text.encode()) + field(2, 5, struct.pack("<f", 0)) + field(3, 0, bytes([kind]))
-        for text, kind in pieces
-    ]
-    return b"".join(field(1, 2, body) for body in bodies)
-
-
-def test_a_tokenizer_in_another_format(checkpoint, tmp_path):
-    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    with pytest.raises(UserError, match="tokenizer of llama has no words.*Download the model again"):
-        open_model(str(folder)).tokenizer()
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-    with pytest.raises(UserError, match="as tokenizer.model only.*python -m pip install sentencepiece tiktoken"):
-        open_model(str(folder)).tokenizer()
-    (folder / "tokenizer.model").write_text(
-        "".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
-    )
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="or as ranks of tiktoken.*python -m pip install sentencepiece tiktoken"):
-        open_model(str(folder)).tokenizer()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from petals_win.span.choices import choose_dtype
+from petals_win.span import choices
+from petals_win.span.choices import choose_dtype, choose_quant, lacks_bitsandbytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -42,3 +43,30 @@ def test_a_quantized_gguf_is_in_32_bits_on_a_cpu_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     assert choose_dtype(None, source, CUDA) is torch.float16
     assert choose_dtype("float32", source, CUDA) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "adapters", "expected"),
+    [
+        ((8, 0), False, False, "int4"),
+        ((12, 0), True, True, "int4"),
+        ((7, 5), True, False, "int8"),
+        ((7, 5), False, False, "none"),
+        ((7, 5), True, True, "none"),
+        ((7, 0), True, False, "none"),
+    ],
+)
+def test_a_card_keeps_weights_in_the_smallest_form_that_is_nearly_as_good_as_16_bits(
+    monkeypatch, capability, installed, adapters, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(choices, "is_installed", lambda: installed)
+    source: Any = SimpleNamespace(in_four_bits=frozenset())
+    assert choose_quant(None, CUDA, adapters, source) == expected
+    assert lacks_bitsandbytes(CUDA) == (capability == (7, 5) and not installed)
+    assert choose_quant(None, CPU, adapters, source) == "none"
+
+
+def test_nf4_is_there_for_whoever_asks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    assert choose_quant("nf4", CUDA) == "nf4"

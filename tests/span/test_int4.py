@@ -159,7 +159,7 @@ def test_torch_agrees_on_the_shapes(rows, columns, tiles):
         cuda = torch.device("cuda", 0)
         levels = torch.zeros(rows, columns, dtype=torch.uint8)
         scales = torch.zeros(rows, columns // GROUP, 2, dtype=torch.bfloat16)
-        weight = Tiles(iter([(levels, scales)]), cuda)
+        weight = Tiles(iter([(levels, scales)]), len(levels), cuda)
         assert weight.packed.dtype is torch.int32 and weight.packed.device == cuda
         assert weight.packed.shape == (rows // 8, columns // (16 * tiles), 32, tiles // 2)
         product = weight.multiply(torch.zeros(5, columns, dtype=torch.float16, device=cuda), rows - 3)

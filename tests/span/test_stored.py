@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -16,6 +18,8 @@ from models.gguf_writer import write_quantized
 from models.test_gguf_types import write_large
 from torch import nn
 
+from petals_win.errors import UserError
+from petals_win.models.gguf_file import GgufCheckpoint
 from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
 from petals_win.span import int4
 from petals_win.span.choices import choose_quant
@@ -161,7 +165,7 @@ def test_the_default_model_is_as_good_as_its_own_weights():
 
 
 LOADS = """
-import sys
+import sys, threading
 import torch
 from petals_win.host.memory import give_back_memory, own_bytes
 from petals_win.models.source import open_model
@@ -174,19 +178,61 @@ source = open_model(sys.argv[1])
 first = Span.load(source, 0, 1, quant="int4")
 first.forward(torch.ones(1, 2, source.hidden_size), 0, 1)  # what comes into memory once
 give_back_memory()
-before = own_bytes()
+most = before = own_bytes()
+loaded = threading.Event()
+
+def watch():
+    global most
+    while not loaded.wait(0.002):
+        most = max(most, own_bytes())
+
+watching = threading.Thread(target=watch)
+watching.start()
 span = Span.load(source, 1, source.num_blocks, quant="int4")
+loaded.set()
+watching.join()
 give_back_memory()
 planned = sum(needs_of(source.config, span.dtype, "int4", source.in_few_bits).block_bytes[1:])
-print(planned, own_bytes() - before)
+print(planned, own_bytes() - before, most - before)
 """
 
 
-def test_memory_is_as_planned(home, tmp_path):
+def test_memory_is_as_planned_and_little_more_while_loading(home, tmp_path):
     path = tmp_path / "large.gguf"
     write_large(path)
     run = subprocess.run([sys.executable, "-c", LOADS, str(path)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    planned, stays = map(int, run.stdout.split())
+    planned, stays, most = map(int, run.stdout.split())
     assert planned > 150e6
     assert 0.95 <= stays / planned <= 1.05, f"{stays / planned:.3f} of what was planned"
+    assert most <= 1.15 * planned, f"{most / planned:.2f} times"
+
+
+def test_weights_are_read_in_pieces_and_each_row_once(file_of, monkeypatch):
+    """Also where queries lie in pairs, and for what is made of several tensors."""
+    monkeypatch.setattr(int4, "_PIECE", 2**15)
+    read: dict[str, list[np.ndarray]] = {}
+    read_levels = GgufCheckpoint.read_levels
+
+    def reading(self: GgufCheckpoint, name: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        found = read_levels(self, name, rows)
+        assert found[0].size <= 2**15
+        read.setdefault(name, []).append(rows)
+        return found
+
+    monkeypatch.setattr(GgufCheckpoint, "read_levels", reading)
+    source = file_of("mixtral", Q4_0)
+    Span.load(source, 1, 2, quant="int4")
+    assert len(read) == 7 and all(len(pieces) > 1 for name, pieces in read.items() if "_exps" in name)
+    for name, pieces in read.items():
+        rows, _ = source.checkpoint.rows_and_columns(name)
+        assert sorted(np.concatenate(pieces)) == list(range(rows)), name
+
+
+def test_a_file_that_became_shorter_is_told_of(file_of):
+    source = file_of("llama", Q4_0)
+    assert source.in_four_bits
+    path = source.checkpoint._parts[0]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match="ends too early: it has been changed. Download it again"):
+        Span.load(source, 0, source.num_blocks, quant="int4")

@@ -160,7 +160,7 @@ def test_other_sizes_are_refused(text):
 
 
 def test_three_pcs_of_12_gib_hold_60_blocks_of_a_70b_in_nf4():
-    done = invoke("--model", LLAMA_70B, *["--gpu", "12GiB"] * 3)
+    done = invoke("--model", LLAMA_70B, "--quant", "nf4", *["--gpu", "12GiB"] * 3)
     assert done.exit_code == 0
     assert re.search(r"PC 3  GPU +12 GiB +nf4 +421 MiB a block +blocks 40:60", done.output)
     assert "60:80 (20 of 80) have no place" in done.output and "Add 1 more PC with 12 GiB" in done.output
@@ -169,9 +169,9 @@ def test_three_pcs_of_12_gib_hold_60_blocks_of_a_70b_in_nf4():
 def test_the_same_as_json():
     done = invoke("--model", LLAMA_70B, "--json", "--gpu", "24", "--ram", "64")
     facts = json.loads(done.output)
-    assert [(pc["quant"], pc["start"], pc["end"]) for pc in facts["pcs"]] == [("nf4", 0, 43), ("none", 43, 75)]
-    assert facts["missing"] == [75, 76, 77, 78, 79] and facts["num_blocks"] == 80
-    assert set(facts["sizes"]) == {"nf4", "none"}
+    assert [(pc["quant"], pc["start"], pc["end"]) for pc in facts["pcs"]] == [("int4", 0, 36), ("none", 36, 68)]
+    assert facts["missing"] == list(range(68, 80)) and facts["num_blocks"] == 80
+    assert set(facts["sizes"]) == {"int4", "none"}
     assert facts["tokens_per_s"] is None
 
 

@@ -24,7 +24,7 @@ _MIB, _GIB = 2**20, 2**30
 _QUANTS: tuple[Quant, ...] = ("nf4", "int4", "int8", "none")
 _IN_WORDS = {"nf4": "nf4", "int4": "int4", "int8": "int8", "none": "not quantized"}
 _IN_WORDS_OF_A_CPU = {"none": "16 bits", "int4": "int4"}
-_DEFAULT_QUANTS: dict[str, Quant] = {"gpu": "nf4", "ram": "none"}  # of a model that is not stored in four bits
+_DEFAULT_QUANTS: dict[str, Quant] = {"gpu": "int4", "ram": "none"}  # of a model that is not stored in four bits
 _OF_CPUS: tuple[Quant, ...] = ("int4", "none")  # what else there is, serve refuses there
 _USUAL_GPUS, _USUAL_RAMS = (8, 12, 16, 24), (32, 64)  # GiB
 
@@ -45,8 +45,9 @@ def plan(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="How PCs keep weights: nf4 or int4 (4 bits), int8 or none; default, as of 'serve': int4 for a model that is stored in four "
-            "bits; of others nf4 on GPUs, else none. nf4 and int8 are for GPUs; what computes on its CPU keeps 16 bits beside them."
+            help="How PCs keep weights: int4 or nf4 (4 bits), int8 or none; default, as of 'serve': int4 on GPUs (of compute "
+            "capability 8.0 or more) and for a model that is stored in four bits, else none. nf4 and int8 are for GPUs; what computes on its CPU "
+            "keeps 16 bits beside them."
         ),
     ] = None,
     token_file: Annotated[

@@ -63,7 +63,7 @@ def worker(
 ) -> None:
     """Answer the questions of an API on another PC. Several such PCs with the same model share them.
 
-    Example: petals-win worker --model mistralai/Mistral-7B-Instruct-v0.3 --quant nf4
+    Example: petals-win worker --model mistralai/Mistral-7B-Instruct-v0.3 --quant int4
     """
     from petals_win.host.awake import stay_awake
     from petals_win.host.logs import log_to_file

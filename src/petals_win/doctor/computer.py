@@ -127,16 +127,19 @@ def check_kernels(_asked: Asked) -> Iterator[Finding]:
 
 
 def check_bitsandbytes(_asked: Asked) -> Iterator[Finding]:
-    """Whether weights can be kept in 4 or 8 bits."""
+    """Whether weights can be kept in nf4 and int8; the newer cards have int4 without it."""
     try:
         version = importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
         import torch
 
-        text = "bitsandbytes is not installed: weights are kept in 16 bits"
+        from petals_win.span.choices import lacks_bitsandbytes
+
+        cards = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        text = "bitsandbytes is not installed: there is no --quant nf4 or int8"
         yield (
-            Finding("warning", text, "For two to four times as many blocks type: python -m pip install bitsandbytes")
-            if torch.cuda.is_available()
+            Finding("warning", text, "For twice as many blocks on this card type: python -m pip install bitsandbytes")
+            if any(lacks_bitsandbytes(card) for card in cards)
             else Finding("ok", text)
         )
         return

@@ -68,7 +68,7 @@ class TokenizerReader:
 
     def __init__(self, name: str, context: int, folder: str):
         from petals_win.engines.prompts import PromptEncoder
-        from petals_win.models.source import load_tokenizer
+        from petals_win.models.tokenizer import load_tokenizer
 
         self.context = context
         self._tokenizer = load_tokenizer(name, folder, local_files_only=True)

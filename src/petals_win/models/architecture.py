@@ -30,7 +30,7 @@ _CHOICES = "its blocks choose what they attend to by more than petals-win keeps 
 _IMAGES = "some of its blocks look at images, which a swarm does not pass on"
 # Of what blocks keep between tokens: keys and values, and those that have recurrent states, too or instead.
 ONLY_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
-_WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+WITH_STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _TWICE = ("longcat_flash",)  # models each of whose blocks attends twice, and is counted as two layers
 _REFUSED = {
     "falcon_mamba": _ONE_BY_ONE,
@@ -121,7 +121,7 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"Models of the type {config.model_type} are built in a way that petals-win cannot split. "
             "Choose a model of another type, such as Llama, Mistral, Qwen or Gemma."
         )
-    strange = set(kinds_of_blocks(decoder)) - {*ONLY_ATTENTION, *_WITH_STATES}
+    strange = set(kinds_of_blocks(decoder)) - {*ONLY_ATTENTION, *WITH_STATES}
     # Blocks that take keys and values of others (models/cuts.py) have the name of those that keep nothing.
     modes = getattr(decoder, "kv_sharing_modes", None) or ()
     if "store" in modes or "reuse" not in modes:

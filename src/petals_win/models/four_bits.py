@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class Groups:
     levels: torch.Tensor  # uint8 [..., rows, columns], 0 to 15
     scale: torch.Tensor  # float32 [..., rows, columns / GROUP], as is
     least: torch.Tensor
+    order: torch.Tensor | None = (
+        None  # int64 [columns], by which input each column is to be multiplied; None: as they are
+    )
 
     def __post_init__(self) -> None:
         if not self.levels.shape[-1] == GROUP * self.scale.shape[-1] == GROUP * self.least.shape[-1]:
@@ -36,18 +40,43 @@ class Groups:
 
     def __getitem__(self, index: int | slice) -> Groups:
         """Some of the rows, or one expert of several."""
-        return Groups(self.levels[index], self.scale[index], self.least[index])
+        return Groups(self.levels[index], self.scale[index], self.least[index], self.order)
 
     @classmethod
-    def of_points(cls, levels: torch.Tensor, zeros: torch.Tensor, scale: torch.Tensor) -> Groups:
+    def of_points(
+        cls, levels: torch.Tensor, zeros: torch.Tensor, scale: torch.Tensor, order: torch.Tensor | None = None
+    ) -> Groups:
         """Of levels [rows, columns], and of each larger group a scale and the level that means nothing, [rows, groups]."""
         times = levels.shape[1] // (scale.shape[1] * GROUP)
         scale = scale.float()
         least = -zeros * scale
-        return cls(levels.to(torch.uint8), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        parts = (levels.to(torch.uint8), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        return cls(*parts, order)
 
 
-def groups_of(tensor: object) -> Groups | None:
+class UnreadGroups:
+    """A weight [..., rows, columns] whose groups are read when rows are asked for, so that it is never in memory as a whole."""
+
+    def __init__(self, rows: np.ndarray, columns: int, read: Callable[[np.ndarray], Groups]) -> None:
+        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]."""
+        self._rows, self._columns, self._read = rows, columns, read
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._rows.shape, self._columns))
+
+    @overload
+    def __getitem__(self, index: int) -> UnreadGroups: ...
+    @overload
+    def __getitem__(self, index: slice) -> Groups: ...
+    def __getitem__(self, index: int | slice) -> UnreadGroups | Groups:
+        """One expert of several; or some rows of a weight [rows, columns]."""
+        if isinstance(index, slice):
+            return self._read(self._rows[index])
+        return UnreadGroups(self._rows[index], self._columns, self._read)
+
+
+def groups_of(tensor: object) -> Groups | UnreadGroups | None:
     """What a tensor of a checkpoint is in four bits; None: it is plain, or in another form."""
     groups = getattr(tensor, "groups", None)
     return None if groups is None else groups()

@@ -6,6 +6,7 @@ Knows the gguf package and the folder in which what it costs seconds to find out
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ from petals_win.models import eight_bits, four_bits
 from petals_win.models.architecture import check_supported, empty_model
 from petals_win.models.content import gguf_file
 from petals_win.models.eight_bits import Scaled
-from petals_win.models.four_bits import Groups
+from petals_win.models.four_bits import Groups, Unread
 from petals_win.models.gguf_metadata import ROPE_TABLES, read_config
 from petals_win.models.gguf_parts import parts_of
+from petals_win.models.gguf_tensors import SEVERAL, is_left_out
 from petals_win.models.gguf_tokenizer import GgufTokenizer
 from petals_win.models.transformers_internals import GgufNames, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 _TABLE = "petals_win_tensors.json"
-_FORMAT = 5  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
+_FORMAT = 6  # of the description and of how metadata is understood: to be raised whenever a file would be described otherwise
 _READ = ("general.", "split.", "tokenizer.")  # the keys that are read besides those of the architecture
 _LOCK_SECONDS = 600
 _PLAIN = {
@@ -100,7 +102,9 @@ class GgufCheckpoint:
         return {
             target: bits
             for target, found in self._parts_of(names).items()
-            if (bits := self.bits_of(found)) and self._only_rows_move(names, target, found, expected[target].shape)
+            if (bits := self.bits_of(found))
+            and (order := self.order_of_rows(names, target, found)) is not None
+            and order.shape == expected[target].shape[:-1]
         }
 
     def bits_of(self, names: Iterable[str]) -> int | None:
@@ -108,13 +112,24 @@ class GgufCheckpoint:
         types = {self.type_of(name) for name in names}
         return next((bits for bits, known in _LEVELS.items() if types <= known.keys()), None)
 
-    def _only_rows_move(self, names: GgufNames, target: str, found: list[str], shape: torch.Size) -> bool:
-        """Whether these tensors become the model's in the same way if each has other columns: that is tried with a single one."""
-        columns = {name: np.zeros((*self._entries[name].shape[:-1], 1), dtype=np.uint8) for name in found}
+    def order_of_rows(self, names: GgufNames, target: str, found: list[str]) -> np.ndarray | None:
+        """Which of the rows of the tensors `found`, counted through all of them, is each row of the model's tensor, [..., rows].
+
+        None if the model's is made of them otherwise than by moving rows: that is tried with a single column.
+        """
+        shapes = {name: self._entries[name].shape[:-1] for name in found}
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        columns = {
+            name: np.arange(end - math.prod(shape), end).reshape(*shape, 1)
+            for (name, shape), end in zip(shapes.items(), ends, strict=True)
+        }
         try:
-            return names.convert(columns, target).shape == (*shape[:-1], 1)
+            made = names.convert(columns, target).numpy()
         except ValueError:  # of numpy: columns are told apart
-            return False
+            return None
+        seen = np.zeros(ends[-1], dtype=bool)
+        seen[made] = True
+        return made[..., 0] if made.shape[-1] == 1 and made.size == len(seen) and seen.all() else None
 
     def _parts_of(self, names: GgufNames) -> dict[str, list[str]]:
         """By the name of each of the model's tensors, those of the file that it is made of."""
@@ -158,16 +173,33 @@ class GgufCheckpoint:
         """Of a tensor of the file."""
         return GGMLQuantizationType(self._entries[name].type)
 
-    def read_levels(self, name: str) -> tuple[np.ndarray, ...]:
-        """Of one of four or eight bits its levels [..., rows, columns], and what the module of these bits has for each group of them."""
-        entry, kind = self._entries[name], self.type_of(name)
-        with self._parts[entry.part].open("rb") as file:
-            file.seek(entry.offset)
-            data = np.fromfile(file, dtype=np.uint8, count=entry.num_bytes)
-        found = next(known for known in _LEVELS.values() if kind in known)[kind](
-            data.reshape(-1, GGML_QUANT_SIZES[kind][1])
-        )
-        return tuple(array.reshape(*entry.shape[:-1], -1) for array in found)
+    def rows_and_columns(self, name: str) -> tuple[int, int]:
+        """Of a tensor as if it were a matrix."""
+        *before, columns = self._entries[name].shape
+        return math.prod(before), columns
+
+    def read_levels(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of these rows of a tensor of four or eight bits the levels [rows, columns], and what these bits have for each group [rows, groups].
+
+        Raises UserError if the file is shorter than it was.
+        """
+        entry = self._entries[name]
+        kind, (count, _) = self.type_of(name), self.rows_and_columns(name)
+        data = np.empty((len(rows), entry.num_bytes // count), dtype=np.uint8)
+        path = self._parts[entry.part]
+        with path.open("rb", buffering=0) as file:
+            for run in _runs(rows, 1):
+                file.seek(entry.offset + int(rows[run.start]) * data.shape[1])
+                if file.readinto(data[run].data) != data[run].nbytes:
+                    raise UserError(f"{path} ends too early: it has been changed. Download it again.")
+        unpacked = next(known for known in _LEVELS.values() if kind in known)[kind]
+        return tuple(array.reshape(len(rows), -1) for array in unpacked(data.reshape(-1, GGML_QUANT_SIZES[kind][1])))
+
+
+def _runs(numbers: np.ndarray, step: int) -> Iterator[slice]:
+    """The longest parts in which each number is by `step` more than the one before it."""
+    ends = np.flatnonzero(np.diff(numbers) != step) + 1
+    return (slice(start, stop) for start, stop in itertools.pairwise([0, *ends.tolist(), len(numbers)]))
 
 
 class _Dequantized:
@@ -183,20 +215,30 @@ class _Dequantized:
         found = self._names.convert(arrays, self._target)
         return (found if found.is_floating_point() else found.view(self._dtype))[index]
 
-    def groups(self) -> Groups:
+    def groups(self) -> Unread[Groups] | None:
         """The same as levels of four bits: rows are moved about as those of the weight itself are."""
-        return Groups(*self._levels())
+        return self._unread(Groups)
 
-    def scaled(self) -> Scaled | None:
+    def scaled(self) -> Unread[Scaled] | None:
         """The same as levels of eight bits; None if the file has others."""
-        return Scaled(*self._levels()) if self._checkpoint.bits_of(self._parts) == 8 else None
+        return self._unread(Scaled) if self._checkpoint.bits_of(self._parts) == 8 else None
 
-    def _levels(self) -> Iterator[torch.Tensor]:
-        parts = [self._checkpoint.read_levels(name) for name in self._parts]
-        return (
-            self._names.convert(dict(zip(self._parts, kind, strict=True)), self._target)
-            for kind in zip(*parts, strict=True)
-        )
+    def _unread(self, kind: Callable[..., _Kept]) -> Unread[_Kept] | None:
+        order = self._checkpoint.order_of_rows(self._names, self._target, self._parts)
+        if order is None:
+            return None
+        sizes = [self._checkpoint.rows_and_columns(name) for name in self._parts]
+        starts = np.cumsum([0, *(rows for rows, _ in sizes[:-1])])
+
+        def read(rows: np.ndarray) -> _Kept:
+            part = np.searchsorted(starts, rows, side="right") - 1
+            pieces = (
+                self._checkpoint.read_levels(self._parts[part[run.start]], rows[run] - starts[part[run.start]])
+                for run in _runs(part, 0)
+            )
+            return kind(*(torch.from_numpy(np.concatenate(each)) for each in zip(*pieces, strict=True)))
+
+        return Unread(order, sizes[0][1], read)
 
 
 def _description(parts: list[Path]) -> Path:
@@ -242,6 +284,9 @@ def _describe(parts: list[Path], folder: Path) -> None:
             f"{_AGAIN}"
         )
     _refuse_types(path, entries)
+    for name in SEVERAL:
+        if (stacked := entries.pop(f"{name}.weight", None)) is not None:
+            entries |= {f"{name}.{index}.weight": part for index, part in enumerate(_unstacked(stacked))}
     tables = {
         name: _read_tensor(parts[entry.part], entry).astype(np.float64)
         for name, entry in entries.items()
@@ -297,6 +342,13 @@ def _contents(path: Path, number: int, architecture: str | None = None) -> tuple
         ) from e
 
 
+def _unstacked(entry: _Entry) -> list[_Entry]:
+    """The tensors that lie one behind the other in one of a dimension more."""
+    count, *shape = entry.shape
+    size = entry.num_bytes // count
+    return [replace(entry, shape=shape, offset=entry.offset + index * size, num_bytes=size) for index in range(count)]
+
+
 def _check_part(path: Path, metadata: dict[str, Any], number: int, count: int) -> None:
     said = metadata.get("split.count", 1) or 1
     if said != count and count == 1:
@@ -330,7 +382,11 @@ def _refuse_types(path: Path, entries: Mapping[str, _Entry]) -> None:
 def _refuse_unused(path: Path, config: PreTrainedConfig, architecture: str, entries: Iterable[str]) -> None:
     """A tensor that the model has no place for would be left out of the computation without a word."""
     names = _names(path, empty_model(config, torch.float32), architecture)
-    unused = sorted(name for name in entries if name not in ROPE_TABLES and names.target(name) is None)
+    unused = sorted(
+        name
+        for name in entries
+        if name not in ROPE_TABLES and names.target(name) is None and not is_left_out(config, name)
+    )
     if unused:
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise UserError(

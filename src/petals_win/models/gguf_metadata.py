@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TABLES = (ROPE_DIVISORS, _LONG, _SHORT)  # tensors that say how the rotary embedding is scaled
 
 _LARGEST = 2**24  # of any size: ten million tokens are the longest context there is, and a damaged file says anything
+_BY_LAYER = "per_layer_token_embd.weight"  # the table of inputs that each block gets for itself
+_STANDS_STILL = 1e20  # a divisor by which no text that there is turns anything
 _HUGE = 1e12  # of any number that is no size: bases of rotary embeddings come near it
 _NOT_YET = "which petals-win cannot follow yet. Use the model's safetensors files instead."
 
@@ -104,6 +107,7 @@ class _Family:
     window: int | None = None  # every how many blocks one sees everything (1: none does); None: no block has a window
     adjust: Callable[[dict[str, Any], _Reader], None] | None = None
     read: frozenset[str] = frozenset()  # further keys that `adjust` reads, or that change nothing here
+    by_block: frozenset[str] = frozenset()  # of _COMMON, keys whose lists of a number for each block `adjust` reads
 
 
 class _Reader:
@@ -137,11 +141,22 @@ class _Reader:
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise UserError(
-                f"The file lacks {self.architecture}.{key}, without which the model cannot be computed. "
-                "Download another version of it, or use the model's safetensors files."
-            )
+            raise self.lacks(key)
         return value
+
+    def of_blocks(self, key: str) -> list[int]:
+        """A number for each block, which the key has as a list, or once for all. Raises UserError for anything else."""
+        value, count = self.values.get(key), self.need("block_count")
+        found = value if isinstance(value, list) else [self.need(key)] * count
+        if len(found) != count or not all(type(each) is int and 0 <= each <= _LARGEST for each in found):
+            raise self.refusal(key)
+        return found
+
+    def lacks(self, key: str) -> UserError:
+        return UserError(
+            f"The file lacks {self.architecture}.{key}, without which the model cannot be computed. "
+            "Download another version of it, or use the model's safetensors files."
+        )
 
     def refusal(self, key: str, says: str | None = None) -> UserError:
         value = self.values.get(key)
@@ -174,7 +189,7 @@ def read_config(
     family = _FAMILIES[reader.architecture]
     settings: dict[str, Any] = dict(family.fixed)
     for key, name in {**_COMMON, **family.keys}.items():
-        if (value := reader.get(key)) is not None:
+        if key not in family.by_block and (value := reader.get(key)) is not None:
             settings[name] = value
     _check_shape(settings, reader)
     head_dim = reader.need("rope.dimension_count") if family.latent else _head_dim(settings, family, reader)
@@ -237,10 +252,7 @@ def _windows(settings: dict[str, Any], family: _Family, reader: _Reader) -> None
             raise reader.refusal("attention.sliding_window_pattern")
         return
     if window is None:
-        raise UserError(
-            f"The file lacks {reader.architecture}.attention.sliding_window, without which the model cannot be computed. "
-            "Download another version of it, or use the model's safetensors files."
-        )
+        raise reader.lacks("attention.sliding_window")
     count = settings["num_hidden_layers"]
     pattern = reader.values.get("attention.sliding_window_pattern", family.window)
     if isinstance(pattern, list) and len(pattern) == count:
@@ -505,6 +517,105 @@ def _gemma3(settings: dict[str, Any], reader: _Reader) -> None:
         raise UserError(f"The file scales its rotary embedding by {ROPE_DIVISORS} in a way of its own, {_NOT_YET}")
 
 
+def _gemma3n(settings: dict[str, Any], reader: _Reader) -> None:
+    """Several streams, of which each block computes one; the last blocks take keys and values of others."""
+    for key in (
+        "attention.shared_kv_layers",
+        "altup.active_idx",
+        "altup.num_inputs",
+        "attention.sliding_window_pattern",
+    ):
+        if key not in reader.values:
+            raise reader.lacks(key)
+    for name, tensor in (("laurel_rank", "blk.0.laurel_l.weight"), ("vocab_size_per_layer_input", _BY_LAYER)):
+        if tensor not in reader.shapes:
+            raise UserError(f"The file lacks the tensor {tensor}: it is damaged. Download it again.")
+        settings[name] = reader.shapes[tensor][0]
+    settings["intermediate_size"] = reader.of_blocks("feed_forward_length")
+    sparsity = reader.values.get("activation_sparsity_scale")
+    if not isinstance(sparsity, list) or len(sparsity) != settings["num_hidden_layers"]:
+        raise reader.refusal("activation_sparsity_scale")
+    # The file has deviations from the mean beyond which a number counts; -inf is where all do.
+    settings["activation_sparsity_pattern"] = [round(NormalDist().cdf(float(each)), 6) for each in sparsity]
+    local = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base_swa", 10_000.0)}
+    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
+    if settings["rope_parameters"]["full_attention"]["rope_type"] != "default":
+        raise reader.refusal("rope.scaling.type")
+
+
+def _gemma4(settings: dict[str, Any], reader: _Reader) -> None:
+    """Blocks with a window have heads and a rotary embedding of their own; the last blocks may take keys and values of others."""
+    slides = [kind == "sliding_attention" for kind in settings["layer_types"]]
+    if "attention.sliding_window_pattern" not in reader.values:
+        raise reader.lacks("attention.sliding_window_pattern")
+    first_sharing = len(slides) - settings.setdefault("num_kv_shared_layers", 0)
+    settings["global_head_dim"] = settings["head_dim"]
+    settings["head_dim"] = reader.need("attention.key_length_swa")
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if reader.get(key, settings["head_dim"]) != settings["head_dim"]:
+            raise reader.refusal(key)
+    if reader.get("rope.dimension_count", settings["global_head_dim"]) != settings["global_head_dim"]:
+        raise reader.refusal("rope.dimension_count")
+
+    own = [index for index, slide in enumerate(slides[:first_sharing]) if not slide]
+    without = [index for index in own if f"blk.{index}.attn_v.weight" not in reader.shapes]
+    if without and without != own:
+        raise UserError(f"Some blocks of the file have values and others take their keys for them, {_NOT_YET}")
+    settings["attention_k_eq_v"] = bool(without)
+
+    heads = reader.of_blocks("attention.head_count_kv")
+    of_kind = {slide: {count for count, each in zip(heads, slides, strict=True) if each is slide} for slide in slides}
+    if any(len(counts) != 1 for counts in of_kind.values()):
+        raise reader.refusal("attention.head_count_kv")
+    settings["num_key_value_heads"] = next(iter(of_kind.get(True, of_kind[slides[-1]])))
+    settings["num_global_key_value_heads"] = whole = next(iter(of_kind[False])) if False in of_kind else None
+    if whole not in (None, settings["num_key_value_heads"]) and not settings["attention_k_eq_v"]:
+        raise reader.refusal("attention.head_count_kv")
+
+    widths = reader.of_blocks("feed_forward_length")
+    settings["intermediate_size"] = width = widths[0]
+    usual = [width] * first_sharing
+    if widths not in (
+        usual + [width] * (len(slides) - first_sharing),
+        usual + [2 * width] * (len(slides) - first_sharing),
+    ):
+        raise reader.refusal("feed_forward_length")
+    settings["use_double_wide_mlp"] = widths[-1] != width
+
+    settings.setdefault("hidden_size_per_layer_input", 0)
+    if table := reader.shapes.get(_BY_LAYER):
+        settings["vocab_size_per_layer_input"] = table[0]
+    if reader.get("expert_count"):
+        settings |= {"enable_moe_block": True, "num_experts": reader.need("expert_count")}
+        settings |= {"top_k_experts": reader.need("expert_used_count")}
+        settings |= {"moe_intermediate_size": reader.need("expert_feed_forward_length")}
+    settings["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": reader.get("rope.freq_base_swa", 10_000.0)},
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": reader.get("rope.freq_base", 1_000_000.0),
+            "partial_rotary_factor": _turned_part(settings["global_head_dim"], reader),
+        },
+    }
+
+
+def _turned_part(head_dim: int, reader: _Reader) -> float:
+    """Of a head's numbers those that the rotary embedding turns: the others have divisors by which they practically stand still."""
+    divisors = reader.tables.get(ROPE_DIVISORS)
+    turned = 0 if divisors is None else int(np.count_nonzero(divisors == 1))
+    part = 2 * turned / head_dim
+    if (
+        divisors is None
+        or divisors.shape != (head_dim // 2,)
+        or not (divisors[:turned] == 1).all()
+        or not (divisors[turned:] >= _STANDS_STILL).all()
+        or int(part * head_dim // 2) != turned  # as transformers counts
+    ):
+        raise UserError(f"The file scales its rotary embedding by {ROPE_DIVISORS} in a way of its own, {_NOT_YET}")
+    reader.divisors = None  # the configuration has them
+    return part
+
+
 def _stablelm(settings: dict[str, Any], reader: _Reader) -> None:
     settings["use_qkv_bias"] = reader.has_tensor(".attn_q.bias")
     settings["use_parallel_residual"] = not reader.has_tensor(".ffn_norm.weight")
@@ -588,6 +699,48 @@ _FAMILIES: dict[str, _Family] = {
         window=6,
         adjust=_gemma3,
         read=frozenset({"rope.freq_base_swa"}),
+    ),
+    "gemma3n": _Family(
+        "gemma3n_text",
+        {
+            **_RMS,
+            "altup.active_idx": "altup_active_idx",
+            "altup.num_inputs": "altup_num_inputs",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        theta=1_000_000.0,
+        window=5,
+        adjust=_gemma3n,
+        read=frozenset({"activation_sparsity_scale", "rope.freq_base_swa"}),
+        by_block=frozenset({"feed_forward_length"}),
+    ),
+    "gemma4": _Family(
+        "gemma4_text",
+        {
+            **_RMS,
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        theta=None,
+        window=6,
+        adjust=_gemma4,
+        read=frozenset(
+            {
+                "attention.key_length_swa",
+                "attention.value_length_swa",
+                "expert_count",
+                "expert_feed_forward_length",
+                "expert_used_count",
+                "rope.dimension_count",
+                "rope.dimension_count_swa",
+                "rope.freq_base",
+                "rope.freq_base_swa",
+            }
+        ),
+        by_block=frozenset({"attention.head_count_kv", "feed_forward_length"}),
     ),
     "gpt-oss": _Family("gpt_oss", {**_RMS, **_LOCAL_EXPERTS}, theta=150_000.0, window=2, adjust=_gpt_oss),
     "minimax-m2": _Family(

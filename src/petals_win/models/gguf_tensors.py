@@ -19,6 +19,22 @@ _LATENT = re.compile(r".*\.(?P<index>\d+)\.self_attn\.kv_b_proj\.weight")
 _PAIRED = ("granite", "mistral3", "smollm3")
 
 
+# Of Gemma 4: names that the file has for parameters that are no weights of linear layers or norms.
+_GEMMA4 = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+_GEMMA4_EXPERTS = re.compile(r".*\.(?P<index>\d+)\.experts\.gate_up_proj")
+# Of Gemma 3n: tensors of the file that are several parameters, one behind the other.
+SEVERAL = {"altup_proj": "altup_projections", "altup_unembd_proj": "altup_unembed_projections"}
+_SEVERAL = re.compile(rf"(?P<before>.*\.)(?P<name>{'|'.join(SEVERAL.values())})\.(?P<index>\d+)\.weight")
+_OWN_KEYS = re.compile(r"blk\.(?P<index>\d+)\.attn_(k|v|k_norm)\.weight")
+
+
+def is_left_out(config: Any, stored: str) -> bool:
+    """Whether this tensor is of keys and values of a block that takes those of another one; files have them all the same."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    found = _OWN_KEYS.fullmatch(stored)
+    return found is not None and int(found["index"]) < len(modes) and modes[int(found["index"])] == "reuse"
+
+
 def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
     """By the name in the file, the model's name of each tensor that the gguf package's mapping of names lacks."""
     found = {}
@@ -27,6 +43,13 @@ def further_names(model_type: str, parameters: Iterable[str]) -> dict[str, str]:
             found["output.weight"] = (
                 name  # llama.cpp's lists leave out the heads of models that have none of their own
             )
+        elif model_type == "gemma3n_text" and (one := _SEVERAL.fullmatch(name)):
+            stored_as = next(stored for stored, ours in SEVERAL.items() if ours == one["name"])
+            found[f"{stored_as}.{one['index']}.weight"] = name
+        elif model_type == "gemma4_text" and (fused := _GEMMA4_EXPERTS.fullmatch(name)):
+            found |= {f"blk.{fused['index']}.ffn_{part}_exps.weight": name for part in ("gate", "up")}
+        elif model_type == "gemma4_text" and (stored := _GEMMA4.get(".".join(name.split(".")[3:]))):
+            found[f"blk.{name.split('.')[2]}.{stored}"] = name
         elif model_type in _FUSED_EXPERTS and (experts := _EXPERTS.fullmatch(name)):
             ending = "bias" if experts["bias"] else "weight"
             for part in ("gate", "up") if experts["part"] == "gate_up" else ("down",):
@@ -50,6 +73,8 @@ def restored(
         # rows of gate and up take turns, and inputs come before outputs
         woven = np.stack(halves, axis=2).reshape(len(halves[0]), -1, *halves[0].shape[2:])
         return woven if experts["bias"] else woven.swapaxes(1, 2)
+    if model_type == "gemma4_text" and _GEMMA4_EXPERTS.fullmatch(target) and len(parts) > 1:
+        return np.concatenate([part for _, part in sorted(parts.items())], axis=1)  # gate comes before up
     if model_type == "gemma" and target.endswith("norm.weight"):
         return _only(parts) - 1
     if model_type in _DEEPSEEK and _LATENT.fullmatch(target) and len(parts) > 1:

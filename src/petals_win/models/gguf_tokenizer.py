@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _TEMPLATE = "tokenizer.chat_template"
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-_GEMMA = ("gemma", "gemma2", "gemma3")  # whose sentencepiece never puts a space before the text
+_OF_GEMMA_4 = "gemma4"  # tokenizer.ggml.model: pieces of sentencepiece with merges
+_GEMMA = ("gemma", "gemma2", "gemma3", "gemma3n")  # whose sentencepiece never puts a space before the text
 
 # Vocabularies whose words are looked up whole before anything is merged, and that begin a text if no key says whether.
 _WHOLE_WORDS = {
@@ -66,6 +67,7 @@ _ENDS_OF_TURNS = {
     "<|eot_id|>",
     "<|eom_id|>",
     "<end_of_turn>",
+    "<turn|>",
     "<|end_of_turn|>",
     "<|endofturn|>",
     "<EOT>",
@@ -92,7 +94,7 @@ class GgufTokenizer:
                 "Download another version of it."
             )
         model = self._get("model")
-        if model not in ("gpt2", "llama"):
+        if model not in ("gpt2", "llama", _OF_GEMMA_4):
             raise UserError(
                 f"{name} has a tokenizer of the kind {model} (tokenizer.ggml.model), which petals-win cannot follow yet. "
                 "Use the model's safetensors files instead."
@@ -106,7 +108,9 @@ class GgufTokenizer:
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            add_bos_token=bool(self._get("add_bos_token", model == "llama" or str(self._get("pre")) in _WHOLE_WORDS)),
+            add_bos_token=bool(
+                self._get("add_bos_token", model in ("llama", _OF_GEMMA_4) or str(self._get("pre")) in _WHOLE_WORDS)
+            ),
             add_eos_token=bool(self._get("add_eos_token", False)),
             clean_up_tokenization_spaces=False,
             **{role: self._text(key) for role, key in roles.items()},
@@ -189,17 +193,23 @@ class GgufTokenizer:
         return backend
 
     def _sentencepiece(self, architecture: str) -> Tokenizer:
-        vocabulary = {"tokens": self._tokens, "token_type": self._types}
+        model = self._get("model")
+        vocabulary = {"tokenizer_type": model, "tokens": self._tokens, "token_type": self._types}
         if merges := self._list("merges", str):
             vocabulary["merges"] = merges
+        elif model == _OF_GEMMA_4:  # its scores do not tell their order
+            raise UserError(
+                f"{self._name} has a vocabulary without merges. Use the model's safetensors files instead."
+            )
         elif len(scores := self._list("scores", (int, float))) == len(self._tokens):
             vocabulary["scores"] = scores
         else:
             raise UserError(
                 f"{self._name} has a vocabulary without scores. Use the model's safetensors files instead."
             )
-        backend = sentencepiece_backend(architecture, vocabulary)
-        if architecture in _GEMMA:
+        # transformers knows that of Gemma 3n by the name of the model before it.
+        backend = sentencepiece_backend("gemma3" if architecture in _GEMMA else architecture, vocabulary)
+        if model == _OF_GEMMA_4 or architecture in _GEMMA:
             return backend
         spaces = normalizers.Replace(" ", "▁")
         decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from petals_win.errors import UserError
 from petals_win.models.loading import one_answer_at_a_time
-from petals_win.models.source import load_tokenizer
+from petals_win.models.tokenizer import load_tokenizer
 
 CONFIG = "genai_config.json"
 MARKER = "petals_win_conversion.json"  # in what `petals-win convert` made: {"name": the model's}

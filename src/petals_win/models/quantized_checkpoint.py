@@ -89,7 +89,7 @@ def refuse_dtype(name: str, key: str, dtype: str) -> UserError:
 def _refusal(name: str, how: str) -> str:
     return (
         f"The weights of {name} are {how}, which petals-win does not read. Take the model's 16-bit safetensors files instead, "
-        "which a node quantizes itself with --quant nf4, or a GGUF file of it."
+        "which a node quantizes itself with --quant int4, or a GGUF file of it."
     )
 
 

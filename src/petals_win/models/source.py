@@ -1,6 +1,6 @@
 """Where a model comes from: a Hugging Face id, a local folder, a .gguf file, or the default model.
 
-Knows names, configurations and tokenizers. Does not know spans.
+Knows names and configurations. Does not know spans.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as VERSION
 
 from petals_win.errors import UserError
@@ -30,16 +30,12 @@ from petals_win.models.gguf_parts import name_of_model
 from petals_win.models.hub import HubModel
 from petals_win.models.loading import load_whole_model
 from petals_win.models.quantized_checkpoint import take_format
+from petals_win.models.tokenizer import load_tokenizer
 
 # What llama.cpp's tools put behind a model's name, such as ".Q4_K_M" or "-f16".
 _QUANTIZATION = re.compile(r"[.\-_](i?q\d\w*|tq\d\w*|mxfp4\w*|bf16|f16|f32|fp16|fp32)$", re.IGNORECASE)
 
 _LARGEST = 2**40  # of any number in a configuration: beyond it, sizes of tensors overflow
-
-_NO_FAST_TOKENIZER = (
-    "{name} has its tokenizer as tokenizer.model only, or as ranks of tiktoken, which takes further packages to read. Run: "
-    "python -m pip install sentencepiece tiktoken, or take a version of the model that has the file tokenizer.json."
-)
 
 
 class ModelSource:
@@ -143,7 +139,7 @@ class ModelSource:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, with its chat template if it has one."""
-        return load_tokenizer(self.name, self._place, **self._hub_arguments)
+        return load_tokenizer(self.name, self._place, text_config(self.config).model_type, **self._hub_arguments)
 
     def generation_config(self) -> GenerationConfig | None:
         """How the model's makers want it to generate (end tokens, sampling), if they say. Raises UserError if nobody can read it."""
@@ -161,28 +157,6 @@ class ModelSource:
     def whole_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model as transformers has it, complete and in this process."""
         return load_whole_model(self, dtype or self.dtype)
-
-
-def load_tokenizer(name: str, place: str, **hub_arguments: Any) -> Any:
-    """The tokenizer of the model `name`, which from_pretrained() finds at `place`. Raises UserError if there is none that can be read."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **hub_arguments)
-        words = tokenizer.get_vocab().keys()
-        if words:
-            tokenizer.decode(tokenizer("Hello, world! 1")["input_ids"])  # some damage shows only when it is used
-    except Exception as e:  # transformers and tokenizers check these files in many places, by errors of all kinds
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        if re.search("tiktoken|sentencepiece", reason, re.IGNORECASE):
-            raise UserError(_NO_FAST_TOKENIZER.format(name=name)) from e
-        raise UserError(
-            f"The tokenizer of {name} cannot be loaded: {reason.rstrip('.')}. Download the model again, with all of its files."
-        ) from e
-    if words <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
-        raise UserError(
-            f"The tokenizer of {name} has no words: its files, such as tokenizer.json, are missing. "
-            "Download the model again, with all of its files."
-        )
-    return tokenizer
 
 
 def open_model(

@@ -1,16 +1,19 @@
-"""The parts of transformers that are not a stable API: the loading of single tensors and what it knows about GGUF files.
+"""The parts of transformers that are not a stable API: the loading of single tensors, and what it knows about GGUF files and tokenizers.
 
-Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way, and which map
-the names and build the tokenizers of GGUF files. Does not know what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
+Knows which functions of transformers load a tensor into a model, renaming, splitting or fusing it on the way, which map
+the names and build the tokenizers of GGUF files, and which read ranks of tiktoken. Does not know what a span is. Everything else in this room goes through public names, so when a new transformers breaks the loading, it
 breaks here, and tests/models/test_transformers_internals.py says so first.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -29,6 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from petals_win.models.architecture import text_config
 from petals_win.models.gguf_tensors import further_names, restored
@@ -183,10 +188,54 @@ def inverse_frequencies(config: PreTrainedConfig) -> np.ndarray:
 
 
 def sentencepiece_backend(architecture: str, vocabulary: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file whose `tokenizer.ggml.model` is llama, as transformers builds it from these entries."""
-    return convert_gguf_tokenizer(architecture, {"tokenizer_type": "llama", **vocabulary})[0]
+    """The tokenizer of a GGUF file of pieces of sentencepiece, as transformers builds it from these entries."""
+    return convert_gguf_tokenizer(architecture, vocabulary)[0]
 
 
 def pre_tokenizer_split(name: str) -> str | None:
     """The regular expression by which words are told apart under this `tokenizer.ggml.pre`, if transformers knows one."""
     return GGUF_PRE_TOKENIZER_SPLITS.get(name)
+
+
+def small_file(place: str, name: str, hub_arguments: Mapping[str, Any]) -> Path | None:
+    """A file beside a model, where from_pretrained() would find it; None if there is none."""
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    found = cached_file(place, name, **quiet, **hub_arguments)
+    return None if found is None else Path(found)
+
+
+def are_ranks(path: Path) -> bool:
+    """Whether a tokenizer's file is one of tiktoken, by its first line."""
+    with path.open("rb") as file:
+        return _RANK.fullmatch(file.readline(_LONGEST_LINE)) is not None
+
+
+_RANK = re.compile(rb"([A-Za-z0-9+/]+=*) (\d+)\r?\n?")
+_LONGEST_LINE = 2**16  # bytes; a token has up to some hundred
+
+
+def _ranks(tiktoken_url: str) -> dict[bytes, int]:
+    """By the bytes of each token its number. Raises ValueError if a line is none, or a single byte is no token."""
+    path, ranks = tiktoken_url, dict[bytes, int]()
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        found = _RANK.fullmatch(line)
+        try:
+            token = base64.b64decode(found[1], validate=True) if found else b""
+        except binascii.Error:
+            token = b""
+        if not found or not token or token in ranks:
+            raise ValueError(f"line {number} of {path} is no rank of tiktoken, or the same token again")
+        ranks[token] = int(found[2])
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{path} has no token for the byte {lacking[0]}")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} leaves out numbers of tokens, or has one twice")
+    return ranks
+
+
+TikTokenConverter.load_tiktoken_bpe = staticmethod(_ranks)  # otherwise it wants a package for these lines

@@ -16,6 +16,7 @@ from petals_win.span.quantized_linear import Quant, check_quantizes, is_installe
 
 logger = logging.getLogger(__name__)
 
+_INT8_FROM = (7, 5)  # the compute capability that bitsandbytes multiplies in 8 bits with
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,19 +58,14 @@ def choose_dtype(name: str | None, source: ModelSource, device: torch.device) ->
 def choose_quant(
     name: str | None, device: torch.device, adapters: bool = False, source: ModelSource | None = None
 ) -> Quant:
-    """The quantization asked for; by default int4 for a model in four bits that it can take over, else nf4 on a GPU if it can be had there.
+    """The quantization asked for; by default int4 for a model in four bits that it can take over, else what suits the device.
 
     Raises UserError for one that cannot be had.
     """
     if name is None:
         if source is not None and source.in_few_bits:
             return _as_stored(source, device)
-        if device.type != "cuda" or adapters:
-            return "none"
-        if not is_installed():
-            logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 4 bits would do")
-            return "none"
-        return "nf4"
+        return _of_a_card(device, adapters) if device.type == "cuda" else "none"
     quant = parse_quant(name)
     check_quantizes(quant, device)
     if adapters and quant not in ("none", "int4"):
@@ -86,3 +82,22 @@ def _as_stored(source: ModelSource, device: torch.device) -> Quant:
         return "none"
     logger.info("Serving in int4, since %s is stored in four bits; --quant none is 16 bits or more", source.name)
     return "int4"
+
+
+def lacks_bitsandbytes(device: torch.device) -> bool:
+    """Whether this card could keep weights in 8 bits if that package were installed, and cannot in four."""
+    fits = bool(int4.why_not(device)) and torch.cuda.get_device_capability(device) >= _INT8_FROM
+    return fits and not is_installed()
+
+
+def _of_a_card(device: torch.device, adapters: bool) -> Quant:
+    """The smallest form that makes texts little more surprising than 16 bits do; README has the figures, nf4 costs more than int4."""
+    if not int4.why_not(device):
+        logger.info("Serving in int4; --quant none is 16 bits")
+        return "int4"
+    if adapters or torch.cuda.get_device_capability(device) < _INT8_FROM:
+        return "none"
+    if lacks_bitsandbytes(device):
+        logger.info("Serving in 16 bits: with bitsandbytes (python -m pip install bitsandbytes) 8 bits would do")
+        return "none"
+    return "int8"

@@ -21,6 +21,7 @@ from petals_win.errors import UserError
 from petals_win.host.threads import look_around
 from petals_win.models.architecture import (
     ONLY_ATTENTION,
+    WITH_STATES,
     attention_windows,
     attentions_of_a_block,
     chunked_blocks,
@@ -50,6 +51,7 @@ class CutDecoder:
         self._config = blocks.decoder.config
         self._windows = attention_windows(self._config)
         self._kinds = kinds_of_blocks(self._config)
+        self._has_states = bool(set(self._kinds) & set(WITH_STATES))
         self._chunked = chunked_blocks(self._config)
         self.row = Row.of(self._config)
         self.cuts = Cuts.of(self._config)
@@ -139,8 +141,8 @@ class CutDecoder:
         # Not the states themselves, which some models scale in place.
         in_its_place = hidden.new_zeros(*hidden.shape[:-1], self.row.hidden)
         try:
-            if position_ids is None and isinstance(cache, SessionCache) and cache.has_states:
-                # Some hybrids count the positions of their attention from what comes in, not from what the cache has.
+            if position_ids is None and isinstance(cache, SessionCache) and self._has_states:
+                # Bamba counts the positions of its attention from what comes in, not from what the cache has.
                 past, length = cache.position, hidden.shape[1]
                 position_ids = torch.arange(past, past + length, device=hidden.device)[None]
             more = {} if position_ids is None else {"position_ids": position_ids}

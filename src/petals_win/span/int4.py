@@ -16,12 +16,13 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
-from petals_win.models.four_bits import Groups
+from petals_win.models.four_bits import Groups, UnreadGroups
 from petals_win.span.packed_linear import can_pack
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
+_TILE_ROWS = 8  # of a weight on a card
 _UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
 _STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
 
@@ -139,10 +140,10 @@ class Panels(nn.Module):
     kind = INT4
     rounding = ON_CPU
 
-    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, of whole panels."""
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, of whole panels, with so many rows in all."""
         super().__init__()
-        self.register_buffer("panels", torch.cat([_panels(*piece) for piece in pieces]), persistent=False)
+        self.register_buffer("panels", _joined((_panels(*piece) for piece in pieces), rows // PANEL), persistent=False)
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
@@ -176,13 +177,17 @@ class Tiles(nn.Module):
     scales: torch.Tensor  # and zeros, bfloat16 [groups, padded rows, 2]
     rounding = ON_CARD
 
-    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, packed on the card one by one."""
+    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
+        """Of pieces as `quantize` returns them, with so many rows in all, packed on the card one by one."""
         super().__init__()
-        packed, scales = zip(
-            *((_tiles(levels.to(device)), scales.transpose(0, 1)) for levels, scales in pieces), strict=True
-        )
-        self.register_buffer("packed", torch.cat(packed), persistent=False)
+        scales: list[torch.Tensor] = []
+
+        def packed() -> Iterator[torch.Tensor]:
+            for levels, scales_of_piece in pieces:
+                scales.append(scales_of_piece.transpose(0, 1))
+                yield _tiles(levels.to(device))
+
+        self.register_buffer("packed", _joined(packed(), rows // _TILE_ROWS), persistent=False)
         self.register_buffer("scales", torch.cat(scales, 1).contiguous().to(device), persistent=False)
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
@@ -210,24 +215,29 @@ class Tiles(nn.Module):
 class FewBits(nn.Module):
     """A weight [rows, columns] in few bits. Stands for it in linear() and @, so that code that computes with it stays as it is."""
 
-    def __init__(self, rows: int, columns: int, kept: Panels | Tiles) -> None:
+    order: torch.Tensor | None  # int32 [columns]: which input each column that is kept is multiplied by
+
+    def __init__(self, rows: int, columns: int, kept: Panels | Tiles, order: torch.Tensor | None = None) -> None:
         super().__init__()
         self.rows, self.columns, self.kept = rows, columns, kept
+        self.register_buffer("order", order, persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.kept.buffers())
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows], of the same dtype."""
         if torch.is_grad_enabled() and inputs.requires_grad:
             return _Function.apply(inputs, self)
-        output = self.kept.multiply(inputs.reshape(-1, self.columns), self.rows)
+        flat = inputs.reshape(-1, self.columns)
+        output = self.kept.multiply(flat if self.order is None else flat[:, self.order], self.rows)
         return output.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
 
     def dequantized(self) -> torch.Tensor:
         """The values that stand for the weight, [rows, columns]."""
-        return self.kept.dequantized(self.rows)
+        values = self.kept.dequantized(self.rows)
+        return values if self.order is None else values[:, torch.argsort(self.order)]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -270,10 +280,22 @@ class FewBitsLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
+class ScatteredLinear(FewBitsLinear):
+    """One whose weight has an order of inputs of its own. Another class, since no kernel computes a block with such layers."""
+
+
+def few_bits_linear(
+    weight: FewBits, bias: nn.Parameter | None, device: torch.device, dtype: torch.dtype
+) -> FewBitsLinear:
+    """The layer for a weight."""
+    kind = FewBitsLinear if weight.order is None else ScatteredLinear
+    return kind(weight, bias, device, dtype)
+
+
 class Int4Stack(nn.Module):
     """In the place of a tensor of weights [experts, …]: each of them by its number."""
 
-    def __init__(self, weights: Iterable[torch.Tensor | Groups], device: torch.device) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor | Groups | UnreadGroups], device: torch.device) -> None:
         """`weights` are the experts', [rows, columns] each."""
         super().__init__()
         self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in weights)
@@ -282,7 +304,7 @@ class Int4Stack(nn.Module):
         return self._experts[int(index)]
 
 
-def taken_over(groups: Groups, device: torch.device) -> Int4Weight | Int4Stack:
+def taken_over(groups: Groups | UnreadGroups, device: torch.device) -> Int4Weight | Int4Stack:
     """A weight [rows, columns], or those of experts, as a file has it."""
     if len(groups.shape) == 2:
         return Int4Weight(groups, device)
@@ -312,7 +334,20 @@ def _pieces(rows: int, columns: int) -> Iterator[range]:
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _quantized(weight: torch.Tensor | Groups, rows: range, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(pieces: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """The pieces one behind the other, `length` of what they have along their first dimension; no two of them are in memory with it."""
+    whole, end = torch.empty(0), 0
+    for piece in pieces:
+        if not end:
+            whole = piece.new_empty(length, *piece.shape[1:])
+        whole[end : end + len(piece)] = piece
+        end += len(piece)
+    return whole
+
+
+def _quantized(
+    weight: torch.Tensor | Groups | UnreadGroups, rows: range, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of these rows, some of which may be padding, as `quantize` returns it."""
     own = weight[rows.start : rows.stop]
     if isinstance(own, Groups):

@@ -140,7 +140,7 @@ def _in_int4(
         if kept is None and stored is None and not weight.is_meta:
             kept = int4.Int4Weight(weight, device)
         bias: Any = layer.bias
-        return layer if kept is None else int4.FewBitsLinear(kept, bias, device, dtype)
+        return layer if kept is None else int4.few_bits_linear(kept, bias, device, dtype)
 
     replace_children(module, quantized)
     for part in list(module.modules()):

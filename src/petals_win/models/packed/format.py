@@ -21,7 +21,7 @@ class Format:
     `plain` gets them by these endings and gives the weight as linear layers have it, [out, in]; it raises CannotUnpack.
     `marks` are the endings of which one at least shows that a weight is in this format, `result` is the ending of the plain
     weight's name. What ends as `left_out` is of use only to whoever computes in eight bits. `groups` gives the same weight as its
-    levels, where the format has such, for groups of GROUP inputs or more.
+    levels, where the format has such, for groups of GROUP inputs or more; None for a weight that has not.
     """
 
     marks: tuple[str, ...]
@@ -30,7 +30,7 @@ class Format:
     plain: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     result: str = ".weight"
     left_out: tuple[str, ...] = ()
-    groups: Callable[[Mapping[str, torch.Tensor]], Groups] | None = None
+    groups: Callable[[Mapping[str, torch.Tensor]], Groups | None] | None = None
 
 
 def fits(right: bool, clause: str) -> None:

@@ -16,16 +16,16 @@ _WEIGHT, _ZEROS, _SCALES, _GROUP_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
 def gptq(bits: int, group_size: int, less_one: bool, in_order: bool) -> Format:
     """`less_one`: zero points are stored less one, as all but the second version of the format do.
 
-    `in_order`: the inputs of a group are neighbours.
+    `in_order`: the inputs of a group are neighbours; else they are anywhere, as where those of large activations came first.
     """
     made = functools.partial(_numbers, bits=bits, group_size=group_size, less_one=less_one)
-    has_groups = bits == 4 and in_order and group_size % GROUP in (0, -1 % GROUP)
+    has_groups = bits == 4 and group_size % GROUP in (0, -1 % GROUP)
     return Format(
         marks=(_WEIGHT,),
         parts=(_WEIGHT, _ZEROS, _SCALES, _GROUP_OF),
         required=(_WEIGHT, _ZEROS, _SCALES),
         plain=lambda parts: _plain(*made(parts)),
-        groups=(lambda parts: _groups(*made(parts))) if has_groups else None,
+        groups=(lambda parts: _groups(*made(parts), in_order)) if has_groups else None,
     )
 
 
@@ -57,7 +57,15 @@ def _plain(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, gro
     return ((numbers - zeros[group_of]) * scales[group_of]).T
 
 
-def _groups(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor) -> Groups:
-    in_order = torch.arange(len(numbers)) // (len(numbers) // len(scales))
-    fits(torch.equal(group_of, in_order), "its inputs are in another order than its config.json says")
-    return Groups.of_points(numbers.T, zeros.T, scales.T)
+def _groups(
+    numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor, in_order: bool
+) -> Groups | None:
+    """None if not all groups have as many inputs."""
+    neighbours = torch.arange(len(numbers)) // (len(numbers) // len(scales))
+    if torch.equal(group_of, neighbours):
+        return Groups.of_points(numbers.T, zeros.T, scales.T)
+    fits(not in_order, "its inputs are in another order than its config.json says")
+    order = torch.argsort(group_of, stable=True)
+    if not torch.equal(group_of[order], neighbours):
+        return None
+    return Groups.of_points(numbers[order].T, zeros.T, scales.T, order)
