@@ -57,9 +57,15 @@ class Groups:
 class UnreadGroups:
     """A weight [..., rows, columns] whose groups are read when rows are asked for, so that it is never in memory as a whole."""
 
-    def __init__(self, rows: np.ndarray, columns: int, read: Callable[[np.ndarray], Groups]) -> None:
-        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]."""
-        self._rows, self._columns, self._read = rows, columns, read
+    def __init__(
+        self,
+        rows: np.ndarray,
+        columns: int,
+        read: Callable[[np.ndarray], Groups],
+        order: torch.Tensor | None = None,
+    ) -> None:
+        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]. `order`: as of Groups."""
+        self._rows, self._columns, self._read, self.order = rows, columns, read, order
 
     @property
     def shape(self) -> torch.Size:
@@ -73,7 +79,12 @@ class UnreadGroups:
         """One expert of several; or some rows of a weight [rows, columns]."""
         if isinstance(index, slice):
             return self._read(self._rows[index])
-        return UnreadGroups(self._rows[index], self._columns, self._read)
+        return UnreadGroups(self._rows[index], self._columns, self._read, self.order)
+
+    def through(self, way: Callable[[Callable[[], Groups]], Groups]) -> UnreadGroups:
+        """The same, but each reading is called by `way`."""
+        read = self._read
+        return UnreadGroups(self._rows, self._columns, lambda rows: way(lambda: read(rows)), self.order)
 
 
 def groups_of(tensor: object) -> Groups | UnreadGroups | None:

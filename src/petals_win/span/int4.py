@@ -224,7 +224,7 @@ class Int4Weight(nn.Module):
         padded = _padded(self.rows)
         pieces = (_quantized(weight, rows, kept.rounding) for rows in _pieces(padded, self.columns))
         self.kept: Panels | Tiles = kept(pieces, padded, device)
-        order = weight.order if isinstance(weight, Groups) else None
+        order = None if isinstance(weight, torch.Tensor) else weight.order
         self.register_buffer("order", None if order is None else order.to(device, torch.int32), persistent=False)
 
     @property
