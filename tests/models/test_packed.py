@@ -259,6 +259,18 @@ def test_gradients_of_weights_in_an_order_of_their_own(published):
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+def test_what_is_wrong_behind_the_rows_that_are_read_first_is_told(published):
+    folder, _ = published("gptq")
+
+    def change_the_last(held: dict[str, torch.Tensor]) -> None:
+        assert held[WEIGHT + ".scales"].shape[1] > 64
+        held[WEIGHT + ".qzeros"][:, -1] = -1
+
+    change(folder, change_the_last)
+    said = refused(lambda: Span.load(open_model(str(folder)), 1, 2, quant="int4"))
+    assert f"{WEIGHT}.weight of packed cannot be made plain: its zero points can be understood in two ways" in said
+
+
 def test_groups_of_different_sizes_stay_plain(published):
     """As no file has them, but the names of groups may say so."""
     folder, _ = published(IN_ORDER)

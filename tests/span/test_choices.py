@@ -61,7 +61,7 @@ def test_a_card_keeps_weights_in_the_smallest_form_that_is_nearly_as_good_as_16_
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(choices, "is_installed", lambda: installed)
-    source: Any = SimpleNamespace(in_four_bits=frozenset())
+    source: Any = SimpleNamespace(in_few_bits={})
     assert choose_quant(None, CUDA, adapters, source) == expected
     assert lacks_bitsandbytes(CUDA) == (capability == (7, 5) and not installed)
     assert choose_quant(None, CPU, adapters, source) == "none"

@@ -231,7 +231,7 @@ def test_weights_are_read_in_pieces_and_each_row_once(file_of, monkeypatch):
 
 def test_a_file_that_became_shorter_is_told_of(file_of):
     source = file_of("llama", Q4_0)
-    assert source.in_four_bits
+    assert source.in_few_bits
     path = source.checkpoint._parts[0]
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match="ends too early: it has been changed. Download it again"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from petals_win.host.threads import computing
 from petals_win.models.eight_bits import Scaled
+from petals_win.models.four_bits import Unread
 from petals_win.span.int4 import FewBitsLinear
 from petals_win.span.int8 import Int8Weight
 from petals_win.span.layouts import fastest_layout, lay_out
@@ -28,7 +29,7 @@ _SEVERAL = 4  # rows from which on the packed layer is taken, if it is faster fo
 _TRIED_ROWS, _TRIED_ROUNDS = 8, 3
 
 
-def fast_head(head: nn.Module, embedding: nn.Module, stored: Scaled | None = None) -> nn.Module:
+def fast_head(head: nn.Module, embedding: nn.Module, stored: Unread[Scaled] | None = None) -> nn.Module:
     """What computes as `head` does, as fast as this PC can.
 
     `embedding` is the model's, which may have the same weight. `stored` is the head's weight as its file has it, if that is in eight bits:

@@ -20,6 +20,7 @@ from petals_win.client.head import fast_head
 from petals_win.host.threads import computing
 from petals_win.models.architecture import config_of_blocks, find_blocks, text_config
 from petals_win.models.eight_bits import Scaled, scaled_of
+from petals_win.models.four_bits import Unread
 from petals_win.models.loading import load_parts, model_to_fill
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
@@ -170,7 +171,9 @@ def remote_layer(model: PreTrainedModel) -> RemoteLayer:
     return next(module for module in model.modules() if isinstance(module, RemoteLayer))
 
 
-def _scaled_weight_of(layer: nn.Module, model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> Scaled | None:
+def _scaled_weight_of(
+    layer: nn.Module, model: PreTrainedModel, tensors: Mapping[str, LazyTensor]
+) -> Unread[Scaled] | None:
     """A layer's weight as the checkpoint has it, if that is in eight bits, under its own name or as the embeddings that it is."""
     weight = getattr(layer, "weight", None)
     names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petals_win.errors import UserError
 from petals_win.models.checkpoint import SafetensorsCheckpoint
-from petals_win.models.four_bits import GROUP, Groups
+from petals_win.models.four_bits import GROUP, Groups, Unread, UnreadGroups
 from petals_win.models.packed.format import Format
 from petals_win.models.transformers_internals import LazyTensor
 
@@ -93,13 +93,17 @@ class _Plain:
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._made_by(self._format.plain)[index]
 
-    def groups(self) -> Groups | None:
+    def groups(self) -> Groups | UnreadGroups | None:
         """The same as levels, if the format has them."""
-        return None if self._format.groups is None else self._made_by(self._format.groups)
+        found = None if self._format.groups is None else self._made_by(self._format.groups)
+        return found.through(self._saying) if isinstance(found, Unread) else found
 
     def _made_by(self, make: Callable[[Mapping[str, torch.Tensor]], T]) -> T:
+        return self._saying(lambda: make({ending: tensor[...] for ending, tensor in self._parts.items()}))
+
+    def _saying(self, make: Callable[[], T]) -> T:
         try:
-            return make({ending: tensor[...] for ending, tensor in self._parts.items()})
+            return make()
         except ValueError as e:
             raise UserError(
                 f"The tensor {self._key} of {self._model} cannot be made plain: {e}. Take the model's 16-bit safetensors files instead, "

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
+from petals_win.models.four_bits import Unread
+
 NEIGHBOURS = 16
 
 
@@ -35,7 +37,7 @@ class Scaled:
         return Scaled(self.levels[index], self.scale[index])
 
 
-def scaled_of(tensor: object) -> Scaled | None:
+def scaled_of(tensor: object) -> Unread[Scaled] | None:
     """What a tensor of a checkpoint is in eight bits; None: it is in another form."""
     scaled = getattr(tensor, "scaled", None)
     return None if scaled is None else scaled()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from petals_win.models.architecture import find_blocks
 
 GROUP = 32
+_Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,40 @@ class Groups:
         return cls(*parts, order)
 
 
-class UnreadGroups:
-    """A weight [..., rows, columns] whose groups are read when rows are asked for, so that it is never in memory as a whole."""
+class Unread(Generic[_Kept]):
+    """A weight [..., rows, columns] that is read when rows are asked for, so that it is never in memory as a whole."""
 
-    def __init__(self, rows: np.ndarray, columns: int, read: Callable[[np.ndarray], Groups]) -> None:
-        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]."""
-        self._rows, self._columns, self._read = rows, columns, read
+    def __init__(
+        self,
+        rows: np.ndarray,
+        columns: int,
+        read: Callable[[np.ndarray], _Kept],
+        order: torch.Tensor | None = None,
+    ) -> None:
+        """`rows` [..., rows] is by which number `read` knows each row; it takes some of the numbers, [rows]. `order`: as of Groups."""
+        self._rows, self._columns, self._read, self.order = rows, columns, read, order
 
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self._rows.shape, self._columns))
 
     @overload
-    def __getitem__(self, index: int) -> UnreadGroups: ...
+    def __getitem__(self, index: int) -> Unread[_Kept]: ...
     @overload
-    def __getitem__(self, index: slice) -> Groups: ...
-    def __getitem__(self, index: int | slice) -> UnreadGroups | Groups:
+    def __getitem__(self, index: slice) -> _Kept: ...
+    def __getitem__(self, index: int | slice) -> Unread[_Kept] | _Kept:
         """One expert of several; or some rows of a weight [rows, columns]."""
         if isinstance(index, slice):
             return self._read(self._rows[index])
-        return UnreadGroups(self._rows[index], self._columns, self._read)
+        return Unread(self._rows[index], self._columns, self._read, self.order)
+
+    def through(self, way: Callable[[Callable[[], _Kept]], _Kept]) -> Unread[_Kept]:
+        """The same, but each reading is called by `way`."""
+        read = self._read
+        return Unread(self._rows, self._columns, lambda rows: way(lambda: read(rows)), self.order)
+
+
+UnreadGroups = Unread[Groups]
 
 
 def groups_of(tensor: object) -> Groups | UnreadGroups | None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ _PIECE = (
     2**18
 )  # values that are dequantized at once: they fit into a processor's cache, and blocks of any type into them
 _LARGE = 2**20  # values of a tensor from which on it does not pass through float32 as a whole
+_Kept = TypeVar("_Kept", Groups, Scaled)
 _LEVELS: dict[int, Mapping[GGMLQuantizationType, Callable[[np.ndarray], tuple[np.ndarray, ...]]]] = {
     4: four_bits.GGUF_TYPES,
     8: eight_bits.GGUF_TYPES,

@@ -253,12 +253,14 @@ class FewBits(nn.Module):
 class Int4Weight(FewBits):
     """A weight in groups of four bits."""
 
-    def __init__(self, weight: torch.Tensor | Groups, device: torch.device) -> None:
+    def __init__(self, weight: torch.Tensor | Groups | UnreadGroups, device: torch.device) -> None:
         """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
         rows, columns = weight.shape
-        kept = Panels if device.type == "cpu" else Tiles
-        pieces = (_quantized(weight, some, kept.rounding) for some in _pieces(_padded(rows), columns))
-        super().__init__(rows, columns, kept(pieces, device))
+        kept, padded = Panels if device.type == "cpu" else Tiles, _padded(rows)
+        pieces = (_quantized(weight, some, kept.rounding) for some in _pieces(padded, columns))
+        order = None if isinstance(weight, torch.Tensor) else weight.order
+        order = None if order is None else order.to(device, torch.int32)
+        super().__init__(rows, columns, kept(pieces, padded, device), order)
 
 
 _MULTIPLYING = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)

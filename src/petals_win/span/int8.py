@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP, INT8, PANEL, kernels
 from petals_win.models.eight_bits import NEIGHBOURS, Scaled
+from petals_win.models.four_bits import Unread
 from petals_win.span.int4 import FewBits, Panels
 
 _AT_ONCE = 2**20  # weights that are packed at once
@@ -26,7 +27,7 @@ class Int8Panels(Panels):
 
     kind = INT8
 
-    def __init__(self, scaled: Scaled) -> None:
+    def __init__(self, scaled: Scaled | Unread[Scaled]) -> None:
         torch.nn.Module.__init__(self)
         self.register_buffer("panels", _panels(scaled), persistent=False)
 
@@ -34,12 +35,12 @@ class Int8Panels(Panels):
 class Int8Weight(FewBits):
     """A weight in eight bits on the CPU."""
 
-    def __init__(self, scaled: Scaled) -> None:
+    def __init__(self, scaled: Scaled | Unread[Scaled]) -> None:
         rows, columns = scaled.shape
         super().__init__(rows, columns, Int8Panels(scaled))
 
     @classmethod
-    def of(cls, scaled: Scaled | None) -> Int8Weight | None:
+    def of(cls, scaled: Scaled | Unread[Scaled] | None) -> Int8Weight | None:
         """None where there are no kernels for the weight, or for this processor."""
         return None if scaled is None or scaled.shape[1] % GROUP or kernels() is None else cls(scaled)
 
@@ -48,7 +49,7 @@ def _padded(rows: int) -> int:
     return -(-rows // PANEL) * PANEL
 
 
-def _panels(scaled: Scaled) -> torch.Tensor:
+def _panels(scaled: Scaled | Unread[Scaled]) -> torch.Tensor:
     """uint8 [panels, groups, bytes]: the scales of either half of a group's inputs, then the levels, outputs side by side."""
     rows, columns = scaled.shape
     groups = columns // GROUP

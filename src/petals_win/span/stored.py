@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from petals_win.errors import UserError
-from petals_win.models.eight_bits import Scaled, scaled_of
+from petals_win.models.eight_bits import scaled_of
 from petals_win.models.four_bits import groups_of
 from petals_win.models.source import ModelSource
 from petals_win.models.transformers_internals import LazyTensor
@@ -32,16 +32,20 @@ class StoredWeights:
         bits, shape = self._bits.get(name), self._model.get_parameter(name).shape
         if bits is None or not has_place(*shape[-2:]):
             return False
-        found = groups_of(tensor) if bits == 4 else scaled_of(tensor)
-        if found is None:
-            return False
-        if found.shape != shape:
+        if bits == 8 and (scaled := scaled_of(tensor)) is not None:
+            self._check(name, scaled.shape, shape)
+            self._taken[name] = Int8Weight(scaled)
+        elif bits == 4 and (groups := groups_of(tensor)) is not None:
+            self._check(name, groups.shape, shape)
+            self._taken[name] = taken_over(groups, self._device)
+        return name in self._taken
+
+    def _check(self, name: str, found: torch.Size, needed: torch.Size) -> None:
+        if found != needed:
             raise UserError(
-                f"The weights of {self._source.name} do not fit its config.json: {name} has the shape {list(found.shape)} where the "
-                f"model needs {list(shape)}. Download the model again, or choose another."
+                f"The weights of {self._source.name} do not fit its config.json: {name} has the shape {list(found)} where the "
+                f"model needs {list(needed)}. Download the model again, or choose another."
             )
-        self._taken[name] = Int8Weight(found) if isinstance(found, Scaled) else taken_over(found, self._device)
-        return True
 
     def give(self, prefix: str) -> Mapping[str, FewBits | Int4Stack]:
         """Those of parameters whose names begin so, by the rest of their names."""

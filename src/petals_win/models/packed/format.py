@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from petals_win.models.four_bits import Groups
+from petals_win.models.four_bits import Groups, UnreadGroups
 
 
 class CannotUnpack(ValueError):
@@ -30,7 +30,7 @@ class Format:
     plain: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     result: str = ".weight"
     left_out: tuple[str, ...] = ()
-    groups: Callable[[Mapping[str, torch.Tensor]], Groups | None] | None = None
+    groups: Callable[[Mapping[str, torch.Tensor]], Groups | UnreadGroups | None] | None = None
 
 
 def fits(right: bool, clause: str) -> None:

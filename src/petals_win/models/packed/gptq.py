@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
-from petals_win.models.four_bits import GROUP, Groups
+from petals_win.models.four_bits import GROUP, Groups, UnreadGroups
 from petals_win.models.packed.format import Format, fits, unpacked
 
+_IN_WORD = 8  # numbers of four bits
+Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_FIRST = 64  # rows that tell how inputs are grouped
 _WEIGHT, _ZEROS, _SCALES, _GROUP_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
@@ -25,7 +29,7 @@ def gptq(bits: int, group_size: int, less_one: bool, in_order: bool) -> Format:
         parts=(_WEIGHT, _ZEROS, _SCALES, _GROUP_OF),
         required=(_WEIGHT, _ZEROS, _SCALES),
         plain=lambda parts: _plain(*made(parts)),
-        groups=(lambda parts: _groups(*made(parts), in_order)) if has_groups else None,
+        groups=(lambda parts: _unread(parts, made, in_order)) if has_groups else None,
     )
 
 
@@ -55,6 +59,28 @@ def _numbers(
 
 def _plain(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
     return ((numbers - zeros[group_of]) * scales[group_of]).T
+
+
+def _unread(parts: Mapping[str, torch.Tensor], made: Callable[..., Numbers], in_order: bool) -> UnreadGroups | None:
+    """Unpacked when rows are asked for, neighbours that begin with a word: all at once would take many times of what stays."""
+
+    def read(rows: np.ndarray) -> Groups | None:
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        zeros = slice(start // _IN_WORD, -(-stop // _IN_WORD))
+        some = {_WEIGHT: parts[_WEIGHT][:, start:stop], _ZEROS: parts[_ZEROS][:, zeros]}
+        return _groups(*made({**parts, **some, _SCALES: parts[_SCALES][:, start:stop]}), in_order)
+
+    def read_surely(rows: np.ndarray) -> Groups:
+        found = read(rows)
+        assert found is not None  # as of the first rows: groups of inputs are those of all
+        return found
+
+    fits(parts[_SCALES].ndim == 2 and parts[_WEIGHT].ndim == 2, "its scales or its numbers are no matrix")
+    count = parts[_SCALES].shape[1]
+    fits(parts[_WEIGHT].shape[1] == count, f"it has {parts[_WEIGHT].shape[1]} outputs, but scales of {count}")
+    rows = np.arange(count)
+    first = read(rows[:_FIRST])
+    return first and UnreadGroups(rows, first.shape[1], read_surely, first.order)
 
 
 def _groups(
