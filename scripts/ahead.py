@@ -1,6 +1,6 @@
 """Makes what late tests need and what takes minutes, while the installation and the first tests run: see scripts/test.py.
 
-That is the bench of tests/windows, and Go's compiled packages for every system and for the race detector. On the processor time
+That is the bench of tests/windows, p2pd and the kernels for every system, and Go's compiled packages for the race detector. On the processor time
 that nobody else wants; the tests wait for what is not ready, and tell what is wrong with it.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from petals_win.daemon.build import GO_FLAGS, TARGETS, build_p2pd, find_go  # noqa: E402
+from petals_win.daemon.build import GO_FLAGS, TARGETS, build_if_changed, find_go  # noqa: E402
 from petals_win.kernels import build as kernels  # noqa: E402
 
 if __name__ == "__main__":
@@ -25,4 +25,4 @@ if __name__ == "__main__":
     for target in TARGETS:
         kernels.build_if_changed(target)
     for target in TARGETS:
-        build_p2pd(Path(os.devnull), target)
+        build_if_changed(target)

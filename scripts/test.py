@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 # Programs that tests run, and their Debian packages: a browser for the web page, address translation for networks, and what
 # OpenAI's client for JavaScript needs.
@@ -66,18 +67,26 @@ def pytest(*arguments: str) -> list[str | Path]:
     return [VENV_PYTHON, "-m", "pytest", *arguments]
 
 
-def without(folders: Collection[str]) -> list[str]:
+def without(names: Collection[str]) -> list[str]:
     # By what is ignored: named together, folders would get each other's conftest.
-    return [f"--ignore=tests/{name}" for name in sorted(folders)]
+    return [f"--ignore=tests/{name}" for name in sorted(names)]
+
+
+def measuring() -> set[str]:
+    """The folders of tests that have to be alone."""
+    files = (path for path in TESTS.glob("*/test_*.py") if "pytest.mark.alone" in path.read_text("utf-8"))
+    return {path.parent.name for path in files}
 
 
 def side_by_side(environment: dict[str, str]) -> int:
     """Run all tests, three parts of them at a time, since each mostly waits; then by itself what measures."""
-    others = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - WHOLE_PROGRAMS
+    everything = {path.name for path in TESTS.iterdir() if path.is_dir() or path.match("test_*.py")}
+    # Named by their file, since to collect all tests takes as long as hundreds of them.
+    bench = [str(TESTS / "windows" / "test_in_the_bench.py"), "-m", "bench and not alone"]
     parts = {
-        "windows": ["-m", "bench and not alone", "-k", "not programs_under"],
-        "programs on windows": ["-m", "bench and not alone", "-k", "programs_under"],
-        "programs": ["-m", "not bench and not alone", *without(others)],
+        "windows": [*bench, "-k", "not programs_under"],
+        "programs on windows": [*bench, "-k", "programs_under"],
+        "programs": ["-m", "not bench and not alone", *without(everything - WHOLE_PROGRAMS)],
         "units": ["-m", "not bench and not alone", *without(WHOLE_PROGRAMS)],
     }
     waiting, statuses = list(parts), list[int]()
@@ -99,7 +108,8 @@ def side_by_side(environment: dict[str, str]) -> int:
             process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
             process.wait()
             print(log_of(name).read_text("utf-8", "replace"), flush=True)
-    statuses.append(subprocess.run(pytest("-m", "alone"), cwd=ROOT, env=environment).returncode)
+    alone = pytest("-m", "alone", *without(everything - measuring()))
+    statuses.append(subprocess.run(alone, cwd=ROOT, env=environment).returncode)
     return next(filter(None, statuses), 0)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import certifi
 import pytest
 
 if TYPE_CHECKING:
@@ -14,6 +17,30 @@ if TYPE_CHECKING:
     from petals_win.span.compute import ComputeThread
 
 Checkpoint = Callable[..., Path]
+_lacking: Counter[tuple[str, str]] = Counter()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if sys.platform == "win32":
+        marks = [(item.path.name, mark) for item in items for mark in item.iter_markers("wine_lacks")]
+        _lacking.update((file, mark.args[0]) for file, mark in marks)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What Wine lacks for some tests is told like what others were skipped for."""
+    for (file, what), count in _lacking.items():
+        terminalreporter.write_line(f"LACKING [{count}] {file}: {what}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The web's certificates: each client of httpx reads all of them, for 18 ms, and none here meets one. They have one now."""
+    end = "-----END CERTIFICATE-----\n"
+    file = tmp_path_factory.mktemp("web") / "certificates.pem"
+    file.write_text(Path(certifi.where()).read_text("utf-8").partition(end)[0] + end, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifi, "where", lambda: str(file))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -52,15 +52,15 @@ def serving(engine: Any = None, model: str = MODEL, **settings: Any) -> Iterator
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     try:
-        assert ready.wait(10), "the server did not start"
+        assert ready.wait(60), "the server did not start"
         yield Served(f"http://127.0.0.1:{server.port}", server.port, engine, model, server)
     finally:
         server.stop()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout: float = 30.0) -> bool:
     """Wait until the condition holds; False if it does not within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():

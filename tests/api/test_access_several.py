@@ -148,7 +148,7 @@ def test_a_client_that_leaves_while_its_model_is_loaded():
     models.load.clear()
     with serving(models.engine(), model="a") as served:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("say x"), timeout=0.5)
+            httpx.post(f"{served.url}/v1/chat/completions", json=served.chat("say x"), timeout=3)
         assert eventually(lambda: get(served, "/ready")["engines"][0]["waiting"] == 0)
         models.load.set()
         assert eventually(lambda: states(served)["a"] == "loaded")

@@ -71,7 +71,7 @@ def test_who_leaves_meanwhile_cancels_the_answer():
     with serving(blanks_ahead=True) as served:
         with pytest.raises(httpx.ReadTimeout):
             with httpx.stream(
-                "POST", f"{served.url}/v1/chat/completions", json=served.chat("wait"), timeout=0.3
+                "POST", f"{served.url}/v1/chat/completions", json=served.chat("wait"), timeout=3
             ) as response:
                 # Blanks keep the connection alive: whoever reads them does not run into its timeout.
                 assert next(response.iter_raw()).strip() == b""

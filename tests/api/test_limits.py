@@ -121,7 +121,7 @@ def test_stopped_before_it_served():
     engine, settings = FakeEngine(), Settings(port=0)
     server = ApiServer(settings)
     server.stop()
-    asyncio.run(asyncio.wait_for(server.serve(create_app(engine, settings=settings)), 5))
+    asyncio.run(asyncio.wait_for(server.serve(create_app(engine, settings=settings)), 30))
     assert engine.closed == 1
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port), timeout=5)

@@ -196,7 +196,7 @@ def test_a_client_that_gives_up_waiting_cancels_the_generation(text, stream):
     # A pace above Windows' clock step of 16 ms: asyncio does not wait for less there.
     with serving(FakeEngine(pace=0.05)) as served:
         with pytest.raises(openai.APITimeoutError):
-            served.client().with_options(timeout=0.3).chat.completions.create(
+            served.client().with_options(timeout=3).chat.completions.create(
                 model=MODEL, messages=ask(text), stream=stream
             )
         assert eventually(lambda: served.engine.cancelled == 1 and served.engine.running == 0)

@@ -252,8 +252,8 @@ def test_sessions_are_bounded_and_end_with_their_connections(served, monkeypatch
 
 
 def test_whoever_says_nothing_is_not_waited_for(served, monkeypatch):
-    monkeypatch.setattr(petals_chat, "FIRST_MESSAGE_S", 0.3)
-    monkeypatch.setattr(petals_chat, "IDLE_S", 0.3)
+    monkeypatch.setattr(petals_chat, "FIRST_MESSAGE_S", 2.0)
+    monkeypatch.setattr(petals_chat, "IDLE_S", 2.0)
     silent = Chat(served)
     assert "Nothing was asked" in silent.hear()["traceback"]
     with chatting(served) as chat:
@@ -263,17 +263,17 @@ def test_whoever_says_nothing_is_not_waited_for(served, monkeypatch):
 
 
 def test_a_connection_lives_longer_than_a_head_may(served, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr(server, "HEAD_DEADLINE_S", 1.5)
     with chatting(served) as chat:
-        time.sleep(0.6)  # the case itself
+        time.sleep(1.6)  # the case itself
         assert chat.generate(inputs="say yes", max_new_tokens=5)[-1]["outputs"] == "yes"
-        time.sleep(0.6)
+        time.sleep(1.6)
         assert chat.generate(inputs="\nsay no", max_new_tokens=5)[-1]["outputs"] == "no"
 
 
 def test_half_an_opening_is_closed(monkeypatch):
     monkeypatch.setattr(server, "HEAD_DEADLINE_S", 0.3)
-    with serving() as served, socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+    with serving() as served, socket.create_connection(("127.0.0.1", served.port), timeout=20) as client:
         client.sendall(b"GET /api/v2/generate HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n")
         assert client.recv(100) == b""
 
@@ -313,7 +313,7 @@ def test_foreign_pages_and_names_are_refused():
 
 def test_there_is_one_websocket(served):
     with pytest.raises(websocket.WebSocketBadStatusException):
-        websocket.create_connection(f"ws://127.0.0.1:{served.port}/v1/chat/completions", timeout=5)
+        websocket.create_connection(f"ws://127.0.0.1:{served.port}/v1/chat/completions", timeout=20)
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 
@@ -324,7 +324,7 @@ def test_shutting_down_closes_connections():
         chat.send(type="generate", inputs="wait", max_new_tokens=1)
         assert eventually(lambda: served.engine.running == 1)
         began = time.monotonic()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert served.engine.running == 0 and served.engine.closed == 1
     chat.socket.close()
 
@@ -368,11 +368,11 @@ def test_an_idle_session_ends(served, monkeypatch):
         return httpx.get(f"{served.url}/api/v1/open_inference_session?model={MODEL}&max_length=30")
 
     monkeypatch.setattr(petals_sessions, "MOST_SESSIONS", 1)
-    monkeypatch.setattr(petals_sessions, "IDLE_S", 0.5)
+    monkeypatch.setattr(petals_sessions, "IDLE_S", 2.0)
     id = opened().json()["session_id"]
     full = opened()
     assert full.status_code == 429 and full.json()["ok"] is False and int(full.headers["retry-after"]) > 0
-    time.sleep(0.6)
+    time.sleep(2.1)
     assert opened().json()["ok"]
     assert generate(served, session_id=id, inputs="x", max_new_tokens=1).status_code == 404
 
@@ -393,7 +393,7 @@ def test_one_answer_at_a_time_in_a_session():
 def test_whoever_leaves_http_ends_the_answer(served):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{served.url}/api/v1/generate", data={"model": MODEL, "inputs": "wait", "max_new_tokens": 1}, timeout=0.5
+            f"{served.url}/api/v1/generate", data={"model": MODEL, "inputs": "wait", "max_new_tokens": 1}, timeout=3
         )
     assert eventually(lambda: served.engine.cancelled == 1 and served.engine.running == 0)
 

@@ -106,7 +106,7 @@ def test_a_peer_whose_clock_is_wrong(peer_ahead):
     status, findings = doctor("--peers", peer_ahead(-8))
     _, clock = of(findings, "peers")
     assert status == 1 and clock["level"] == "error"
-    assert re.search(r"is (7\.\d|8\.0) s behind", clock["text"]) and "Sync now" in clock["fix"]
+    assert re.search(r"is [78]\.\d s behind", clock["text"]) and "Sync now" in clock["fix"]
 
 
 @pytest.mark.parametrize(

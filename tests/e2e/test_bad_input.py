@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port
+from free_ports import free_port
 
 from petals_win.models.default_model import default_model_file
 from petals_win.models.source import DEFAULT_MODEL
@@ -30,7 +30,7 @@ def run(*arguments: str, timeout: float = 150, **environment: str) -> subprocess
         timeout=timeout,
     )
     left = [process for process in psutil.process_iter() if _environment(process).get("PETALS_WIN_TEST_MARK") == mark]
-    _, left = psutil.wait_procs(left, timeout=5)
+    _, left = psutil.wait_procs(left, timeout=30)
     assert not left
     return done
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from conftest import free_port
+from free_ports import free_port
 from models.hub import TOKEN, running_hub
 from test_bad_input import assert_sentence, run
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from api.clients import programs
-from conftest import free_port
+from free_ports import free_port
 
 from petals_win.models.source import DEFAULT_MODEL
 

@@ -8,7 +8,7 @@ import sys
 from contextlib import aclosing
 
 import httpx
-from conftest import free_port
+from free_ports import free_port
 
 from petals_win.engines.base import Engine, GenerationRequest, Token
 from petals_win.engines.registry import EngineSettings, find_engine

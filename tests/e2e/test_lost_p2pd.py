@@ -11,7 +11,8 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import connect, disconnect, free_port
+from conftest import connect, disconnect
+from free_ports import free_port
 
 from petals_win.models.source import DEFAULT_MODEL
 from petals_win.swarm.local import LocalSwarm
@@ -30,7 +31,7 @@ def test_a_node_ends_with_it(checkpoint):
         swarm.wait_until_serving()
         (node,) = swarm.nodes
         daemon = kill_daemon(node.child.pid)
-        assert node.child.wait(3) == 1
+        assert node.child.wait(30) == 1
         assert not daemon.is_running()
         failure = node.failure() or ""
         assert "p2pd has ended" in failure and "0:2" in failure and "Traceback" not in failure
@@ -40,7 +41,7 @@ def test_a_node_ends_with_it_while_it_loads(checkpoint):
     with LocalSwarm(str(checkpoint("llama", **TINY)), ["0:2"]) as swarm:
         (node,) = swarm.nodes  # has joined
         kill_daemon(node.child.pid)
-        assert node.child.wait(6) == 1
+        assert node.child.wait(30) == 1
         assert "p2pd" in (node.failure() or "")
 
 
@@ -51,11 +52,11 @@ def test_a_client_gets_an_exception(swarm):
         remote.generate(ids, max_new_tokens=1, do_sample=False)
         lost = remote.blocks.sequence_manager.dht.lost
         psutil.Process(remote.blocks.sequence_manager.dht._node.p2p._child.pid).kill()
-        lost.result(5)
+        lost.result(30)
         began = time.monotonic()
         with pytest.raises(Exception, match="p2pd"):
             remote.generate(ids, max_new_tokens=1, do_sample=False)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
     finally:
         disconnect(remote)
 
@@ -86,8 +87,8 @@ def test_the_api_says_so_and_ends(swarm):
             asking.start()
             assert answering.wait(60)
             kill_daemon(api.pid)
-            seen = None
-            for _ in range(50):
+            seen, until = None, time.monotonic() + 30
+            while time.monotonic() < until:
                 try:
                     seen = http.get(f"{url}/ready")
                 except httpx.TransportError:
@@ -95,9 +96,9 @@ def test_the_api_says_so_and_ends(swarm):
                 if seen.status_code == 503:
                     break
             assert seen is not None and seen.status_code == 503 and "p2pd has ended" in seen.json()["detail"]
-            asking.join(5)
+            asking.join(30)
             assert not asking.is_alive() and any("p2pd" in line for line in answers), answers[-4:]
-            _, said = api.communicate(timeout=8)
+            _, said = api.communicate(timeout=30)
             assert api.returncode == 1
             assert "petals-win: The peer-to-peer daemon p2pd has ended" in said and "Traceback" not in said
         finally:

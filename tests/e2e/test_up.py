@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import httpx
 import psutil
 import pytest
-from conftest import free_port
+from free_ports import free_port
 
 ENDINGS = ["SIGTERM", "SIGINT", "kill"]
 if sys.platform == "win32":
@@ -65,7 +65,7 @@ def busy_pc() -> Iterator[None]:
     finally:
         for program in programs:
             program.kill()
-            program.wait(10)
+            program.wait(30)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -84,8 +84,8 @@ def test_nothing_is_left_behind(ending):
         sockets = [c.laddr for p in processes for kind in kinds for c in p.net_connections(kind) if c.laddr]
         with busy_pc():
             end(up, ending)
-            up.wait(20)
-            assert_gone(processes, 20)
+            up.wait(60)
+            assert_gone(processes, 60)
         if ending != "kill":
             assert up.returncode == 0
             assert not [path for path in sockets if os.path.exists(path)]
@@ -101,7 +101,7 @@ def test_a_stop_during_the_start_ends_everything():
         time.sleep(0.1)
     processes = descendants(up.pid)
     end(up, ENDINGS[0])
-    assert up.wait(30) != 0
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert up.wait(60) != 0
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert processes and not alive
     up.stdout.close()

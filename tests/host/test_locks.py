@@ -45,15 +45,15 @@ def test_the_holder_is_named(holder):
 def test_waiting_ends_when_the_holder_does(holder):
     process, path = holder
     process.stdin.close()
-    with hold_lock(path, "this test", timeout=10):
+    with hold_lock(path, "this test", timeout=30):
         pass
 
 
 def test_a_killed_holder_leaves_nothing_to_wait_for(holder):
     process, path = holder
     process.kill()
-    process.wait(10)
-    with hold_lock(path, "this test", timeout=5):
+    process.wait(30)
+    with hold_lock(path, "this test", timeout=30):
         pass
 
 
@@ -62,7 +62,7 @@ def test_the_deadline_is_kept(holder):
     began = time.monotonic()
     with pytest.raises(UserError), hold_lock(path, "this test", timeout=0.3):
         pass
-    assert 0.25 < time.monotonic() - began < 5
+    assert 0.25 < time.monotonic() - began < 20
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path):

@@ -51,8 +51,8 @@ def test_without_the_faster_loops_asyncio_has_one(monkeypatch):
 
 def test_submit_and_call(thread):
     future = thread.submit(answer("a"))
-    assert isinstance(future, AwaitableFuture) and future.result(5) == "a"
-    assert thread.call(answer("b"), timeout=5) == "b"
+    assert isinstance(future, AwaitableFuture) and future.result(30) == "a"
+    assert thread.call(answer("b"), timeout=30) == "b"
 
 
 def test_errors_reach_the_caller(thread):
@@ -60,7 +60,7 @@ def test_errors_reach_the_caller(thread):
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        thread.call(fail(), timeout=5)
+        thread.call(fail(), timeout=30)
 
 
 def test_a_deadline_cancels_the_coroutine(thread):
@@ -74,7 +74,7 @@ def test_a_deadline_cancels_the_coroutine(thread):
 
     with pytest.raises(TimeoutError, match="0.1 s"):
         thread.call(wait(), timeout=0.1)
-    assert cancelled.wait(5)
+    assert cancelled.wait(30)
 
 
 def test_a_timeout_inside_the_coroutine_is_its_own(thread):
@@ -83,8 +83,8 @@ def test_a_timeout_inside_the_coroutine_is_its_own(thread):
 
     began = time.monotonic()
     with pytest.raises((TimeoutError, asyncio.TimeoutError)):
-        thread.call(time_out(), timeout=30)
-    assert time.monotonic() - began < 10
+        thread.call(time_out(), timeout=60)
+    assert time.monotonic() - began < 30
 
 
 def test_call_from_its_own_thread_is_refused(thread):
@@ -92,7 +92,7 @@ def test_call_from_its_own_thread_is_refused(thread):
         return thread.call(answer(1))
 
     with pytest.raises(RuntimeError, match="wait for ever"):
-        thread.call(nested(), timeout=5)
+        thread.call(nested(), timeout=30)
 
 
 def test_a_submitted_future_can_be_awaited_on_another_loop(thread):
@@ -126,7 +126,7 @@ def test_stop_cancels_tasks_closes_generators_and_can_be_repeated():
 
     started = threading.Event()
     future = thread.submit(wait())
-    assert started.wait(5)
+    assert started.wait(30)
     thread.stop()
     thread.stop()
     assert future.cancelled() and ended == ["task", "generator"]
@@ -162,11 +162,11 @@ def test_a_task_that_ignores_its_end_is_named(caplog):
 
     started = threading.Event()
     thread.submit(stubborn())
-    assert started.wait(5)
+    assert started.wait(30)
     began = time.monotonic()
     with caplog.at_level(logging.ERROR):
         thread.stop(timeout=0.3)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     assert "stubborn" in caplog.text
 
 
@@ -176,7 +176,7 @@ def test_errors_that_nobody_awaits_are_logged(thread, caplog):
         await asyncio.sleep(0.05)
 
     with caplog.at_level(logging.ERROR, logger="asyncio"):
-        thread.call(start_and_forget(), timeout=5)
+        thread.call(start_and_forget(), timeout=30)
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -26,4 +26,4 @@ def test_one_that_is_ended_right_after_its_start_does_not_run_on(tmp_path: Path,
     )
     began = time.monotonic()
     program.kill()
-    assert ended.wait(30) and time.monotonic() - began < 10
+    assert ended.wait(60) and time.monotonic() - began < 60

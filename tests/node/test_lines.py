@@ -35,7 +35,7 @@ async def line_to(rpc, name: str = "mine", peer: PeerID = PEER):
         yield line
     finally:
         line.close()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, 30)
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ async def session(rpc, session_id: str, owner: PeerID = PEER):
         yield first, client, stream
     finally:
         client.end()
-        await asyncio.wait_for(reading, 5)
+        await asyncio.wait_for(reading, 30)
 
 
 def lined(number: int, session_id: str = "a", line: str = "mine", **more) -> bytes:
@@ -64,7 +64,7 @@ def lined(number: int, session_id: str = "a", line: str = "mine", **more) -> byt
 
 
 async def eventually(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from p2pd_client import NAME, Daemon, Persistent, Program, serve
 
+from petals_win.daemon.build import build_if_changed, this_target
 from petals_win.errors import UserError
 from petals_win.upstream.build import extract_daemon, this_checkout
 
@@ -28,14 +28,9 @@ BOTH = [*OURS, "reference"]
 
 
 @pytest.fixture(scope="session")
-def our_program(tmp_path_factory: pytest.TempPathFactory) -> str:
+def our_program() -> str:
     """This repository's daemon, built from its present source, or PETALS_WIN_TESTED_P2PD."""
-    if chosen := os.environ.get("PETALS_WIN_TESTED_P2PD"):
-        return chosen
-    output = tmp_path_factory.mktemp("p2pd") / ("p2pd" if _UNIX else "p2pd.exe")
-    script = [sys.executable, str(ROOT / "scripts" / "build_p2pd.py"), "--output", str(output)]
-    subprocess.run(script, check=True, timeout=600)
-    return str(output)
+    return os.environ.get("PETALS_WIN_TESTED_P2PD") or str(build_if_changed(this_target()))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import p2pd_wire as wire
+from free_ports import free_port
 
 WAIT_S = 20.0
 START_S = 20.0
@@ -172,9 +173,7 @@ class Daemon:
     def _tcp_control(program: Program) -> str:
         if program.speaks_secret:
             return "/ip4/127.0.0.1/tcp/0"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return f"/ip4/127.0.0.1/tcp/{probe.getsockname()[1]}"
+        return f"/ip4/127.0.0.1/tcp/{free_port()}"
 
     def _read_output(self) -> None:
         assert self.process.stdout is not None

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.wine_lacks("what pip asks of the certificate store, so 
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "p2pd"
+INPUTS = 50_000  # for each target: a number, since in a time a busy PC tries but few
 FUZZ_TARGETS = re.findall(r"^func (Fuzz\w+)\(", (SOURCE / "fuzz_test.go").read_text("utf-8"), re.MULTILINE)
 
 
@@ -71,7 +72,7 @@ def test_fuzzing_finds_nothing(tmp_path: Path) -> None:
     go("test", "-c", "-gcflags=-d=libfuzzer", "-o", str(program), ".")
 
     def fuzz(target: str) -> subprocess.CompletedProcess[str]:
-        options = ["-test.run=^$", f"-test.fuzz=^{target}$", "-test.fuzztime=20s", "-test.parallel=1"]
+        options = ["-test.run=^$", f"-test.fuzz=^{target}$", f"-test.fuzztime={INPUTS}x", "-test.parallel=1"]
         options.append(f"-test.fuzzcachedir={tmp_path / target}")
         command = [program, *options]
         to_log = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -81,7 +82,7 @@ def test_fuzzing_finds_nothing(tmp_path: Path) -> None:
         for target, done in zip(FUZZ_TARGETS, at_once.map(fuzz, FUZZ_TARGETS), strict=True):
             assert done.returncode == 0, f"{target}:\n{done.stdout}"
             rounds = re.findall(r"execs: (\d+)", done.stdout)
-            assert rounds and int(rounds[-1]) > 1000, f"hardly anything was tried:\n{done.stdout}"
+            assert rounds and int(rounds[-1]) >= INPUTS, f"less was tried:\n{done.stdout}"
             led = re.findall(r"new interesting: (\d+)", done.stdout)
             assert int(led[-1]) > 0, f"it was not led by what an input reaches:\n{done.stdout}"
 

@@ -235,5 +235,5 @@ def test_a_peer_killed_during_calls(swarm: Swarm) -> None:
 
     killing = swarm.dhts[victim].run_coroutine(lambda _dht, node: kill_when_busy(node, victim), return_future=True)
     ends = swarm.everywhere(call, survivors)
-    killing.result(10)
+    killing.result(60)
     assert ends == [Counter({"error": calls, "survivor": 5})] * len(survivors)

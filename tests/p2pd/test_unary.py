@@ -60,7 +60,7 @@ def test_26_balanced_handlers_take_turns(pair: Pair) -> None:
 
     assert turn(7) == [b"0", b"1", b"2", b"0", b"1", b"2", b"0"]
     handlers[1].close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     answered: set[bytes] = set()
     while answered != {b"0", b"2"}:
         assert time.monotonic() < deadline
@@ -128,8 +128,8 @@ def test_31_refused_dial(program: Program, start: Start) -> None:
     with pytest.raises(Refused):  # but now the daemon knows an address
         tested.ask(wire.CONNECT, wire.message((1, gone.peer_id), *((2, a) for a in addresses)))
     began = time.monotonic()
-    assert tested.persistent().call(gone.peer_id, NAME, timeout_s=30).error
-    assert time.monotonic() - began < 15
+    assert tested.persistent().call(gone.peer_id, NAME, timeout_s=60).error
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_32_the_remote_side_goes(program: Program, other: Program, start: Start,
         peer.kill()
     else:
         tested.ask(wire.DISCONNECT, wire.message((1, peer.peer_id)))
-    assert caller.wait(call_id, 10).error
+    assert caller.wait(call_id, 30).error
 
 
 def test_33_cancel(both: Pair) -> None:
@@ -171,7 +171,7 @@ def test_35_handlers_go_with_their_client(both: Pair) -> None:
     handler, caller = serve(called), calling.persistent()
     keeper = called.persistent()  # or the daemon would go as well
     handler.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "protocols not supported" not in (caller.call(called.peer_id, NAME).error or ""):
         assert time.monotonic() < deadline
     assert keeper.add(NAME).done
@@ -186,7 +186,7 @@ def test_36_the_handlers_client_goes_during_a_call(our: Program, reference: Prog
         call_id = caller.start_call(tested.peer_id, NAME)
         handler.next_call()
         handler.close()
-        assert caller.wait(call_id, 5).error
+        assert caller.wait(call_id, 30).error
     assert not keeper.ended.is_set()
 
 
@@ -198,7 +198,7 @@ def test_36_the_callers_client_goes_during_a_call(our: Program, start: Start) ->
     call_id = caller.start_call(peer.peer_id, NAME)
     handler.next_call()
     caller.close()
-    assert handler.next_cancel(5) == call_id
+    assert handler.next_cancel(30) == call_id
     with pytest.raises(queue.Empty):
         handler.next_call(0.1)
     assert not keeper.ended.is_set()

@@ -73,10 +73,8 @@ def made_venv(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bare(tmp_path) -> Path:
-    """A fresh checkout of a tiny petals-win, in a folder with a space and an umlaut in its name."""
-    root = tmp_path / "petals wïn"
+def checkout(root: Path) -> Path:
+    """A tiny petals-win with nothing installed."""
     files = {
         "pyproject.toml": PYPROJECT,
         "backend.py": BACKEND,
@@ -100,6 +98,34 @@ def bare(tmp_path) -> Path:
     for name in ("bootstrap.py", "with-python", "with-python.cmd", "install", "install.cmd"):
         shutil.copy2(ROOT / "scripts" / name, root / "scripts" / name)
     return root
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A fresh checkout of a tiny petals-win, in a folder with a space and an umlaut in its name."""
+    return checkout(tmp_path / "petals wïn")
+
+
+@pytest.fixture(scope="session")
+def once_installed(tmp_path_factory, made_venv) -> Path:
+    """A checkout after its first start."""
+    root = checkout(tmp_path_factory.mktemp("installed") / "petals wïn")
+    shutil.copytree(made_venv, root / ".venv", symlinks=True)
+    done = start(root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture
+def installed(tmp_path, once_installed) -> Path:
+    """The same in a folder of this test's own, since pip takes seconds to install a project."""
+    root = Path(shutil.copytree(once_installed, tmp_path / "petals wïn", symlinks=True))
+    (site_packages(root) / "_petals_win.pth").write_text(f"import sys; sys.path += {[str(root / 'src')]!a}\n", "ascii")
+    return root
+
+
+def site_packages(root: Path) -> Path:
+    return next((root / ".venv").glob("Lib/site-packages" if WINDOWS else "lib/python3.*/site-packages"))
 
 
 @pytest.fixture
@@ -142,39 +168,44 @@ def test_from_nothing(bare):
     assert builds(bare) == 1
 
 
-def test_the_second_start_does_nothing_and_takes_no_time(project):
-    assert start(project).returncode == 0
-    times = []
-    for _ in range(5):
+def test_the_second_start_does_nothing_and_takes_no_time(installed):
+    enough, times = 1.5 if WINDOWS else 0.3, list[
+        float
+    ]()  # Windows starts processes slowly, and a launcher for that of .venv
+    while min(times, default=enough) >= enough and len(times) < 15:
         began = time.perf_counter()
-        done = start(project)
+        done = start(installed)
         times.append(time.perf_counter() - began)
         assert done.returncode == 0 and done.stderr == ""
-    assert builds(project) == 1
-    assert min(times) < (1.5 if WINDOWS else 0.3)  # Windows starts processes slowly, and a launcher for that of .venv
+    assert builds(installed) == 1
+    assert min(times) < enough, times
 
 
-def test_the_users_folder_and_the_exit_status_are_kept(project, tmp_path):
+def test_the_users_folder_and_the_exit_status_are_kept(installed, tmp_path):
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
     done = subprocess.run(
-        command(project), cwd=tmp_path, env=environment(STATUS="7"), capture_output=True, encoding="utf-8", timeout=120
+        command(installed),
+        cwd=tmp_path,
+        env=environment(STATUS="7"),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert done.returncode == 7, done.stderr
     assert json.loads(done.stdout)["cwd"] == str(tmp_path)
 
 
 @pytest.mark.skipif(WINDOWS, reason="there a process cannot become another")
-def test_the_program_takes_the_launchers_place(project):
-    start(project)
-    with subprocess.Popen(command(project), env=environment(), stdout=subprocess.PIPE) as process:
+def test_the_program_takes_the_launchers_place(installed):
+    with subprocess.Popen(command(installed), env=environment(), stdout=subprocess.PIPE) as process:
         output, _ = process.communicate(timeout=60)
     assert json.loads(output)["pid"] == process.pid
 
 
 @pytest.mark.skipif(WINDOWS, reason="links need a privilege there")
-def test_the_launcher_can_be_linked_to(project, tmp_path):
+def test_the_launcher_can_be_linked_to(installed, tmp_path):
     (tmp_path / "links").mkdir()
-    (tmp_path / "links/one").symlink_to(project / "bin/petals-win")
+    (tmp_path / "links/one").symlink_to(installed / "bin/petals-win")
     (tmp_path / "links/two").symlink_to("one")
     done = subprocess.run([tmp_path / "links/two"], env=environment(), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -183,27 +214,24 @@ def test_the_launcher_can_be_linked_to(project, tmp_path):
 @pytest.mark.parametrize(
     "changed", ["pyproject.toml", "external/upstream.lock", "patches/petals/a.py", "src/petals_win/upstream/apply.py"]
 )
-def test_what_an_installation_is_made_from_is_watched(project, changed):
-    start(project)
-    with (project / changed).open("a") as file:
+def test_what_an_installation_is_made_from_is_watched(installed, changed):
+    with (installed / changed).open("a") as file:
         file.write("\n# changed\n")
-    assert start(project).returncode == 0
-    assert builds(project) == 2
+    assert start(installed).returncode == 0
+    assert builds(installed) == 2
 
 
-def test_our_own_code_is_not_installed_again(project):
-    start(project)
-    with (project / "src/petals_win/cli/main.py").open("a") as file:
+def test_our_own_code_is_not_installed_again(installed):
+    with (installed / "src/petals_win/cli/main.py").open("a") as file:
         file.write("\n# changed\n")
-    assert start(project).returncode == 0
-    assert builds(project) == 1
+    assert start(installed).returncode == 0
+    assert builds(installed) == 1
 
 
-def test_trees_that_were_deleted_are_made_again(project):
-    start(project)
-    shutil.rmtree(project / "external/hivemind")
-    start(project)
-    assert builds(project) == 2
+def test_trees_that_were_deleted_are_made_again(installed):
+    shutil.rmtree(installed / "external/hivemind")
+    start(installed)
+    assert builds(installed) == 2
 
 
 def test_scripts_install_only_installs(project):
@@ -222,8 +250,7 @@ def test_a_broken_environment_is_made_anew(bare):
 
 
 def test_a_package_that_is_half_there_is_installed_again(project):
-    folder = "Lib/site-packages" if WINDOWS else "lib/python3.*/site-packages"
-    site = next((project / ".venv").glob(folder))
+    site = site_packages(project)
     (site / "petals_win-1.0.dist-info").mkdir()
     (site / "petals_win-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: petals-win\nVersion: 1.0\n")
     done = start(project)

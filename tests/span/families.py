@@ -365,7 +365,21 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "deepseek_v32": ("deepseek_v32", {**_CHOOSING, "n_group": 2, "topk_group": 1}),
     "axk2": ("axk2", {**_CHOOSING, "n_group": 2, "topk_group": 1}),
-    "dots3_note_text": ("dots3_note_text", _CHOOSING),
+    # Blocks with a window have dimensions of their own, which would be large ones.
+    "dots3_note_text": (
+        "dots3_note_text",
+        {
+            **_CHOOSING,
+            "shared_experts_intermediate_size": 32,
+            "swa_num_attention_heads": 6,
+            "swa_num_key_value_heads": 6,
+            "swa_q_lora_rank": 20,
+            "swa_kv_lora_rank": 12,
+            "swa_head_dim": 32,
+            "swa_qk_nope_head_dim": 20,
+            "swa_v_head_dim": 24,
+        },
+    ),
     "glm_moe_dsa": (
         "glm_moe_dsa",
         {**_CHOOSING, "indexer_types": ["full", "shared", "full", "full", "shared", "shared"]},
