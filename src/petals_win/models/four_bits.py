@@ -27,9 +27,7 @@ class Groups:
     levels: torch.Tensor  # uint8 [..., rows, columns], 0 to 15
     scale: torch.Tensor  # float32 [..., rows, columns / GROUP], as is
     least: torch.Tensor
-    order: torch.Tensor | None = (
-        None  # int64 [columns], by which input each column is to be multiplied; None: as they are
-    )
+    order: torch.Tensor | None = None  # int64 [columns]: which input each column is multiplied by; None: as they are
 
     def __post_init__(self) -> None:
         if not self.levels.shape[-1] == GROUP * self.scale.shape[-1] == GROUP * self.least.shape[-1]:

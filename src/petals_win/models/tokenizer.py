@@ -110,9 +110,8 @@ def _described(place: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _pieces(file: Path) -> SentencePieceProcessor:
     try:
-        return SentencePieceProcessor(
-            model_proto=file.read_bytes()
-        )  # by its bytes: it cannot open every path of Windows
+        # By its bytes, since it cannot open every path of Windows.
+        return SentencePieceProcessor(model_proto=file.read_bytes())
     except RuntimeError as e:
         raise UserError(f"{file} is damaged: sentencepiece cannot read it. {_AGAIN}") from e
 
