@@ -827,7 +827,8 @@ static void between(const Step *step, int64_t index, int stage) {
 static void take_part_in(Step *step, int64_t index, int stage, int64_t thread) {
     int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
     int64_t each = (size + pieces - 1) / pieces;
-    if (stage != 1 && stage != 2) each = (each + PANEL - 1) / PANEL * PANEL;
+    int64_t unit = stage == 1 || stage == 2 ? 1 : stage == HEAD && step->row_count > MOST_ROWS ? WIDE : PANEL;
+    each = (each + unit - 1) / unit * unit;
     pieces = (size + each - 1) / each;
     _Atomic int32_t *taken = &step->stages[index * STAGES + stage % HEAD].taken, *done = &step->stages[index * STAGES + stage % HEAD].done;
     for (;;) {
