@@ -95,14 +95,14 @@ def test_silence_in_an_answer_ends_it_and_no_other(tmp_path):
     path = described(tmp_path, limits="token_seconds = 3\ncancel_seconds = 30")
 
     async def ask(engine: CommandEngine):
-        other = asyncio.create_task(whole(engine, asked("well", max_tokens=400)))
+        other = asyncio.create_task(whole(engine, asked("well", max_tokens=40)))
         engine._limits = engine._limits.model_copy(update={"cancel_seconds": 0.3})
         with pytest.raises(ProgramFailed, match="said nothing of this answer for 3 s"):
             await whole(engine, asked("mute"))
         return await asyncio.gather(other, return_exceptions=True)
 
     (other,) = use(path, ask)
-    assert other.usage.completion_tokens == 400
+    assert other.usage.completion_tokens == 40
 
 
 def test_a_runtime_that_ignores_cancel_is_ended(tmp_path):

@@ -45,6 +45,14 @@ def test_a_quantized_gguf_is_in_32_bits_on_a_cpu_only(monkeypatch):
     assert choose_dtype("float32", source, CUDA) is torch.float32
 
 
+def test_a_small_model_stays_in_16_bits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    for gib, expected in ((5.9, "none"), (6.1, "int4")):
+        monkeypatch.setattr(choices, "model_bytes", lambda *_, gib=gib: gib * 2**30)
+        source: Any = SimpleNamespace(in_few_bits={}, config=None)
+        assert choose_quant(None, CUDA, source=source) == expected
+
+
 @pytest.mark.parametrize(
     ("capability", "installed", "adapters", "expected"),
     [
@@ -61,7 +69,8 @@ def test_a_card_keeps_weights_in_the_smallest_form_that_is_nearly_as_good_as_16_
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(choices, "is_installed", lambda: installed)
-    source: Any = SimpleNamespace(in_few_bits={})
+    monkeypatch.setattr(choices, "model_bytes", lambda *_: 2**40)
+    source: Any = SimpleNamespace(in_few_bits={}, config=None)
     assert choose_quant(None, CUDA, adapters, source) == expected
     assert lacks_bitsandbytes(CUDA) == (capability == (7, 5) and not installed)
     assert choose_quant(None, CPU, adapters, source) == "none"

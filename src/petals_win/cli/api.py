@@ -41,7 +41,7 @@ QuantName = Annotated[
     str | None,
     typer.Option(
         help="Keep weights in fewer bits: int4 (also on a CPU), nf4, int8 or none; default: int4 for a model that is stored in four bits, "
-        "and on an NVIDIA GPU from compute capability 8.0 on; int8 on one of 7.5 with bitsandbytes; else none."
+        "and for one of more than 6 GiB on an NVIDIA GPU from compute capability 8.0 on; int8 on one of 7.5 with bitsandbytes; else none."
     ),
 ]
 

@@ -24,7 +24,6 @@ _MIB, _GIB = 2**20, 2**30
 _QUANTS: tuple[Quant, ...] = ("nf4", "int4", "int8", "none")
 _IN_WORDS = {"nf4": "nf4", "int4": "int4", "int8": "int8", "none": "not quantized"}
 _IN_WORDS_OF_A_CPU = {"none": "16 bits", "int4": "int4"}
-_DEFAULT_QUANTS: dict[str, Quant] = {"gpu": "int4", "ram": "none"}  # of a model that is not stored in four bits
 _OF_CPUS: tuple[Quant, ...] = ("int4", "none")  # what else there is, serve refuses there
 _USUAL_GPUS, _USUAL_RAMS = (8, 12, 16, 24), (32, 64)  # GiB
 
@@ -46,7 +45,7 @@ def plan(
         str | None,
         typer.Option(
             help="How PCs keep weights: int4 or nf4 (4 bits), int8 or none; default, as of 'serve': int4 on GPUs (of compute "
-            "capability 8.0 or more) and for a model that is stored in four bits, else none. nf4 and int8 are for GPUs; what computes on its CPU "
+            "capability 8.0 or more) for a model of more than 6 GiB, and for one that is stored in four bits, else none. nf4 and int8 are for GPUs; what computes on its CPU "
             "keeps 16 bits beside them."
         ),
     ] = None,
@@ -116,11 +115,12 @@ def _show_plan(model: str, pcs: list[Pc], quant: Quant | None, token: str | None
     from petals_win.swarm.speeds import predict
 
     needs_on, in_four_bits = _needs(model, token)
-    kept: list[Quant] = [_kept(pc, quant, in_four_bits) for pc in pcs]
+    plain = needs_on("none", "ram")
+    kept: list[Quant] = [_kept(pc, quant, in_four_bits, plain) for pc in pcs]
     needs = [needs_on(way, pc.kind) for way, pc in zip(kept, pcs, strict=True)]
     plan, processor = make_plan(list(zip(pcs, needs, strict=True))), processor_rates()
     speed = predict(plan, needs, kept, processor)
-    made = _Planned(model, pcs, kept, needs, needs_on("none", "ram"), plan, processor, speed)
+    made = _Planned(model, pcs, kept, needs, plain, plan, processor, speed)
     typer.echo(json.dumps(_in_json(made)) if as_json else _in_text(made))
 
 
@@ -174,13 +174,16 @@ def _in_text(made: _Planned) -> str:
     return "\n".join(lines)
 
 
-def _kept(pc: Pc, quant: Quant | None, in_four_bits: bool) -> Quant:
-    """How a PC keeps weights if that is asked for: nf4 and int8 are for cards. `in_four_bits`: the model is stored so."""
-    if quant is None and in_four_bits:
+def _kept(pc: Pc, quant: Quant | None, in_four_bits: bool, plain: Needs) -> Quant:
+    """How a PC keeps weights if that is asked for: nf4 and int8 are for cards. `in_four_bits`: the model is stored so; `plain`: in 16."""
+    from petals_win.span.choices import SMALL_BYTES
+
+    if quant is None and not in_four_bits:
+        is_small = sum(plain.block_bytes) + plain.outside_bytes <= SMALL_BYTES
+        return "int4" if pc.kind == "gpu" and not is_small else "none"
+    if quant is None:
         return "int4"
-    if quant is None or (pc.kind == "ram" and quant not in _OF_CPUS):
-        return _DEFAULT_QUANTS[pc.kind]
-    return quant
+    return "none" if pc.kind == "ram" and quant not in _OF_CPUS else quant
 
 
 def _how_fast(pcs: Sequence[Pc], processor: Mapping[Quant, float]) -> str:

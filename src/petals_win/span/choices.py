@@ -12,10 +12,13 @@ import torch
 from petals_win.errors import UserError
 from petals_win.models.source import ModelSource
 from petals_win.span import int4
+from petals_win.span.footprint import model_bytes
 from petals_win.span.quantized_linear import Quant, check_quantizes, is_installed, parse_quant
 
 logger = logging.getLogger(__name__)
 
+# Of a model's weights in 16 bits: so small a one fits a usual card as it is, and would lose more in four bits than a large one does.
+SMALL_BYTES = 6 * 2**30
 _INT8_FROM = (7, 5)  # the compute capability that bitsandbytes multiplies in 8 bits with
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +68,9 @@ def choose_quant(
     if name is None:
         if source is not None and source.in_few_bits:
             return _as_stored(source, device)
-        return _of_a_card(device, adapters) if device.type == "cuda" else "none"
+        if device.type != "cuda" or (source is not None and model_bytes(source.config, torch.bfloat16) <= SMALL_BYTES):
+            return "none"
+        return _of_a_card(device, adapters)
     quant = parse_quant(name)
     check_quantizes(quant, device)
     if adapters and quant not in ("none", "int4"):
@@ -91,7 +96,7 @@ def lacks_bitsandbytes(device: torch.device) -> bool:
 
 
 def _of_a_card(device: torch.device, adapters: bool) -> Quant:
-    """The smallest form that makes texts little more surprising than 16 bits do; README has the figures, nf4 costs more than int4."""
+    """The smallest form that makes texts of large models little more surprising than 16 bits do; README has the figures."""
     if not int4.why_not(device):
         logger.info("Serving in int4; --quant none is 16 bits")
         return "int4"
