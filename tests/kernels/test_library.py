@@ -53,6 +53,19 @@ def test_weights_in_16_bits(name, sizes):
         torch.testing.assert_close(ours.linear(layer, inputs), inputs @ weight.float().t(), atol=1e-4, rtol=1e-5)
 
 
+def check_panels(ours: Kernels, panels: torch.Tensor, kind: int, columns: torch.Tensor, outputs: int) -> None:
+    """That they are unpacked as these columns, and multiplied with as the first outputs of them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        unpacked = torch.empty_like(columns, dtype=dtype)
+        ours.unpack(panels, kind, unpacked)
+        assert torch.equal(unpacked, columns.to(dtype))
+    layer = Linear(panels.data_ptr(), None, outputs, len(columns), kind)
+    for rows in (*range(1, MOST_ROWS + 1), *MANY):
+        inputs = torch.randn(rows, len(columns))
+        right = inputs @ columns[:, :outputs]
+        torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", variants())
 @pytest.mark.parametrize("sizes", [(32, 1), (64, 301), (576, 1537)], ids=str)
 def test_weights_in_four_bits(name, sizes):
@@ -67,15 +80,7 @@ def test_weights_in_four_bits(name, sizes):
     panels = torch.cat(kept, dim=-1)
     values = (levels * scales[:, :, None].float() + leasts[:, :, None].float()).permute(1, 2, 0, 3)
     columns = values.reshape(inputs_size, -1)
-    for dtype in (torch.float32, torch.bfloat16):
-        unpacked = torch.empty_like(columns, dtype=dtype)
-        ours.unpack(panels, INT4, unpacked)
-        assert torch.equal(unpacked, columns.to(dtype))
-    layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT4)
-    for rows in (*range(1, MOST_ROWS + 1), *MANY):
-        inputs = torch.randn(rows, inputs_size)
-        right = inputs @ columns[:, :outputs_size]
-        torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+    check_panels(ours, panels, INT4, columns, outputs_size)
 
 
 @pytest.mark.parametrize("name", variants())
@@ -90,15 +95,7 @@ def test_weights_in_eight_bits(name, sizes):
     panels = torch.cat([part.view(torch.uint8).flatten(2) for part in (scales, levels)], dim=-1)
     values = levels * scales.float().repeat_interleave(GROUP // 2, 2)
     columns = values.permute(1, 2, 0, 3).reshape(inputs_size, -1)
-    for dtype in (torch.float32, torch.bfloat16):
-        unpacked = torch.empty_like(columns, dtype=dtype)
-        ours.unpack(panels, INT8, unpacked)
-        assert torch.equal(unpacked, columns.to(dtype))
-    layer = Linear(panels.data_ptr(), None, outputs_size, inputs_size, INT8)
-    for rows in (*range(1, MOST_ROWS + 1), *MANY):
-        inputs = torch.randn(rows, inputs_size)
-        right = inputs @ columns[:, :outputs_size]
-        torch.testing.assert_close(ours.linear(layer, inputs), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+    check_panels(ours, panels, INT8, columns, outputs_size)
 
 
 @pytest.fixture

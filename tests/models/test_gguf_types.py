@@ -117,14 +117,13 @@ BLOCKS, HIDDEN, INNER_OF_LARGE, GROUPED, WORDS = 8, 2048, 5632, 512, 8_000
 LOADS = """
 import sys, threading, time
 import torch
-from petals_win.host.memory import give_back_memory, own_bytes
+from petals_win.host.memory import own_bytes
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
 
 torch.set_num_threads(1)
 source = open_model(sys.argv[1])
 Span.load(source, 0, 1).forward(torch.ones(1, 2, source.hidden_size), 0, 1)  # what comes into memory once
-give_back_memory()
 most = before = own_bytes()
 loaded = threading.Event()
 

@@ -68,7 +68,7 @@ def test_what_is_trained_or_unknown_stays(lie):
     ],
 )
 def test_one_token_counts_more_than_several(took, fastest, monkeypatch):
-    monkeypatch.setattr(layouts, "_seconds", lambda layer, inputs: took[layer][inputs.shape[1] > 1])
+    monkeypatch.setattr(layouts, "seconds_of", lambda layer, inputs: took[layer][inputs.shape[1] > 1])
     assert layouts._fastest({name: [name] for name in took}, 4, torch.float32) == fastest
 
 

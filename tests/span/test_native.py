@@ -200,7 +200,9 @@ def test_whether_many_rows_pay_is_tried_out(monkeypatch):
     for seconds, pays in ((1.0, True), (3.0, False)):
         native_room.many_rows_pay.cache_clear()
         monkeypatch.setattr(
-            native_room, "_seconds", lambda layer, _inputs, ours=seconds: 2.0 if isinstance(layer, nn.Linear) else ours
+            native_room,
+            "seconds_of",
+            lambda layer, _inputs, ours=seconds: 2.0 if isinstance(layer, nn.Linear) else ours,
         )
         assert native_room.many_rows_pay(torch.float32) == pays
     assert not native_room.many_rows_pay(torch.float16)

@@ -171,7 +171,6 @@ import sys, threading
 import torch
 from petals_win.host.memory import give_back_memory, own_bytes
 from petals_win.models.source import open_model
-from petals_win.span.int8 import Int8Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.span import Span
 

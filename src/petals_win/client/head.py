@@ -6,7 +6,6 @@ Knows that a plain layer and a packed one differ by the number of rows. Does not
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from petals_win.models.eight_bits import Scaled
 from petals_win.models.four_bits import Unread
 from petals_win.span.int4 import FewBitsLinear
 from petals_win.span.int8 import Int8Weight
-from petals_win.span.layouts import fastest_layout, lay_out
+from petals_win.span.layouts import fastest_layout, lay_out, seconds_of
 from petals_win.span.linear import linear_weight
 from petals_win.span.native import NativeLinear
 from petals_win.span.packed_linear import packed_if_possible
@@ -74,12 +73,6 @@ class _HeadForSeveral(nn.Module):
 @torch.inference_mode()
 def _faster(one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], weight: torch.Tensor) -> bool:
     inputs = torch.ones(_TRIED_ROWS, weight.shape[1], dtype=weight.dtype)
-
-    def seconds(layer: Callable[..., torch.Tensor]) -> float:
-        began = time.perf_counter()
-        layer(inputs)
-        return time.perf_counter() - began
-
     with computing():
-        rounds = [(seconds(one), seconds(other)) for _ in range(_TRIED_ROUNDS)]
+        rounds = [(seconds_of(one, inputs), seconds_of(other, inputs)) for _ in range(_TRIED_ROUNDS)]
     return min(first for first, _ in rounds) < min(second for _, second in rounds)

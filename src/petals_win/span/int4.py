@@ -143,7 +143,17 @@ class Panels(nn.Module):
     def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
         """Of pieces as `quantize` returns them, of whole panels, with so many rows in all."""
         super().__init__()
-        self.register_buffer("panels", _joined((_panels(*piece) for piece in pieces), rows // PANEL), persistent=False)
+        self.register_buffer(
+            "panels", _joined((self.pack(*piece) for piece in pieces), rows // PANEL), persistent=False
+        )
+
+    @staticmethod
+    def pack(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """[panels, groups, bytes]: scales and least values of the panel's rows, then the levels, two columns in a byte."""
+        panels, groups = len(levels) // PANEL, scales.shape[1]
+        kept = scales.view(panels, PANEL, groups, 2).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+        halves = levels.view(panels, PANEL, groups, 2, GROUP // 2).permute(3, 0, 2, 4, 1)
+        return torch.cat([kept.flatten(2), (halves[0] | halves[1] << 4).flatten(2)], -1)
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
@@ -152,10 +162,9 @@ class Panels(nn.Module):
         if not short:
             layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], self.kind)
             return _library().linear(layer, inputs.float())
-        dtype = torch.bfloat16
         output = inputs.new_empty(len(inputs), len(self.panels) * PANEL)
         for which in _pieces(len(self.panels) * PANEL, inputs.shape[1]):
-            torch.mm(inputs, self._columns(which, dtype), out=output[:, which.start : which.stop])
+            torch.mm(inputs, self._columns(which, inputs.dtype), out=output[:, which.start : which.stop])
         return output[:, :rows]
 
     def dequantized(self, rows: int) -> torch.Tensor:
@@ -364,14 +373,6 @@ def _library() -> Kernels:
     library = kernels()
     assert library is not None  # why_not() has asked
     return library
-
-
-def _panels(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[panels, groups, bytes]: scales and least values of the panel's rows, then the levels, two columns in a byte."""
-    panels, groups = len(levels) // PANEL, scales.shape[1]
-    kept = scales.view(panels, PANEL, groups, 2).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-    halves = levels.view(panels, PANEL, groups, 2, GROUP // 2).permute(3, 0, 2, 4, 1)
-    return torch.cat([kept.flatten(2), (halves[0] | halves[1] << 4).flatten(2)], -1)
 
 
 def _tiles(levels: torch.Tensor) -> torch.Tensor:

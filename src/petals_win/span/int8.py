@@ -28,8 +28,17 @@ class Int8Panels(Panels):
     kind = INT8
 
     def __init__(self, scaled: Scaled | Unread[Scaled]) -> None:
-        torch.nn.Module.__init__(self)
-        self.register_buffer("panels", _panels(scaled), persistent=False)
+        rows, columns = scaled.shape
+        step = max(_AT_ONCE // columns // PANEL, 1) * PANEL
+        pieces = (_whole_panels(scaled[start : start + step]) for start in range(0, rows, step))
+        super().__init__(pieces, _padded(rows), torch.device("cpu"))
+
+    @staticmethod
+    def pack(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """[panels, groups, bytes]: the scales of either half of a group's inputs, then the levels, outputs side by side."""
+        panels, groups = len(levels) // PANEL, levels.shape[1] // GROUP
+        parts = (part.reshape(panels, PANEL, groups, -1).permute(0, 2, 3, 1) for part in (scales, levels))
+        return torch.cat([part.contiguous().view(torch.uint8).flatten(2) for part in parts], -1)
 
 
 class Int8Weight(FewBits):
@@ -49,19 +58,10 @@ def _padded(rows: int) -> int:
     return -(-rows // PANEL) * PANEL
 
 
-def _panels(scaled: Scaled | Unread[Scaled]) -> torch.Tensor:
-    """uint8 [panels, groups, bytes]: the scales of either half of a group's inputs, then the levels, outputs side by side."""
-    rows, columns = scaled.shape
-    groups = columns // GROUP
-    packed = torch.empty(_padded(rows) // PANEL, groups, (2 * GROUP // NEIGHBOURS + GROUP) * PANEL, dtype=torch.uint8)
-    step = max(_AT_ONCE // columns // PANEL, 1) * PANEL
-    for start in range(0, rows, step):
-        some = scaled[start : start + step]
-        lacking = -len(some.levels) % PANEL
-        scale = pad(some.scale.to(torch.float16), (0, 0, 0, lacking)).view(-1, PANEL, groups, GROUP // NEIGHBOURS)
-        levels = pad(some.levels, (0, 0, 0, lacking)).view(-1, PANEL, groups, GROUP)
-        if not scale.isfinite().all():
-            raise UserError("The model has weights that eight bits cannot stand for: too large, or no numbers.")
-        parts = [part.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2) for part in (scale, levels)]
-        packed[start // PANEL :][: len(parts[0])] = torch.cat(parts, -1)
-    return packed
+def _whole_panels(scaled: Scaled) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels, and scales in 16 bits, of some rows, and of as many without any as the last panel lacks."""
+    lacking = (0, 0, 0, -len(scaled.levels) % PANEL)
+    scales = scaled.scale.to(torch.float16)
+    if not scales.isfinite().all():
+        raise UserError("The model has weights that eight bits cannot stand for: too large, or no numbers.")
+    return pad(scaled.levels, lacking), pad(scales, lacking)

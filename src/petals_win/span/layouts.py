@@ -110,13 +110,14 @@ def _fastest(layers: dict[Layout, list[_Layer]], columns: int, dtype: torch.dtyp
     for turn in range(_TURNS):
         for layout, each in layers.items():
             layer = each[turn % len(each)]
-            for_one[layout] = min(for_one[layout], _seconds(layer, one))
-            for_several[layout] = min(for_several[layout], _seconds(layer, several))
+            for_one[layout] = min(for_one[layout], seconds_of(layer, one))
+            for_several[layout] = min(for_several[layout], seconds_of(layer, several))
     # A factor for one token counts as much as its square for several: most answers have the PC to themselves.
     return min(layers, key=lambda layout: for_one[layout] ** 2 * for_several[layout])
 
 
-def _seconds(layer: _Layer, inputs: torch.Tensor) -> float:
+def seconds_of(layer: _Layer, inputs: torch.Tensor) -> float:
+    """Of one call."""
     began = time.perf_counter()
     layer(inputs)
     return time.perf_counter() - began

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from petals_win.kernels.library import (
 from petals_win.span.cache import SessionCache
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.int4 import FewBitsLinear, Panels
+from petals_win.span.layouts import seconds_of
 from petals_win.span.lean import is_dense, is_plain
 from petals_win.span.packed_linear import can_pack
 from petals_win.span.rotary import DeclaredRotary
@@ -252,14 +252,8 @@ def many_rows_pay(dtype: torch.dtype) -> bool:
     plain = nn.Linear(_TRIED, _TRIED, bias=False, dtype=dtype).requires_grad_(False)
     product, inputs = _Product(plain, library), torch.ones(_TRIED_ROWS, _TRIED, dtype=dtype)
     with computing():
-        turns = [(_seconds(product, inputs), _seconds(plain, inputs)) for _ in range(_TURNS)]
+        turns = [(seconds_of(product, inputs), seconds_of(plain, inputs)) for _ in range(_TURNS)]
     return min(ours for ours, _ in turns) < min(theirs for _, theirs in turns)
-
-
-def _seconds(layer: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> float:
-    began = time.perf_counter()
-    layer(inputs)
-    return time.perf_counter() - began
 
 
 def _linears(block: Any) -> list[nn.Module]:
