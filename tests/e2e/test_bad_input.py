@@ -88,7 +88,7 @@ def test_wrong_peers_address():
 def test_peers_that_do_not_answer():
     peer = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
     assert_sentence(serve("--model", DEFAULT_MODEL, "--blocks", "0:1", "--peers", peer), peer)
-    assert_sentence(run("api", "--model", DEFAULT_MODEL, "--peers", peer), peer)
+    assert_sentence(run("api", "--port", "0", "--model", DEFAULT_MODEL, "--peers", peer), peer)
 
 
 @pytest.mark.parametrize("command", ["serve", "api", "up"])
@@ -121,13 +121,14 @@ def test_truncated_safetensors(checkpoint, tmp_path):
 
 
 def test_a_swarm_without_peers():
-    assert_sentence(run("api", "--model", DEFAULT_MODEL, "--engine", "petals"), "--peers")
+    assert_sentence(run("api", "--port", "0", "--model", DEFAULT_MODEL, "--engine", "petals"), "--peers")
 
 
 def test_an_engine_that_there_is_not():
     for command in ("api", "up"):
         assert_sentence(
-            run(command, "--model", DEFAULT_MODEL, "--engine", "nope"), "auto, command, local, onnx, openai, petals"
+            run(command, "--port", "0", "--model", DEFAULT_MODEL, "--engine", "nope"),
+            "auto, command, local, onnx, openai, petals",
         )
 
 

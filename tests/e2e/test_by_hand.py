@@ -106,7 +106,12 @@ def test_a_gated_model_without_a_token(command, tmp_path):
         hub.gated.add("someone/secret-llama")
         arguments = {
             "serve": ["--blocks", "0:1", "--host", "127.0.0.1"],
-            "api": ["--peers", "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"],
+            "api": [
+                "--port",
+                "0",
+                "--peers",
+                "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+            ],
         }[command]
         environment = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_TOKEN="", HF_HUB_DISABLE_TELEMETRY="1")
         asked = [command, "--model", "someone/secret-llama", *arguments]

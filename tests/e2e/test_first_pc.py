@@ -153,6 +153,9 @@ def test_a_renamed_folder_is_in_the_same_swarm_and_another_revision_is_not(folde
                 assert torch.isfinite(client.model(inputs_embeds=inputs).logits).all()
 
         ids = [open_model(str(one)).content_id for one in (folder, revision)]
-        for command, more in (("serve", ["--blocks", "0:2", "--host", "127.0.0.1", "--fresh"]), ("api", [])):
+        for command, more in (
+            ("serve", ["--blocks", "0:2", "--host", "127.0.0.1", "--fresh"]),
+            ("api", ["--port", "0"]),
+        ):
             done = run(command, "--model", str(revision), "--peers", first.address, *more)
             assert_sentence(done, *ids, "another revision", "Put the same files on all PCs")

@@ -374,8 +374,8 @@ def test_memory_stays_within_the_budget_and_comes_back(checkpoint, compute, monk
         return peak - before, once - before, min(twice - once, thrice - twice)
 
     peak, kept, more = run(ask(), 240)
-    # Beside the caches: activations, and one block's old keys and values while they are copied.
-    assert 32 * mib < peak < 64 * mib + 56 * mib, f"{peak / mib:.0f} MiB more than before"
+    # Beside the caches: activations, and one block's old keys and values while they are copied. All at once is 266 MiB.
+    assert 32 * mib < peak < 64 * mib + 96 * mib, f"{peak / mib:.0f} MiB more than before"
     # C's allocator keeps some of the activations for the next time, but not more and more.
     assert kept < 48 * mib, f"{kept / mib:.0f} MiB did not come back"
     assert more < 24 * mib, f"{more / mib:.0f} MiB more after as many answers again"
