@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from concurrent.futures import CancelledError
@@ -272,7 +273,28 @@ def test_the_end_of_the_compute_thread_ends_all_waiting(source):
             future.result(5)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="shutting down"):
-            scheduler.step(span.open(1, 10), hidden_states(2))
+            scheduler.step(span.open(1, 10), hidden_states(2)).result(5)
+
+    async def ask():
+        with pytest.raises(RuntimeError, match="shutting down"):
+            await scheduler.step(span.open(1, 10), hidden_states(2))
+
+    asyncio.run(asyncio.wait_for(ask(), 5))
+
+
+def test_steps_of_one_turn_of_an_event_loop_share_a_pass_and_come_back_together(span, scheduler, monkeypatch):
+    passes, advance, looked = list[int](), span.advance, list[int]()
+    monkeypatch.setattr(span, "advance", lambda group: (passes.append(len(group)), advance(group)))
+
+    async def ask():
+        sessions = [span.open(1, 10) for _ in range(6)]
+        steps = [asyncio.ensure_future(scheduler.step(session, hidden_states(1))) for session in sessions]
+        for step in steps:
+            step.add_done_callback(lambda _: looked.append(sum(each.done() for each in steps)))
+        await asyncio.gather(*steps)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+    assert passes == [6] and looked == [6] * 6
 
 
 def test_an_error_that_is_no_step_s_own_is_told_to_all(span, scheduler, compute, monkeypatch):

@@ -10,6 +10,8 @@ import time
 from collections.abc import Generator
 from typing import Any, TypeVar
 
+from petals_win.host.crossing import call_soon, set_out
+
 T = TypeVar("T")
 
 # Python on Windows runs signal handlers only between bytecodes of the main thread, and a lock held by nobody else
@@ -30,12 +32,7 @@ class AwaitableFuture(concurrent.futures.Future[T]):
             loop = asyncio.get_running_loop()
             waiter = loop.create_future()
 
-            def wake(_: concurrent.futures.Future[T]) -> None:
-                # A loop that was closed in the meantime has nobody left who waits.
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(_release, waiter)
-
-            self.add_done_callback(wake)
+            self.add_done_callback(lambda _: call_soon(loop, _release, waiter))
             try:
                 yield from waiter
             except asyncio.CancelledError:
@@ -49,6 +46,7 @@ class AwaitableFuture(concurrent.futures.Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result in a thread; raises the work's error, or TimeoutError after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        set_out()  # the work may be among it
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             wait = left if _SLICE_S is None else min(_SLICE_S, _SLICE_S if left is None else left)

@@ -8,9 +8,11 @@ import asyncio
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from petals_win.host.crossing import call_soon
 from petals_win.host.futures import AwaitableFuture
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class LoopThread(threading.Thread):
         self._lock = threading.Lock()
         self._accepting = False
         self._grace_s = 10.0
+        self._handed: deque[tuple[Coroutine[Any, Any, Any], AwaitableFuture[Any]]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -94,7 +97,8 @@ class LoopThread(threading.Thread):
             if not self._accepting:
                 coro.close()
                 raise RuntimeError(f"The thread {self.name} is not running: it takes no more work")
-            self.loop.call_soon_threadsafe(self._begin, coro, future)
+            self._handed.append((coro, future))
+        call_soon(self.loop, self._begin_what_is_handed)
         return future
 
     def call(self, coro: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
@@ -129,6 +133,10 @@ class LoopThread(threading.Thread):
         if self.is_alive():
             logger.error("The thread %s is still busy %g s after it was told to stop", self.name, timeout)
 
+    def _begin_what_is_handed(self) -> None:
+        while self._handed:
+            self._begin(*self._handed.popleft())
+
     def _begin(self, coro: Coroutine[Any, Any, T], future: AwaitableFuture[T]) -> None:
         loop = self.loop
         task = loop.create_task(coro)
@@ -158,7 +166,8 @@ class LoopThread(threading.Thread):
 
     def _finish(self, loop: asyncio.AbstractEventLoop) -> None:
         deadline = loop.time() + self._grace_s
-        loop.run_until_complete(asyncio.sleep(0))  # what was handed over but not begun becomes a task
+        loop.call_soon(self._begin_what_is_handed)
+        loop.run_until_complete(asyncio.sleep(0))
         while tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task.cancel()

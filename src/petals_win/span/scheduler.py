@@ -7,15 +7,16 @@ in work makes up the next one. Knows spans and the compute thread. Does not know
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 
 import torch
 
+from petals_win.host.crossing import together
 from petals_win.host.futures import AwaitableFuture
 from petals_win.span.chunks import Chunks, Decodes
 from petals_win.span.company import Company
@@ -88,7 +89,7 @@ class Scheduler:
 
         Steps of one session are made in the order of the calls. A step that fails, or that is cancelled before its last tokens
         are in work, leaves its session as Span.step does, and all others as if it had not been. `priority` is that of a call of
-        the compute thread. Raises RuntimeError once that has been stopped.
+        the compute thread; once that has been stopped, a step fails by RuntimeError.
         """
         waiting = _Waiting(session, hidden, prompts, hypo_ids, start, priority)
         self._company.came(session, time.perf_counter())
@@ -103,11 +104,20 @@ class Scheduler:
                 return
             self._asked = priority
         try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._submit_turn(priority)
+        else:
+            # Behind everything that is ready now, since that may be steps, too.
+            loop.call_soon(self._submit_turn, priority)
+
+    def _submit_turn(self, priority: float) -> None:
+        try:
             turn = self._compute.submit(self._turn, priority=priority)
-        except RuntimeError:  # the thread was told to stop
-            self._give_up()
-            raise
-        turn.add_done_callback(self._turned)
+        except RuntimeError as e:  # the thread was told to stop
+            self._give_up(e)
+        else:
+            turn.add_done_callback(self._turned)
 
     def _turned(self, turn: Future[None]) -> None:
         """Nobody is left waiting for turns that will not come."""
@@ -149,8 +159,7 @@ class Scheduler:
         if wait > 0:
             self._compute.submit_later(wait, self._turn, priority=priority).add_done_callback(self._turned)
         else:
-            with suppress(RuntimeError):  # the thread was told to stop, and nobody waits any more
-                self._ask_for_a_turn(priority)
+            self._ask_for_a_turn(priority)
 
     def _candidates(self) -> tuple[list[_Waiting], list[_Waiting]]:
         """Of each session the oldest step: decodes, and prefills with those first whose last turn is longest ago."""
@@ -216,10 +225,11 @@ class Scheduler:
 
     def _compute_group(self, group: Sequence[tuple[_Waiting, Step, int]]) -> None:
         if self._advanced(group):
-            for waiting, step, _ in group:
-                if not step.left:
-                    self._waiting.remove(waiting)
-                    waiting.future.set_result(step.output())
+            with together():
+                for waiting, step, _ in group:
+                    if not step.left:
+                        self._waiting.remove(waiting)
+                        waiting.future.set_result(step.output())
         elif len(group) > 1:
             # Which of them it was, or whether all together took too much memory, shows when each is alone.
             for single in group:
