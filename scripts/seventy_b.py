@@ -129,9 +129,7 @@ class Run:
         with LocalSwarm(str(self.folder), served, options=options) as swarm:
             swarm.wait_until_serving()
             outputs, seconds = self._ask(swarm.peers, range(spans[0].start, spans[-1].stop))
-            taken = [
-                psutil.Process(node.child.pid).memory_info().rss - node.bytes_before_loading for node in swarm.nodes
-            ]
+            taken = [own_bytes(psutil.Process(node.child.pid)) - node.bytes_before_loading for node in swarm.nodes]
         return self._figures(quant, "nodes", spans, taken, outputs, seconds)
 
     @torch.inference_mode()

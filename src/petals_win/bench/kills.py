@@ -15,13 +15,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from petals_win.bench.steady import MODEL as STEADY
 from petals_win.bench.worker_process import WorkerProcess, router_over
 from petals_win.bench.workers import SCHEMES, running
 from petals_win.engines.base import Finished, GenerationRequest, Token, Usage
 from petals_win.errors import UserError
+from petals_win.host.memory import own_bytes
 from petals_win.jobs.failures import NoWorker, WorkerFailed
 from petals_win.jobs.router import RoutedEngine
 
@@ -193,4 +192,4 @@ async def _outcome(engine: RoutedEngine, request: GenerationRequest, scripted: b
 
 def _memory() -> int:
     gc.collect()
-    return psutil.Process().memory_info().rss
+    return own_bytes()

@@ -19,6 +19,7 @@ from petals_win.bench.asking import Asker, connected
 from petals_win.bench.busy import busy_program
 from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
 from petals_win.bench.one_process import OneProcess, fastest_process
+from petals_win.host.memory import own_bytes
 from petals_win.host.threads import most_threads
 from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
@@ -39,8 +40,8 @@ class BenchReport:
 
     `figures` has them by name: tokens/s of all answers together, seconds, and ratios, which are medians of the ratios within
     each round; `values` has all that was measured, by round. `prompt` is how many tokens the long prompt had, 0 without one.
-    Memory is of the resident set: what a node's process takes beyond what it had before loading its blocks, over the
-    bytes of the whole model's weights; `node_overhead_bytes` is what it had. `threads` is what each process computes with
+    Memory is what a node's process takes beyond what it had before loading its blocks, over the bytes of the
+    whole model's weights; `node_overhead_bytes` is what it had. `threads` is what each process computes with
     at most, `local_setting` how the one process was fastest.
     """
 
@@ -104,7 +105,7 @@ async def _measure(
             run = _Run(asker, local, prompts, tokens, sessions, prompt, report)
             _, (text,) = await asker.answers(prompts.short(1), tokens)  # warm up
             node = swarm.nodes[0]
-            taken = psutil.Process(node.child.pid).memory_info().rss - node.bytes_before_loading
+            taken = own_bytes(psutil.Process(node.child.pid)) - node.bytes_before_loading
             _, (same,) = await local.generate(prompts.short(1), tokens)
             if prompts.decode(same).strip() != text.strip():
                 report("note: the two texts differ (rounding)")

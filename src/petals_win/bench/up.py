@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from petals_win.host.memory import own_bytes
+
 _START_SECONDS, _STOP_SECONDS = 300, 60
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -31,11 +33,11 @@ class Up:
     process: psutil.Process
 
     def memory_bytes(self) -> int:
-        """What all of its processes have in memory; what they share counts for each."""
+        """What all of its processes have in memory."""
         taken = 0
         for process in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                taken += process.memory_info().rss
+                taken += own_bytes(process)
         return taken
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import psutil
 
+from petals_win.host.memory import own_bytes
+
 _LOOK_S = 0.1
 
 
@@ -43,7 +45,7 @@ class MemoryWatch:
         now: dict[str, int] = {}
         for name, process in self._processes.items():
             with contextlib.suppress(psutil.NoSuchProcess):
-                now[name] = process.memory_info().rss
+                now[name] = own_bytes(process)
         with self._lock:
             for name, nbytes in now.items():
                 self._most[name] = max(self._most[name], nbytes)

@@ -56,9 +56,13 @@ def keep_within_card(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
 
 
-def own_bytes() -> int:
-    """Bytes of memory that this process keeps resident."""
-    return psutil.Process().memory_info().rss
+def own_bytes(process: psutil.Process | None = None) -> int:
+    """Bytes of memory that a process has, if none is named this one.
+
+    On Linux without what lies in files, too, such as libraries: the system takes that from it and reads it again as it likes.
+    """
+    memory = (process or psutil.Process()).memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def give_back_memory() -> None:
