@@ -332,3 +332,20 @@ def test_decodes_that_come_again_are_thought_of_between_their_turns(span, schedu
     monkeypatch.setattr(scheduler_module, "_PAUSE_S", 0.0)
     scheduler.step(reading, hidden_states(20)).result(30)
     assert asked == [Decodes.NOWHERE, Decodes.HERE, Decodes.ELSEWHERE, Decodes.NOWHERE]
+
+
+@pytest.mark.usefixtures("chunks")
+def test_a_prompt_rests_until_decodes_come_again_or_stay_away(span, scheduler, passes, monkeypatch):
+    decoding, reading = span.open(1, 10), span.open(1, 100)
+    scheduler.step(decoding, hidden_states(1)).result(30)
+    monkeypatch.setattr(scheduler_module.Chunks, "rest_s", 30.0)
+    prompt = scheduler.step(reading, hidden_states(60))
+    for _ in range(2):
+        scheduler.step(decoding, hidden_states(1)).result(30)
+    assert passes == [[1], [1, 20], [1, 20]] and not prompt.done()
+    monkeypatch.setattr(scheduler_module.Chunks, "rest_s", 0.1)
+    assert scheduler.step(decoding, hidden_states(1)).result(30).shape == prompt.result(30).shape[:1] + (1, HIDDEN)
+    assert passes[3:] == [[1, 20]]
+
+    prompt = scheduler.step(reading, hidden_states(40))
+    assert prompt.result(30).shape == (1, 40, HIDDEN) and passes[4:] == [[20], [20]], "nobody decodes any more"

@@ -54,13 +54,16 @@ class Company:
                 self._first = now
             self._last = now
 
-    def turned(self, decoded: Iterable[Session], began: float, ended: float) -> None:
-        """A turn has computed decodes of these sessions."""
+    def turned(self, decoded: Iterable[Session], began: float, ended: float) -> float | None:
+        """A turn has computed decodes of these sessions. Returns after how many seconds they came again, in the mean; None if none did."""
         self._expected = list(decoded)
         self._seconds, self._ended = ended - began, ended
+        since = [ended - self._decoded.get(session, -_PAUSE_S) for session in self._expected]
+        again = [seconds for seconds in since if seconds < _PAUSE_S]
         self._decoded.update(dict.fromkeys(self._expected, ended))
         with self._lock:
             self._answered.update(dict.fromkeys(self._expected, ended))
+        return sum(again) / len(again) if again else None
 
     def wait(self, decodes: Collection[Session], now: float) -> float:
         """For how many seconds it is worth to wait; `decodes` are the sessions whose decodes wait already."""

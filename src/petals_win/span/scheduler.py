@@ -72,6 +72,7 @@ class Scheduler:
         self._waiting: list[_Waiting] = []  # the oldest first; on the compute thread only, as is:
         self._turns = 0
         self._decoded = -_PAUSE_S  # when the last turn with decodes ended
+        self._prompted = False  # whether anything of a prompt was computed since then
         self._chunks = Chunks(CHUNK_TOKENS)
         self._company = Company()
 
@@ -151,6 +152,8 @@ class Scheduler:
         decodes, prefills = self._candidates()
         began = time.perf_counter()
         wait = self._company.wait({each.session for each in decodes}, began)
+        if not decodes:
+            wait = max(wait, self._decoded + self._chunks.rest_s - began)
         if wait <= 0:
             self._compute_turn(decodes, prefills, began)
         if not self._waiting:
@@ -200,7 +203,12 @@ class Scheduler:
             self._pace.took(
                 ended - began, [each.session.position for each in decodes if each.session.cache is not None]
             )
-        self._company.turned((each.session for each in decodes), began, ended)
+        again = self._company.turned((each.session for each in decodes), began, ended)
+        self._prompted |= whole > left
+        if decodes:
+            if again is not None:
+                self._chunks.came_again(again, self._prompted)
+            self._prompted = bool(prefills)
 
     def _ready(self, waiting: _Waiting, tokens: int) -> Step | None:
         """The step, begun now at the latest and not to be cancelled from its last tokens on; None if it is over."""
