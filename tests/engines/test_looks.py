@@ -43,7 +43,7 @@ def look(monkeypatch, engine: PetalsEngine, tell: Callable[[int], SwarmState], e
 
     async def follow() -> None:
         await engine.start(lambda why: None)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not ends():
                 await asyncio.sleep(0.01)
         await engine.close()
