@@ -40,6 +40,7 @@ from petals_win.bench.up import up
 from petals_win.bench.watching import MemoryWatch
 from petals_win.engines.base import GenerationRequest
 from petals_win.engines.petals import PetalsEngine
+from petals_win.host.memory import own_bytes
 from petals_win.models.cuts import Cuts
 from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
 from petals_win.node.served import room_for
@@ -119,7 +120,7 @@ class Node:
         said = (match for line in node.child.output_tail(200) if (match := _SERVING.search(line)))
         _, weights, sessions, self.longest = (int(text) if text.isdecimal() else 0 for text in next(said).groups())
         self.announced = node.bytes_before_loading + (weights + sessions) * _MIB
-        self._served = psutil.Process(node.child.pid).memory_info().rss
+        self._served = own_bytes(node.child.pid)
         self._planned = 0
 
     def figures(self, most: int, lengths: Sequence[int]) -> dict[str, Any]:

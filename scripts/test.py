@@ -28,8 +28,13 @@ PROGRAMS = {
     "npm": "npm",
 }
 
-# Folders of tests that start daemons, nodes and browsers; they take about as long as all others.
-WHOLE_PROGRAMS = {"e2e", "p2pd", "web"}
+# What is run beside others at any time, in folders of tests; those that start daemons, nodes and browsers take longest. All
+# folders that are not named are a part, too.
+PARTS = {
+    "programs": {"e2e", "p2pd", "web"},
+    "engines": {"api", "engines"},
+    "spans": {"kernels", "models", "span"},
+}
 AT_ONCE = 3  # parts of the tests
 
 
@@ -81,13 +86,14 @@ def measuring() -> set[str]:
 def side_by_side(environment: dict[str, str]) -> int:
     """Run all tests, three parts of them at a time, since each mostly waits; then by itself what measures."""
     everything = {path.name for path in TESTS.iterdir() if path.is_dir() or path.match("test_*.py")}
+    units = ["-m", "not bench and not alone"]
     # Named by their file, since to collect all tests takes as long as hundreds of them.
     bench = [str(TESTS / "windows" / "test_in_the_bench.py"), "-m", "bench and not alone"]
     parts = {
         "windows": [*bench, "-k", "not programs_under"],
         "programs on windows": [*bench, "-k", "programs_under"],
-        "programs": ["-m", "not bench and not alone", *without(everything - WHOLE_PROGRAMS)],
-        "units": ["-m", "not bench and not alone", *without(WHOLE_PROGRAMS)],
+        **{name: [*units, *without(everything - folders)] for name, folders in PARTS.items()},
+        "all else": [*units, *without(set.union(*PARTS.values()))],
     }
     waiting, statuses = list(parts), list[int]()
     running: dict[str, subprocess.Popen[bytes]] = {}

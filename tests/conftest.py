@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import certifi
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,15 @@ def _one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     file.write_text(Path(certifi.where()).read_text("utf-8").partition(end)[0] + end, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: str(file))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """Whoever names no other time lets a server have a minute: with three parts of the tests at once httpx's 5 s may pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "read", "write", "pool"):
+            patch.setattr(DEFAULT_TIMEOUT_CONFIG, name, 60.0)
         yield
 
 

@@ -20,6 +20,7 @@ from petals_win.engines.command_cli import CliEngine
 from petals_win.engines.command_file import read_description
 from petals_win.engines.outside import ProgramFailed
 from petals_win.errors import UserError
+from petals_win.host.memory import own_bytes
 
 
 def asked(text: str, **settings) -> GenerationRequest:
@@ -52,14 +53,14 @@ def test_what_is_not_read_is_not_kept(tmp_path):
     """A flood waits for its reader: the engine holds a bounded part of it."""
 
     async def ask(engine: CliEngine):
-        before = psutil.Process().memory_info().rss
+        before = own_bytes()
         generation = engine.generate(asked("flood"))
         await anext(generation)
         await asyncio.sleep(1)
         (run,) = engine._runs
         kept = sum(len(piece) for piece in run._inbox._queue)  # type: ignore[attr-defined]
         await generation.aclose()
-        return kept, psutil.Process().memory_info().rss - before
+        return kept, own_bytes() - before
 
     kept, grown = use(described_once(tmp_path), ask)
     assert kept <= 16 * 2**16 and grown < 64 * 2**20

@@ -140,27 +140,28 @@ def test_a_packed_span_is_equal_within_rounding(checkpoint, family, always_packe
 
 PEAK = """
 import sys, threading, time
-import psutil, torch
+import torch
+from petals_win.host.memory import own_bytes
 from petals_win.models.source import open_model
 from petals_win.span.span import Span
 
 torch.set_num_threads(1)
 source = open_model(sys.argv[1])
 Span.load(source, 0, 1)
-process, stop, peak = psutil.Process(), threading.Event(), 0
+stop, peak = threading.Event(), 0
 
 def watch():
     global peak
     while not stop.wait(0.001):
-        peak = max(peak, process.memory_info().rss)
+        peak = max(peak, own_bytes())
 
-before = process.memory_info().rss
+before = own_bytes()
 thread = threading.Thread(target=watch)
 thread.start()
 span = Span.load(source, 0, 4)
 stop.set()
 thread.join()
-print(span.weight_bytes, process.memory_info().rss - before, peak - before)
+print(span.weight_bytes, own_bytes() - before, peak - before)
 """
 
 

@@ -13,12 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from petals_win.bench.asking import Asker, connected
 from petals_win.bench.busy import busy_program
 from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
 from petals_win.bench.one_process import OneProcess, fastest_process
+from petals_win.host.memory import own_bytes
 from petals_win.host.threads import most_threads
 from petals_win.models.cuts import Cuts
 from petals_win.models.source import ModelSource, open_model
@@ -104,7 +103,7 @@ async def _measure(
             run = _Run(asker, local, prompts, tokens, sessions, prompt, report)
             _, (text,) = await asker.answers(prompts.short(1), tokens)  # warm up
             node = swarm.nodes[0]
-            taken = psutil.Process(node.child.pid).memory_info().rss - node.bytes_before_loading
+            taken = own_bytes(node.child.pid) - node.bytes_before_loading
             _, (same,) = await local.generate(prompts.short(1), tokens)
             if prompts.decode(same).strip() != text.strip():
                 report("note: the two texts differ (rounding)")

@@ -56,9 +56,14 @@ def keep_within_card(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
 
 
-def own_bytes() -> int:
-    """Bytes of memory that this process keeps resident."""
-    return psutil.Process().memory_info().rss
+def own_bytes(pid: int | None = None) -> int:
+    """Bytes of memory that a process, this one unless another is named, keeps resident for itself alone.
+
+    On Linux without what is in files, too, such as its libraries: that the system takes back, and reads again, as it likes. Raises
+    psutil.NoSuchProcess.
+    """
+    memory = psutil.Process(pid).memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def give_back_memory() -> None:
