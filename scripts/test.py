@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,15 +72,17 @@ def pytest(*arguments: str) -> list[str | Path]:
     return [VENV_PYTHON, "-m", "pytest", *arguments]
 
 
-def without(names: Collection[str]) -> list[str]:
+def without(names: Iterable[str]) -> list[str]:
     # By what is ignored: named together, folders would get each other's conftest.
     return [f"--ignore=tests/{name}" for name in sorted(names)]
 
 
-def measuring() -> set[str]:
-    """The folders of tests that have to be alone."""
-    files = (path for path in TESTS.glob("*/test_*.py") if "pytest.mark.alone" in path.read_text("utf-8"))
-    return {path.parent.name for path in files}
+def unlike_those_alone(everything: set[str]) -> set[str]:
+    """The folders, and the files of other folders, without a test that has to be alone."""
+    files = {path: "pytest.mark.alone" in path.read_text("utf-8") for path in TESTS.glob("*/test_*.py")}
+    folders = {path.parent.name for path, alone in files.items() if alone}
+    others = {f"{path.parent.name}/{path.name}" for path, alone in files.items() if not alone}
+    return everything - folders | {name for name in others if name.split("/")[0] in folders}
 
 
 def side_by_side(environment: dict[str, str]) -> int:
@@ -114,7 +116,7 @@ def side_by_side(environment: dict[str, str]) -> int:
             process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
             process.wait()
             print(log_of(name).read_text("utf-8", "replace"), flush=True)
-    alone = pytest("-m", "alone", *without(everything - measuring()))
+    alone = pytest("-m", "alone", *without(unlike_those_alone(everything)))
     statuses.append(subprocess.run(alone, cwd=ROOT, env=environment).returncode)
     return next(filter(None, statuses), 0)
 

@@ -53,6 +53,13 @@ def _patience() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _the_same_by_chance() -> None:
+    """What a test draws from torch is the same in each run. Not the number by which models are made, whose weights it would repeat."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(20)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Makes a folder with a model of a family; `shard_size` in bytes cuts it into several files. Not to be changed."""
