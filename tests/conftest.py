@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from petals_win.span.compute import ComputeThread
+    from petals_win.swarm.local import LocalSwarm
 
 Checkpoint = Callable[..., Path]
 _lacking: Counter[tuple[str, str]] = Counter()
@@ -78,6 +79,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def swarm() -> Iterator[LocalSwarm]:
+    """SmolLM2 in 32 bits on two nodes, blocks 0:15 and 15:30, for all tests that leave it as it is."""
+    from petals_win.models.default_model import NAME as DEFAULT_MODEL
+    from petals_win.swarm.local import LocalSwarm
+
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
+        swarm.wait_until_serving()
+        yield swarm
 
 
 @pytest.fixture

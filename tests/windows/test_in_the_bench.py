@@ -86,6 +86,7 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
 ]
 # What computes, counts, or makes one text of another, and meets the system nowhere: the same code on each.
 ALIKE = [
+    "api/test_anthropic_client.py",  # over the same HTTP as openai's and ollama's; to import the client is 3,152 modules
     "bench/test_figures.py",
     "bench/test_tiny_model.py",
     "client/test_choosing.py",
