@@ -40,7 +40,7 @@ def soaked(engine: FakeEngine, **settings: int) -> Soaked:
 
 
 def test_each_of_many_clients_gets_a_whole_answer_or_a_clean_refusal():
-    found = soaked(Talkative(0.002), max_running=2, max_waiting=2)
+    found = soaked(Talkative(0.01), max_running=2, max_waiting=2)
     assert found.answers >= 2 and found.tokens == 20 * found.answers
     assert found.refused >= 4
     assert not found.wrong
