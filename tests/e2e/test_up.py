@@ -75,9 +75,9 @@ def answering() -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
 
 @contextlib.contextmanager
 def busy_pc() -> Iterator[None]:
-    """Programs that would like four times the cores of this PC."""
+    """Programs that would like twice the cores of this PC, beside whatever else it does."""
     command = [sys.executable, "-I", "-S", "-c", "while True: pass"]
-    programs = [subprocess.Popen(command) for _ in range(4 * (os.cpu_count() or 1))]
+    programs = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
     try:
         yield
     finally:
