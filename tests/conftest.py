@@ -54,6 +54,13 @@ def _patience() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Of torch: other tests compute at the same time. Whatever is run before a test, its sums have the same order."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _the_same_by_chance() -> None:
     """What a test draws from torch is the same in each run. Not the number by which models are made, whose weights it would repeat."""
