@@ -72,6 +72,11 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "models/test_damaged.py",
     "models/test_gguf_types.py",  # bytes and numbers alone, as further files below
     "models/test_packed.py",
+    # Each is an environment of its own, and of each kind one stays.
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[external",
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[pyproject",
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[src",
+    "scripts/test_bootstrap.py::test_what_stops_the_build_is_explained[OSError",
     "scripts/test_build.py",
     "scripts/test_many_chats.py::test_chats_are_answered_and_a_long_prompt_survives_its_nodes",  # starts six more Pythons with torch
     "scripts/test_families_table.py",
@@ -81,6 +86,7 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "span/test_equal_logits.py",
     "span/test_families.py",
     "span/test_hybrids.py",
+    "span/test_packed_linear.py::test_packing_frees_the_plain_weights_on_the_way",  # test_stored.py measures a load, too
     "span/test_scheduler_families.py",
     "span/test_scheduler_random.py",
     "span/test_true_shapes.py",
