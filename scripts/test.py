@@ -28,12 +28,12 @@ PROGRAMS = {
     "npm": "npm",
 }
 
-# What is run beside others at any time, in folders of tests; those that start daemons, nodes and browsers take longest. All
-# folders that are not named are a part, too.
+# Folders of tests that are run in one go, what takes longest first; folders that none names follow together. The first start daemons,
+# nodes and browsers, and take as long as the other three.
 PARTS = {
     "programs": {"e2e", "p2pd", "web"},
     "engines": {"api", "engines"},
-    "spans": {"kernels", "models", "span"},
+    "tools": {"bench", "cli", "client", "jobs", "scripts", "upstream"},
 }
 AT_ONCE = 3  # parts of the tests
 
