@@ -120,7 +120,7 @@ class Node:
         said = (match for line in node.child.output_tail(200) if (match := _SERVING.search(line)))
         _, weights, sessions, self.longest = (int(text) if text.isdecimal() else 0 for text in next(said).groups())
         self.announced = node.bytes_before_loading + (weights + sessions) * _MIB
-        self._served = own_bytes(psutil.Process(node.child.pid))
+        self._served = own_bytes(node.child.pid)
         self._planned = 0
 
     def figures(self, most: int, lengths: Sequence[int]) -> dict[str, Any]:

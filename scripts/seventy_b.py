@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from petals import AutoDistributedModelForCausalLM
 from safetensors import safe_open
@@ -53,7 +52,7 @@ MIB = 2**20
 # Of what the blocks add to their input: how far off it may be (root mean square). In 16 bits it is compared with transformers'.
 MOST_OFF = {"int4": 0.2, "nf4": 0.25}
 # Of what the plan says of the weights; what a node has before it loads is not counted.
-MEMORY_OFF = 0.05
+MEMORY_OFF, MEMORY_MIB = 0.05, 32
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Run:
         with LocalSwarm(str(self.folder), served, options=options) as swarm:
             swarm.wait_until_serving()
             outputs, seconds = self._ask(swarm.peers, range(spans[0].start, spans[-1].stop))
-            taken = [own_bytes(psutil.Process(node.child.pid)) - node.bytes_before_loading for node in swarm.nodes]
+            taken = [own_bytes(node.child.pid) - node.bytes_before_loading for node in swarm.nodes]
         return self._figures(quant, "nodes", spans, taken, outputs, seconds)
 
     @torch.inference_mode()
@@ -183,7 +182,7 @@ class Run:
             wrong += [
                 f"{quant} took {found / MIB:,.0f} MiB, {planned / MIB:,.0f} were planned"
                 for found in taken
-                if abs(found - planned) > MEMORY_OFF * planned
+                if abs(found - planned) > MEMORY_OFF * planned + MEMORY_MIB * MIB
             ]
         rate = self.rates.get(quant)
         predicted = None

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +28,13 @@ PROGRAMS = {
     "npm": "npm",
 }
 
-# Folders of tests that start daemons, nodes and browsers; they take about as long as all others.
-WHOLE_PROGRAMS = {"e2e", "p2pd", "web"}
+# Folders of tests that are run in one go, what takes longest first; folders that none names follow together. The first start daemons,
+# nodes and browsers, and take as long as the other three.
+PARTS = {
+    "programs": {"e2e", "p2pd", "web"},
+    "engines": {"api", "engines"},
+    "tools": {"bench", "cli", "client", "jobs", "scripts", "upstream"},
+}
 AT_ONCE = 3  # parts of the tests
 
 
@@ -67,27 +72,30 @@ def pytest(*arguments: str) -> list[str | Path]:
     return [VENV_PYTHON, "-m", "pytest", *arguments]
 
 
-def without(names: Collection[str]) -> list[str]:
+def without(names: Iterable[str]) -> list[str]:
     # By what is ignored: named together, folders would get each other's conftest.
     return [f"--ignore=tests/{name}" for name in sorted(names)]
 
 
-def measuring() -> set[str]:
-    """The folders of tests that have to be alone."""
-    files = (path for path in TESTS.glob("*/test_*.py") if "pytest.mark.alone" in path.read_text("utf-8"))
-    return {path.parent.name for path in files}
+def unlike_those_alone(everything: set[str]) -> set[str]:
+    """The folders, and the files of other folders, without a test that has to be alone."""
+    files = {path: "pytest.mark.alone" in path.read_text("utf-8") for path in TESTS.glob("*/test_*.py")}
+    folders = {path.parent.name for path, alone in files.items() if alone}
+    others = {f"{path.parent.name}/{path.name}" for path, alone in files.items() if not alone}
+    return everything - folders | {name for name in others if name.split("/")[0] in folders}
 
 
 def side_by_side(environment: dict[str, str]) -> int:
     """Run all tests, three parts of them at a time, since each mostly waits; then by itself what measures."""
     everything = {path.name for path in TESTS.iterdir() if path.is_dir() or path.match("test_*.py")}
+    units = ["-m", "not bench and not alone"]
     # Named by their file, since to collect all tests takes as long as hundreds of them.
     bench = [str(TESTS / "windows" / "test_in_the_bench.py"), "-m", "bench and not alone"]
     parts = {
         "windows": [*bench, "-k", "not programs_under"],
         "programs on windows": [*bench, "-k", "programs_under"],
-        "programs": ["-m", "not bench and not alone", *without(everything - WHOLE_PROGRAMS)],
-        "units": ["-m", "not bench and not alone", *without(WHOLE_PROGRAMS)],
+        **{name: [*units, *without(everything - folders)] for name, folders in PARTS.items()},
+        "all else": [*units, *without(set.union(*PARTS.values()))],
     }
     waiting, statuses = list(parts), list[int]()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -108,7 +116,7 @@ def side_by_side(environment: dict[str, str]) -> int:
             process.send_signal(signal.SIGINT)  # pytest ends what its tests have started
             process.wait()
             print(log_of(name).read_text("utf-8", "replace"), flush=True)
-    alone = pytest("-m", "alone", *without(everything - measuring()))
+    alone = pytest("-m", "alone", *without(unlike_those_alone(everything)))
     statuses.append(subprocess.run(alone, cwd=ROOT, env=environment).returncode)
     return next(filter(None, statuses), 0)
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import certifi
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 if TYPE_CHECKING:
     import torch
 
     from petals_win.span.compute import ComputeThread
+    from petals_win.swarm.local import LocalSwarm
 
 Checkpoint = Callable[..., Path]
 _lacking: Counter[tuple[str, str]] = Counter()
@@ -43,6 +45,29 @@ def _one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """Whoever names no other time lets a server have a minute: with three parts of the tests at once httpx's 5 s may pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "read", "write", "pool"):
+            patch.setattr(DEFAULT_TIMEOUT_CONFIG, name, 60.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Of torch: other tests compute at the same time. Whatever is run before a test, its sums have the same order."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_by_chance() -> None:
+    """What a test draws from torch is the same in each run. Not the number by which models are made, whose weights it would repeat."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(20)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Makes a folder with a model of a family; `shard_size` in bytes cuts it into several files. Not to be changed."""
@@ -61,6 +86,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def swarm() -> Iterator[LocalSwarm]:
+    """SmolLM2 in 32 bits on two nodes, blocks 0:15 and 15:30, for all tests that leave it as it is."""
+    from petals_win.models.default_model import NAME as DEFAULT_MODEL
+    from petals_win.swarm.local import LocalSwarm
+
+    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
+        swarm.wait_until_serving()
+        yield swarm
 
 
 @pytest.fixture

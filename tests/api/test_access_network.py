@@ -200,7 +200,7 @@ def test_heads_are_limited_in_number_and_size(served):
 
 
 def test_a_head_without_an_end_is_not_kept(served):
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         with pytest.raises(OSError):  # it answers 400 and closes
             for _ in range(10_000):
@@ -212,8 +212,8 @@ def test_connections_are_limited_in_all():
     with serving(max_connections=5) as served:
         with ExitStack() as opened:
             for _ in range(5):
-                opened.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=5))
-            with socket.create_connection(("127.0.0.1", served.port), timeout=5) as sixth:
+                opened.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=30))
+            with socket.create_connection(("127.0.0.1", served.port), timeout=30) as sixth:
                 answer = b""
                 while piece := sixth.recv(65536):
                     answer += piece
@@ -228,7 +228,7 @@ def test_connections_are_limited_for_each_address(monkeypatch):
     for proxies, last in (((), 503), (("127.0.0.1",), 200)):
         with serving(max_connections_each=3, trusted_proxies=proxies) as served, ExitStack() as opened:
             for _ in range(3):
-                opened.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=5))
+                opened.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=30))
             assert eventually(lambda served=served, last=last: health(served) == last)
 
 

@@ -26,7 +26,7 @@ def look_often(monkeypatch):
 
 
 def listening(served: Served):
-    return httpx.stream("GET", f"{served.url}/v1/swarm/events", timeout=5)
+    return httpx.stream("GET", f"{served.url}/v1/swarm/events", timeout=30)
 
 
 def test_every_block_with_its_servers():

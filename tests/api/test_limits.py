@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from free_ports import free_port
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
@@ -85,7 +86,7 @@ def test_a_port_in_use_shows_at_once():
 
 
 def test_a_port_is_free_again_after_the_end():
-    with serving() as served:
+    with serving(port=free_port()) as served:
         assert httpx.get(f"{served.url}/health").status_code == 200
     with serving(port=served.port) as again:
         assert httpx.get(f"{again.url}/health").status_code == 200
@@ -95,7 +96,7 @@ def test_localhost_is_all_its_addresses():
     with serving(host="localhost") as served:
         assert served.api.url == f"http://localhost:{served.port}"
         for *_, address in socket.getaddrinfo("localhost", served.port, type=socket.SOCK_STREAM):
-            with socket.create_connection(address[:2], timeout=5):
+            with socket.create_connection(address[:2], timeout=30):
                 pass
 
 
@@ -112,7 +113,7 @@ def test_the_url_is_one_that_a_browser_here_can_open(host, name):
     server = ApiServer(Settings(host=host, port=0, insecure=True))
     try:
         assert server.url == f"http://{name}:{server.port}"
-        socket.create_connection((name.strip("[]"), server.port), timeout=5).close()
+        socket.create_connection((name.strip("[]"), server.port), timeout=30).close()
     finally:
         server.close()
 
@@ -124,7 +125,7 @@ def test_stopped_before_it_served():
     asyncio.run(asyncio.wait_for(server.serve(create_app(engine, settings=settings)), 30))
     assert engine.closed == 1
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", server.port), timeout=5)
+        socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
 
 def test_the_server_leaves_no_thread_behind():

@@ -139,7 +139,7 @@ def test_who_may_not_ask(keyed, description, path):
 def test_too_many(keyed, description):
     asked = json.dumps(body(TEXT, "wait")).encode()
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", keyed.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=30) as client:
         client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(asked) + asked)
         assert eventually(lambda: keyed.engine.running == 1)
         response = httpx.post(keyed.url + CHAT, json=body(CHAT, "Hi"), headers=KEY)

@@ -379,8 +379,8 @@ def test_an_idle_session_ends(served, monkeypatch):
 
 def test_one_answer_at_a_time_in_a_session():
     with serving(FakeEngine(pace=0.1)) as served:
-        id = httpx.get(f"{served.url}/api/v1/open_inference_session?model={MODEL}&max_length=30").json()["session_id"]
-        asked = {"session_id": id, "inputs": "count 9", "max_new_tokens": 9}
+        id = httpx.get(f"{served.url}/api/v1/open_inference_session?model={MODEL}&max_length=80").json()["session_id"]
+        asked = {"session_id": id, "inputs": "count 30", "max_new_tokens": 30}
         first = threading.Thread(target=lambda: generate(served, **asked))
         first.start()
         assert eventually(lambda: served.engine.running == 1)

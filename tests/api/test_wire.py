@@ -373,7 +373,7 @@ def test_a_long_body_is_refused_before_it_is_read(served):
     response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
     assert response.status_code == 413
     assert "larger than 4 MiB" in error_of(response)["message"]
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
     assert served.engine.requests == []
@@ -394,7 +394,7 @@ def test_a_long_body_of_unknown_length_is_refused():
 
 def test_a_body_that_never_ends_is_given_up(served, monkeypatch):
     monkeypatch.setattr("petals_win.api.guards.BODY_DEADLINE_S", 0.2)
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert raw.recv(100).startswith(b"HTTP/1.1 408 ")
 

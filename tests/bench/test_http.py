@@ -13,8 +13,9 @@ from petals_win.bench.http import measure
 from petals_win.bench.soak import Soaked, soak
 from petals_win.engines.base import Event, GenerationRequest, SwarmFailed
 
-# Of HTTP for each token, processor time of the client included. It takes 0.2 to 0.4 ms; the PC may be busy.
-MOST_MS = 3.0
+# Of HTTP for each token, processor time of the client included. It takes 0.2 to 0.4 ms; the PC may be busy, but a tick of
+# Windows' clock is longer.
+MOST_MS = 8.0
 
 
 class Talkative(FakeEngine):
@@ -39,8 +40,8 @@ def soaked(engine: FakeEngine, **settings: int) -> Soaked:
 
 
 def test_each_of_many_clients_gets_a_whole_answer_or_a_clean_refusal():
-    found = soaked(Talkative(0.002), max_running=2, max_waiting=2)
-    assert found.answers > 4 and found.tokens == 20 * found.answers
+    found = soaked(Talkative(0.01), max_running=2, max_waiting=2)
+    assert found.answers >= 2 and found.tokens == 20 * found.answers
     assert found.refused >= 4
     assert not found.wrong
 
@@ -54,7 +55,7 @@ def test_http_costs_little_for_each_token():
     (found,) = asyncio.run(asyncio.wait_for(measure(Talkative(0.0), "x", [(1500, 3)]), 120))
     by_http, by_python = (1000 / found.median(f"{side}_tokens_per_s") for side in ("http", "python"))
     assert by_http - by_python < MOST_MS
-    assert min(found.values["http_first_s"]) < 0.2
+    assert min(found.values["http_first_s"]) < 0.3 * 1500 * by_http / 1000, "it does not wait for the rest"
 
 
 def test_an_answer_of_another_length_is_no_measurement():

@@ -57,7 +57,7 @@ def test_models_are_loaded_when_asked_for_and_unloaded_when_idle(tmp_path):
     converted = convert_to_onnx(str(folders[2]), tmp_path / "onnx", precision="fp32", device="cpu")
     models = ["--model", f"local:{folders[0]}", "--model", str(folders[1]), "--model", str(converted)]
     with running(
-        ["-m", "petals_win.cli.main", "api", "--port", "0", *models, "--keep-alive", "1s", "--alias", "gpt-4o"],
+        ["-m", "petals_win.cli.main", "api", "--port", "0", *models, "--keep-alive", "3s", "--alias", "gpt-4o"],
         tmp_path / "home",
     ) as (url, lines):
         assert states(url) == dict.fromkeys(["local:one", "local:two", "onnx:three"], "unloaded")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from free_ports import free_port
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -119,9 +120,7 @@ def test_clocks(ahead, doubt, level):
 
 
 def test_a_peer_that_is_gone():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
     (found,) = check_peers(Asked(peers=(address,)))
     assert found.level == "error" and f"nothing listens on its port {port}" in found.text and "serve" in found.fix

@@ -585,7 +585,7 @@ async def _rest_of(tokens) -> list[int]:
     return [token async for token in tokens]
 
 
-def test_the_compute_thread_ends(checkpoint):
+def test_the_compute_thread_ends(checkpoint, monkeypatch):
     compute = ComputeThread()
     compute.start()
     made = Decoding(checkpoint("llama"), compute)
@@ -597,13 +597,13 @@ def test_the_compute_thread_ends(checkpoint):
         await anext(tokens)
         busy, go = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
-        compute.submit(lambda: loop.call_soon_threadsafe(busy.set) and go.wait(10))
+        compute.submit(lambda: loop.call_soon_threadsafe(busy.set) and go.wait(60))
         await busy.wait()
+        join = compute.join
+        monkeypatch.setattr(compute, "join", lambda timeout: (go.set(), join(timeout)))  # once the stop is asked for
         stop = asyncio.create_task(asyncio.to_thread(compute.stop))
-        await asyncio.sleep(0.05)
-        go.set()
         with pytest.raises((RuntimeError, asyncio.CancelledError)):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await _rest_of(tokens)
         await stop
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,14 +29,6 @@ def disconnect(model) -> None:
 
 def node_of(swarm: LocalSwarm, peer_id: object) -> LocalNode:
     return next(node for node in swarm.nodes if node.addresses[0].endswith(str(peer_id)))
-
-
-@pytest.fixture(scope="session")
-def swarm() -> Iterator[LocalSwarm]:
-    """SmolLM2 in 32 bits on two nodes, blocks 0:15 and 15:30."""
-    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"], options=["--quant", "none"]) as swarm:
-        swarm.wait_until_serving()
-        yield swarm
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
-"""The default model, whose file is of four bits, served in them by `petals-win up` without any option."""
+"""The default model, whose file is of four bits, served in them by `petals-win up` without any option, until that is killed."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from contextlib import aclosing
 
 import httpx
-from free_ports import free_port
+from test_up import answering, assert_nothing_is_left
 
 from petals_win.engines.base import Engine, GenerationRequest, Token
 from petals_win.engines.registry import EngineSettings, find_engine
@@ -21,30 +19,13 @@ SERVES = f"Serving in int4, since {DEFAULT_MODEL} is stored in four bits"
 
 def by_up() -> tuple[str, str]:
     """The text after the prompt, and all that was printed."""
-    port = free_port()
-    command = [sys.executable, "-m", "petals_win.cli.main", "up", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as up:
-        try:
-            lines = []
-            for line in up.stdout or ():
-                lines.append(line)
-                if "Chat page" in line:
-                    break
-            else:
-                raise AssertionError("up ended: " + "".join(lines))
-            asked = {
-                "model": DEFAULT_MODEL,
-                "prompt": PROMPT,
-                "max_tokens": TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-            }
-            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=120)
-            assert answer.status_code == 200, answer.text
-            return answer.json()["choices"][0]["text"], "".join(lines)
-        finally:
-            up.terminate()
-            up.communicate(timeout=60)
+    with answering() as (up, url, lines):
+        assert httpx.get(f"{url}/ready").json()["ready"] is True
+        asked = {"model": DEFAULT_MODEL, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=120)
+        assert answer.status_code == 200, answer.text
+        assert_nothing_is_left(up, "kill")
+        return answer.json()["choices"][0]["text"], "".join(lines)
 
 
 async def in_one_process() -> str:
@@ -57,7 +38,7 @@ async def in_one_process() -> str:
         await engine.close()
 
 
-def test_up_serves_it_so():
+def test_up_serves_it_so_and_a_forced_end_leaves_nothing_behind():
     text, said = by_up()
     assert said.count(SERVES) == 2, said
     assert "Paris" in text

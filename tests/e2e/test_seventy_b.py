@@ -37,7 +37,7 @@ TINY = dict(
 PROMPT = torch.tensor([[1, 40, 7, 300, 22, 5, 9, 41, 8, 100, 63, 12]])
 GREEDY = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
 SLOW = SpanSpeed(inference_rps=10.0, forward_rps=100.0)  # less than any PC has
-SECONDS = 60.0  # for an answer to go on, and for a node to move
+SECONDS = 100.0  # for an answer to go on, and for a node to move
 GO_ON = 15  # tokens between two events
 
 

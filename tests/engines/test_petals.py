@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import psutil
 import pytest
@@ -29,13 +29,6 @@ from petals_win.swarm.local import LocalSwarm
 
 QUESTION = ({"role": "user", "content": "What is the capital of France?"},)
 STORY = ({"role": "user", "content": "Tell me a long story about a dragon and a baker."},)
-
-
-@pytest.fixture(scope="module")
-def swarm() -> Iterator[LocalSwarm]:
-    with LocalSwarm(DEFAULT_MODEL, ["0:15", "15:30"]) as swarm:
-        swarm.wait_until_serving()
-        yield swarm
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def use(folder: Path, nodes: list[NodeHere], action: Callable[[TextEngine], Awai
     return asyncio.run(within())
 
 
-async def soon(condition: Callable[[], bool], seconds: float = 10) -> bool:
+async def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         if asyncio.get_running_loop().time() > deadline:

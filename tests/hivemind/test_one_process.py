@@ -77,7 +77,7 @@ def test_store_and_get(pair):
     assert first.get("key").value == [1, "two"]
     assert first.get("another") is None
     future = first.get("key", return_future=True)
-    assert future.result(10).value == [1, "two"]
+    assert future.result(30).value == [1, "two"]
 
 
 def test_calls_of_both_kinds(pair):
@@ -181,7 +181,7 @@ def test_a_future_from_another_thread():
     async def wait():
         return await future
 
-    assert asyncio.run(asyncio.wait_for(wait(), 5)) == "done"
+    assert asyncio.run(asyncio.wait_for(wait(), 30)) == "done"
 
 
 def test_another_loop_shares_the_daemon(pair):

@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+from free_ports import free_port
 
 from petals_win.errors import UserError
 from petals_win.host.ports import check_port_free
@@ -11,10 +12,10 @@ from petals_win.host.ports import check_port_free
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_in_use_is_named_with_its_user(host):
+    port = free_port()
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("127.0.0.1", port))
         listener.listen()
-        port = listener.getsockname()[1]
         with pytest.raises(UserError) as refused:
             check_port_free(host, port)
     assert f"Port {port} is in use" in str(refused.value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from api.fake_engine import FakeEngine
+from free_ports import free_port
 
 from petals_win.jobs import links
 from petals_win.jobs.keys import OwnSecrets
@@ -34,7 +35,7 @@ class Here:
 
     async def open(self, port: int = 0) -> links.Address:
         self._door = links.new_door(self._scheme, OwnSecrets(KEY, self._folder))
-        bound = await self._door.open("127.0.0.1", port, self.worker.answer)
+        bound = await self._door.open("127.0.0.1", port or free_port(), self.worker.answer)
         self.address = links.Address(self._scheme, "127.0.0.1", bound, self._door.pin)
         return self.address
 
@@ -81,7 +82,7 @@ def child(home: Path) -> Iterator[Callable[..., Child]]:
     children: list[Child] = []
 
     def start(scheme: str, port: int = 0) -> Child:
-        command = [sys.executable, str(TESTS / "jobs" / "worker_process.py"), scheme, str(port)]
+        command = [sys.executable, str(TESTS / "jobs" / "worker_process.py"), scheme, str(port or free_port())]
         pipe = subprocess.PIPE
         started = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=os.environ)
         children.append(Child(started))

@@ -142,7 +142,7 @@ def test_kill_under_eight_answers(scheme, child, home):
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             child(scheme, workers[0].address.port)
-            assert await soon(lambda: engine.workers[0].status().state == "ready", 20)
+            assert await soon(lambda: engine.workers[0].status().state == "ready", 60)
             return len(broken), (await whole(engine, asked("say yes"))).text
         finally:
             await engine.close()
@@ -185,7 +185,7 @@ def test_a_short_soak_of_kills_and_returns(scheme, tmp_path):
                 await asyncio.sleep(0.1)
                 await here[which]._door.close()
                 await here[which].open(ports[which])
-                assert await soon(lambda which=which: engine.workers[which].status().state == "ready", 20)
+                assert await soon(lambda which=which: engine.workers[which].status().state == "ready", 60)
             assert await soon(lambda: ends.count(20) > 20, 60)
             done.set()
             await asyncio.wait_for(asyncio.gather(*asking), 30)

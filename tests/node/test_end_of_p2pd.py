@@ -25,7 +25,8 @@ def node_whose_server(raises: Exception, lost: MPFuture) -> Node:
 
 
 @pytest.mark.parametrize("broken", [ConnectionResetError(104, "reset"), EOFError()])
-def test_it_is_the_daemon_that_was_lost(broken):
+def test_it_is_the_daemon_that_was_lost(broken, monkeypatch):
+    monkeypatch.setattr(node_module, "_END_OF_DAEMON_S", 60)
     lost = MPFuture()
     threading.Timer(0.2, lost.set_result, ["p2pd has ended"]).start()
     with pytest.raises(DaemonLost, match="p2pd has ended"):

@@ -99,7 +99,7 @@ def tensor_of(answer: Any) -> torch.Tensor:
     return deserialize_torch_tensor(tensor)
 
 
-async def freed(service: BlockService, seconds: float = 1.0) -> None:
+async def freed(service: BlockService, seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while service.budget.bytes_left < service.budget.total_bytes:
             await asyncio.sleep(0.01)
@@ -167,9 +167,9 @@ def test_beams_and_deep_prompts(rpc, span):
 
     session = span.open(2, 100)
     first = span.step(session, hidden, prompts=list(prompts))
-    assert torch.allclose(torch.stack(list(run(ask())[0])), first, atol=1e-6)
+    assert torch.allclose(torch.stack(list(run(ask())[0])), first, atol=1e-5)
     second = span.step(session, hidden[:, :1], hypo_ids=beams)
-    assert torch.allclose(run(ask())[1], second, atol=1e-6)
+    assert torch.allclose(run(ask())[1], second, atol=1e-5)
 
 
 def test_tokens_are_taken_back(rpc, service, span):
@@ -474,9 +474,11 @@ def test_a_client_that_goes_away_in_the_middle_of_a_step_frees_its_session(rpc, 
 
 def test_a_client_that_goes_away_in_the_middle_of_a_prefill_frees_its_session(rpc, service, span, monkeypatch):
     service._scheduler._chunks = Chunks(20)
-    advance, chunks = span.advance, []
+    advance, chunks, given_up = span.advance, [], threading.Event()
 
     def slowly(pieces):
+        if sum(chunks, []).count(1) == 3:  # the other one's steps are done
+            given_up.wait(20)
         chunks.append([tokens for _, tokens in pieces])
         time.sleep(0.05)
         return advance(pieces)
@@ -491,6 +493,8 @@ def test_a_client_that_goes_away_in_the_middle_of_a_prefill_frees_its_session(rp
             await asyncio.sleep(0.01)
         assert len([answer async for answer in answers(rpc, other)]) == 3
         prefill.cancel()
+        await asyncio.sleep(0)
+        given_up.set()
         await asyncio.gather(prefill, return_exceptions=True)
         await freed(service)
 
@@ -514,7 +518,7 @@ def test_a_client_that_goes_away_between_two_steps_frees_its_session(rpc, servic
 
 @pytest.mark.parametrize("which", ["step", "session"])
 def test_a_session_that_nobody_goes_on_with_ends(service, which):
-    rpc = rpc_of(service, **{which: 0.1})
+    rpc = rpc_of(service, **{which: 0.5})
 
     async def ask():
         assert len([answer async for answer in answers(rpc, Client(step(states(1, 1, 64))))]) == 1

@@ -81,7 +81,7 @@ def test_58_twenty_peers_of_one_address_come(
     tested = start(resolve(name, request), "-connManager=1", prefix=cable.here, listen="/ip4/10.77.0.1/tcp/4001")
     peers = peers_there(reference, start, cable, "-b=1", f"-bootstrapPeers={tested.full_addresses()[0]}")
     everybody = {peer.peer_id for peer in peers}
-    until(lambda: {peer for peer, _ in tested.peers()} == everybody, 10, "some were not let in")
+    until(lambda: {peer for peer, _ in tested.peers()} == everybody, 60, "some were not let in")
     time.sleep(3)
     assert {peer for peer, _ in tested.peers()} == everybody
     assert all(tested.peer_id in [peer for peer, _ in daemon.peers()] for daemon in peers)

@@ -18,21 +18,27 @@ class Gate:
 
     def __init__(self, compute: ComputeThread):
         self._opened, begun = threading.Event(), threading.Event()
-        self.future = compute.submit(lambda: (begun.set(), self._opened.wait(10)))
-        assert begun.wait(10)
+        self.future = compute.submit(lambda: (begun.set(), self._opened.wait(60)))
+        assert begun.wait(60)
 
     def open(self) -> None:
         self._opened.set()
 
 
+def open_at_the_stop(gate: Gate, compute: ComputeThread, monkeypatch) -> None:
+    """Open the gate once the stop is asked for, before anybody waits for the thread's end."""
+    join = compute.join
+    monkeypatch.setattr(compute, "join", lambda timeout: (gate.open(), join(timeout)))
+
+
 def test_all_calls_run_in_the_one_thread(compute):
-    threads = {compute.submit(threading.current_thread).result(10) for _ in range(5)}
+    threads = {compute.submit(threading.current_thread).result(60) for _ in range(5)}
     assert threads == {compute}
 
 
 def test_arguments_and_results(compute):
-    assert compute.submit(divmod, 17, 5).result(10) == (3, 2)
-    assert compute.submit(int, "ff", base=16).result(10) == 255
+    assert compute.submit(divmod, 17, 5).result(60) == (3, 2)
+    assert compute.submit(int, "ff", base=16).result(60) == 255
 
 
 def test_the_most_urgent_first_and_equals_in_order(compute):
@@ -43,7 +49,7 @@ def test_the_most_urgent_first_and_equals_in_order(compute):
     ]
     gate.open()
     for future in futures:
-        future.result(10)
+        future.result(60)
     assert done == ["urgent", "first", "second", "third", "late"]
 
 
@@ -53,17 +59,17 @@ def test_a_call_that_is_cancelled_in_time_is_skipped(compute):
     kept = compute.submit(done.append, "kept")
     assert cancelled.cancel()
     gate.open()
-    kept.result(10)
+    kept.result(60)
     assert done == ["kept"]
     with pytest.raises(CancelledError):
-        cancelled.result(10)
+        cancelled.result(60)
 
 
 def test_a_call_in_work_cannot_be_cancelled(compute):
     gate = Gate(compute)
     assert not gate.future.cancel()
     gate.open()
-    gate.future.result(10)
+    gate.future.result(60)
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong shape"), KeyboardInterrupt(), SystemExit(3)], ids=type)
@@ -72,8 +78,8 @@ def test_an_error_goes_to_who_waits_and_the_thread_goes_on(compute, error):
         raise error
 
     with pytest.raises(type(error)):
-        compute.submit(fail).result(10)
-    assert compute.submit(lambda: "goes on").result(10) == "goes on"
+        compute.submit(fail).result(60)
+    assert compute.submit(lambda: "goes on").result(60) == "goes on"
 
 
 def test_awaited_on_an_event_loop(compute):
@@ -95,22 +101,22 @@ def test_a_task_that_is_cancelled_takes_its_call_along(compute):
 
     asyncio.run(give_up())
     gate.open()
-    compute.submit(done.append, "next").result(10)
+    compute.submit(done.append, "next").result(60)
     assert done == ["next"]
 
 
-def test_stop_finishes_the_call_in_work_and_cancels_the_rest():
+def test_stop_finishes_the_call_in_work_and_cancels_the_rest(monkeypatch):
     compute = ComputeThread()
     compute.start()
     gate = Gate(compute)
     waiting = [compute.submit(lambda: None, priority=p) for p in (-5.0, 0.0)]
-    threading.Timer(0.2, gate.open).start()
-    compute.stop(10)
+    open_at_the_stop(gate, compute, monkeypatch)
+    compute.stop()
     assert not compute.is_alive()
     gate.future.result(0)
     for future in waiting:
         with pytest.raises(CancelledError):
-            future.result(10)
+            future.result(60)
     with pytest.raises(RuntimeError, match="shutting down"):
         compute.submit(lambda: None)
     compute.stop()  # a second time
@@ -119,8 +125,8 @@ def test_stop_finishes_the_call_in_work_and_cancels_the_rest():
 def test_stop_from_inside():
     compute = ComputeThread()
     compute.start()
-    compute.submit(compute.stop).result(10)
-    compute.join(10)
+    compute.submit(compute.stop).result(60)
+    compute.join(60)
     assert not compute.is_alive()
 
 
@@ -143,11 +149,11 @@ def test_calls_racing_with_stop_never_hang():
 
         racing = threading.Thread(target=submit)
         racing.start()
-        compute.stop(10)
-        racing.join(10)
+        compute.stop()
+        racing.join(60)
         for future in futures:
             try:
-                future.result(2)
+                future.result(60)
             except CancelledError:
                 pass
 
@@ -161,8 +167,8 @@ def test_nothing_of_a_finished_call_is_kept(compute):
     tensor = Tensor()
     gone = weakref.ref(tensor)
     future = compute.submit(lambda given: given, tensor)
-    assert future.result(10) is tensor
+    assert future.result(60) is tensor
     del tensor, future
-    compute.submit(lambda: None).result(10)
+    compute.submit(lambda: None).result(60)
     gc.collect()
     assert gone() is None

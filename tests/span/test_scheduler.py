@@ -60,8 +60,8 @@ class Gate:
 
     def __init__(self, compute: ComputeThread):
         self._opened, begun = threading.Event(), threading.Event()
-        compute.submit(lambda: (begun.set(), self._opened.wait(10)))
-        assert begun.wait(10)
+        compute.submit(lambda: (begun.set(), self._opened.wait(60)))
+        assert begun.wait(60)
 
     def open(self) -> None:
         self._opened.set()
@@ -259,18 +259,19 @@ def test_a_prefill_that_is_given_up_in_its_middle(span, scheduler, compute, monk
         assert scheduler.step(session, hidden_states(97)).result(30).shape == (1, 97, HIDDEN)
 
 
-def test_the_end_of_the_compute_thread_ends_all_waiting(source):
+def test_the_end_of_the_compute_thread_ends_all_waiting(source, monkeypatch):
     compute = ComputeThread()
     compute.start()
     span = compute.submit(Span.load, source, 1, 2).result(60)
     scheduler = Scheduler(span, compute)
     gate = Gate(compute)
     futures = [scheduler.step(span.open(1, 10), hidden_states(2)) for _ in range(3)]
-    threading.Timer(0.2, gate.open).start()
-    compute.stop(10)
+    join = compute.join
+    monkeypatch.setattr(compute, "join", lambda timeout: (gate.open(), join(timeout)))  # once the stop is asked for
+    compute.stop()
     for future in futures:
         with pytest.raises(CancelledError):
-            future.result(5)
+            future.result(30)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="shutting down"):
             scheduler.step(span.open(1, 10), hidden_states(2)).result(5)
@@ -324,6 +325,7 @@ def test_calls_of_others_go_between_the_chunks_of_a_prefill(span, scheduler, com
 
 def test_decodes_that_come_again_are_thought_of_between_their_turns(span, scheduler, monkeypatch):
     asked = []
+    monkeypatch.setattr(scheduler_module, "_PAUSE_S", 60.0)
     monkeypatch.setattr(scheduler_module.Chunks, "tokens", lambda _, decodes, _room: asked.append(decodes) or 20)
     decoding, reading = span.open(1, 10), span.open(1, 100)
     scheduler.step(reading, hidden_states(20)).result(30)

@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 
 import pytest
+from free_ports import free_port
 
 from petals_win.errors import UserError
 from petals_win.host import folders
@@ -64,9 +65,7 @@ def test_a_lone_node_keeps_it_when_it_is_asked_for_other_blocks():
 
 
 def test_a_given_port_is_kept():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     key, _ = once()
     assert once(port=port) == (key, port)
     assert once() == (key, port)

@@ -42,7 +42,7 @@ def start_chrome(tmp_path_factory: pytest.TempPathFactory) -> StartChrome:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         try:
-            chrome.set_page_load_timeout(20)
+            chrome.set_page_load_timeout(60)
             chrome.set_script_timeout(120)
             yield chrome
         finally:

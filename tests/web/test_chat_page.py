@@ -25,7 +25,7 @@ class Page:
         return self.browser.execute_script(script, selector)
 
     def wait(self, condition):
-        return WebDriverWait(self.browser, 10, poll_frequency=0.03).until(lambda _: condition())
+        return WebDriverWait(self.browser, 60, poll_frequency=0.03).until(lambda _: condition())
 
     def ready(self) -> None:
         self.wait(lambda: self.one("#status").get_attribute("data-state") == "ready")
@@ -50,13 +50,13 @@ def test_it_streams_an_answer_and_remembers_the_conversation(browser):
         assert page.one("#status").text == "Ready · 1 node"
         assert page.one("#model").get_attribute("value") == served.model
         assert not page.one("#send").is_enabled(), "there is nothing to send"
-        page.ask("count 20")
+        page.ask("count 60")
         seen = set()
         page.wait(lambda: seen.add(page.texts(".assistant .text")[0]) or len(seen) > 2)
         assert page.one(".assistant").get_attribute("aria-busy") == "true"
-        assert page.answers() == [" ".join(str(n) for n in range(1, 21))]
+        assert page.answers() == [" ".join(str(n) for n in range(1, 61))]
         [facts] = page.texts(".facts")
-        assert facts.startswith("20 tokens · ")
+        assert facts.startswith("60 tokens · ")
         assert 2 < float(facts.split()[3]) < 25, "tokens/s at one token every 50 ms"
 
         page.ask("Really?")

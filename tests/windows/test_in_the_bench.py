@@ -53,14 +53,17 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "api/test_fuzz.py",
     "bench/test_short_bench.py::test_everything_is_measured_in_one_run",  # starts three more Pythons with torch
     "cli/test_convert.py::test_what_the_builder",
+    "e2e/test_bad_input.py::test_port_in_use[api]",  # up has the same server
     "e2e/test_by_hand.py::test_a_gated_model_without_a_token",  # doctor's test has the same sentence
     "e2e/test_exactness.py::test_family",  # the default model's stays
     "e2e/test_first_pc.py",
     "e2e/test_networks_of_nodes.py",
     "e2e/test_promises.py::test_lora_adapters_are_served",
+    "e2e/test_promises.py::test_prompt_tuning_lowers_the_loss[ptune]",  # deep_ptune's prompts go to the nodes, too
     "e2e/test_seventy_b.py",
     "e2e/test_up.py::test_check_answers_paris",  # the installed wheel does
     "e2e/test_versions.py",
+    "engines/test_contract.py::TestCommand",  # the compiled runtime keeps the same contract, in both dialects
     "engines/test_lost_states.py",
     "engines/test_onnx.py::test_int4_of_another_family",
     "engines/test_petals.py::test_a_node_is_missing",
@@ -69,6 +72,11 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "models/test_damaged.py",
     "models/test_gguf_types.py",  # bytes and numbers alone, as further files below
     "models/test_packed.py",
+    # Each is an environment of its own, and of each kind one stays.
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[external",
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[pyproject",
+    "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[src",
+    "scripts/test_bootstrap.py::test_what_stops_the_build_is_explained[OSError",
     "scripts/test_build.py",
     "scripts/test_many_chats.py::test_chats_are_answered_and_a_long_prompt_survives_its_nodes",  # starts six more Pythons with torch
     "scripts/test_families_table.py",
@@ -78,6 +86,7 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "span/test_equal_logits.py",
     "span/test_families.py",
     "span/test_hybrids.py",
+    "span/test_packed_linear.py::test_packing_frees_the_plain_weights_on_the_way",  # test_stored.py measures a load, too
     "span/test_scheduler_families.py",
     "span/test_scheduler_random.py",
     "span/test_true_shapes.py",
@@ -86,6 +95,7 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
 ]
 # What computes, counts, or makes one text of another, and meets the system nowhere: the same code on each.
 ALIKE = [
+    "api/test_anthropic_client.py",  # over the same HTTP as openai's and ollama's; to import the client is 3,152 modules
     "bench/test_figures.py",
     "bench/test_tiny_model.py",
     "client/test_choosing.py",
@@ -105,10 +115,11 @@ ALIKE = [
     "e2e/test_bad_input.py::test_blocks_out_of_range",
     "e2e/test_bad_input.py::test_blocks_that_are_no_range",
     "e2e/test_bad_input.py::test_too_little_memory",
+    "e2e/test_bad_input.py::test_truncated_gguf",
     "e2e/test_bad_input.py::test_truncated_safetensors",
     "e2e/test_bad_input.py::test_wrong_peers_address",
     "e2e/test_choice_of_blocks.py",
-    "e2e/test_kept_prompts.py::test_a_node_that_dies_after_a_hit",  # another node dies in test_promises.py
+    "e2e/test_kept_prompts.py",  # a node dies in test_promises.py, too
     "engines/test_answers.py",
     "engines/test_base.py",
     "engines/test_chosen.py",
@@ -118,6 +129,7 @@ ALIKE = [
     "engines/test_formats.py",
     "engines/test_json_bounds.py",
     "engines/test_prompts.py",
+    "engines/test_registry.py::test_the_local_engine_needs_no_swarm",
     "engines/test_sampling.py",
     "engines/test_stopping.py",
     "engines/test_table.py",

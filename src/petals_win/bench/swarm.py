@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from petals_win.bench.asking import Asker, connected
 from petals_win.bench.busy import busy_program
 from petals_win.bench.figures import Rounds, batch_of, busy_speed_of, speed_of, swarm_figures
@@ -40,8 +38,8 @@ class BenchReport:
 
     `figures` has them by name: tokens/s of all answers together, seconds, and ratios, which are medians of the ratios within
     each round; `values` has all that was measured, by round. `prompt` is how many tokens the long prompt had, 0 without one.
-    Memory is what a node's process takes beyond what it had before loading its blocks, over the bytes of the
-    whole model's weights; `node_overhead_bytes` is what it had. `threads` is what each process computes with
+    Memory is what a node's process takes beyond what it had before loading its blocks, over the bytes of the whole
+    model's weights; `node_overhead_bytes` is what it had. `threads` is what each process computes with
     at most, `local_setting` how the one process was fastest.
     """
 
@@ -105,7 +103,7 @@ async def _measure(
             run = _Run(asker, local, prompts, tokens, sessions, prompt, report)
             _, (text,) = await asker.answers(prompts.short(1), tokens)  # warm up
             node = swarm.nodes[0]
-            taken = own_bytes(psutil.Process(node.child.pid)) - node.bytes_before_loading
+            taken = own_bytes(node.child.pid) - node.bytes_before_loading
             _, (same,) = await local.generate(prompts.short(1), tokens)
             if prompts.decode(same).strip() != text.strip():
                 report("note: the two texts differ (rounding)")

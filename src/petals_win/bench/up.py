@@ -37,7 +37,7 @@ class Up:
         taken = 0
         for process in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                taken += own_bytes(process)
+                taken += own_bytes(process.pid)
         return taken
 
 

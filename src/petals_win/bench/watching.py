@@ -17,7 +17,7 @@ _LOOK_S = 0.1
 
 
 class MemoryWatch:
-    """The most that each process of `pids` has ever had resident, in bytes, by its name. A context, in which it looks."""
+    """The most that each process of `pids` has ever had for itself, in bytes, by its name. A context, in which it looks."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
@@ -45,7 +45,7 @@ class MemoryWatch:
         now: dict[str, int] = {}
         for name, process in self._processes.items():
             with contextlib.suppress(psutil.NoSuchProcess):
-                now[name] = own_bytes(process)
+                now[name] = own_bytes(process.pid)
         with self._lock:
             for name, nbytes in now.items():
                 self._most[name] = max(self._most[name], nbytes)

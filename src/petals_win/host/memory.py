@@ -56,12 +56,13 @@ def keep_within_card(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
 
 
-def own_bytes(process: psutil.Process | None = None) -> int:
-    """Bytes of memory that a process has, if none is named this one.
+def own_bytes(pid: int | None = None) -> int:
+    """Bytes of memory that a process, this one unless another is named, keeps resident for itself alone.
 
-    On Linux without what lies in files, too, such as libraries: the system takes that from it and reads it again as it likes.
+    On Linux without what is in files, too, such as its libraries: that the system takes back, and reads again, as it likes. Raises
+    psutil.NoSuchProcess.
     """
-    memory = (process or psutil.Process()).memory_info()
+    memory = psutil.Process(pid).memory_info()
     return memory.rss - getattr(memory, "shared", 0)
 
 
