@@ -466,19 +466,24 @@ always void transpose(lanes rows[LANES]) {
     }
 }
 
+/* square[output][i] of some inputs from `begin` on of `count` outputs, where there are not LANES of both; the others are zeros. */
+always void corner_of(const void *rows, int64_t inputs, int64_t count, int64_t begin, int64_t left, int kind, lanes square[LANES]) {
+    for (int64_t output = 0; output < LANES; output++) {
+        square[output] = (lanes){0};
+        for (int64_t i = 0; output < count && i < LANES && i < left; i++) square[output][i] = number(row_of(rows, output, inputs, kind), begin + i, kind);
+    }
+}
+
 /* columns[i][output] of the inputs [begin, begin + deep) of `count` outputs from the first on; the others are zeros. */
 always void columns_of(const Linear *layer, int64_t first, int64_t count, int64_t begin, int64_t deep, int kind, float columns[][WIDE]) {
     for (int64_t side = 0; side < WIDE; side += LANES)
         for (int64_t i = 0; i < deep; i += LANES) {
             lanes square[LANES];
-            for (int64_t output = 0; output < LANES; output++) {
-                square[output] = (lanes){0};
-                if (side + output >= count) continue;
-                const void *row = row_of(layer->weight, first + side + output, layer->inputs, kind);
-                if (i + LANES <= deep) square[output] = numbers(row, begin + i, kind);
-                else
-                    for (int64_t rest = i; rest < deep; rest++) square[output][rest - i] = number(row, begin + rest, kind);
-            }
+            const void *rows = row_of(layer->weight, first + side, layer->inputs, kind);
+            if (side + LANES <= count && i + LANES <= deep) {
+#pragma unroll
+                for (int64_t output = 0; output < LANES; output++) square[output] = numbers(row_of(rows, output, layer->inputs, kind), begin + i, kind);
+            } else corner_of(rows, layer->inputs, count - side, begin + i, deep - i, kind, square);
             transpose(square);
             for (int64_t rest = 0; rest < LANES && i + rest < deep; rest++)
                 __builtin_memcpy(&columns[i + rest][side], &square[rest], sizeof square[rest]);

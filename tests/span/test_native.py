@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from kernels.test_library import variants
 from torch import nn
 
-from petals_win.kernels.library import MOST_ROWS
+from petals_win.kernels import library
+from petals_win.kernels.library import MOST_ROWS, Kernels
 from petals_win.models.source import open_model
 from petals_win.span import native as native_room
 from petals_win.span.int4 import FewBitsLinear
@@ -187,6 +189,17 @@ def test_prompts_in_pieces(checkpoint, monkeypatch, heads, window):
         session.room = 420  # keys and values move
         output = torch.cat([native.step(session, piece) for piece in hidden.split(pieces, 1)], 1)
         torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants())
+def test_prompts_by_every_variant(checkpoint, monkeypatch, name):
+    source = open_model(str(checkpoint("mistral", **HEADS[2], sliding_window=50, max_position_embeddings=512)))
+    theirs, ours = usual(source, monkeypatch, 0, 2), Kernels(library._folder() / name)
+    monkeypatch.setattr(native_room, "kernels", lambda: ours)
+    native, hidden = Span.load(source, 0, 2), hidden_states(1, 300, seed=0)
+    assert is_native(native)
+    outputs = [span.step(span.open(1, 300), hidden) for span in (native, theirs)]
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
