@@ -706,7 +706,7 @@ static Looking looking_of(const Block *block, float *work) {
     return parts;
 }
 
-/* Values [count, size] laid out as columns_of() does with weights: of WIDE outputs after another, all keys. */
+/* Values [count, size] laid out as columns_of() does with weights: the first WIDE numbers of all keys, then the next ones. */
 always void lay_out_values(const void *values, int64_t count, int64_t size, int kind, float *to) {
     for (int64_t first = 0; first < size; first += WIDE, to += KEYS * WIDE)
         for (int64_t key = 0; key < count; key++)
@@ -738,8 +738,7 @@ always float largest(lanes value) {
     return most;
 }
 
-/* Scores of a query become shares, of which those [low, high) count and the last one is before `end`; what has been summed up so far is brought
-   to the largest score. */
+/* Scores [0, end) of a query become shares; it sees those in [low, high). What it has summed up so far is brought to the largest score. */
 static void weigh(float *scores, int64_t low, int64_t high, int64_t end, float *most, float *total, float *sums, int64_t width) {
     if (low >= high) {
         __builtin_memset(scores, 0, end * sizeof *scores);
@@ -772,7 +771,7 @@ always int64_t first_visible(const Held *held, int64_t position) {
 
 /* The `count` queries from `first` on, `shared` of each token from a position on, look at the keys [begin, begin + keys). */
 static void look_at_some(const Held *held, int64_t position, int64_t shared, int64_t first, int64_t count, int64_t begin, int64_t keys, int64_t size, Looking parts) {
-    int64_t last = position + (first + count - 1) / shared, end = last + 1 - begin < keys ? last + 1 - begin : keys;
+    int64_t last = position + (first + count - 1) / shared, end = last + 1 - begin < keys ? last + 1 - begin : keys; /* of the keys that any sees */
     if (end <= 0 || first_visible(held, position + first / shared) >= begin + keys) return;
     __builtin_memset(parts.scores, 0, count * KEYS * sizeof *parts.scores);
     for (int64_t key = 0; key < end; key += WIDE)
@@ -1050,8 +1049,8 @@ static void between(const Step *step, int64_t index, int stage) {
 static void take_part_in(Step *step, int64_t index, int stage, int64_t thread) {
     int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
     int64_t each = (size + pieces - 1) / pieces;
-    int64_t unit = stage == 1 || stage == 2 ? 1 : step->row_count > MOST_ROWS ? WIDE : PANEL;
-    each = (each + unit - 1) / unit * unit;
+    int64_t many = step->row_count > MOST_ROWS, unit = stage == 1 || stage == 2 ? 1 : many ? WIDE : PANEL;
+    each = many && each > unit ? each / unit * unit : multiple(each, unit); /* of many rows, WIDE outputs are much work */
     pieces = (size + each - 1) / each;
     _Atomic int32_t *taken = &step->stages[index * STAGES + stage % HEAD].taken, *done = &step->stages[index * STAGES + stage % HEAD].done;
     for (;;) {
