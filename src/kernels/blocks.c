@@ -514,7 +514,7 @@ always void many_of(float columns[][WIDE], int64_t deep, const float *inputs, in
 #pragma unroll
     for (int row = 0; row < rows; row++)
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) sums[row][v] = load(results + row * stride + v * LANES);
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = (lanes){0};
     for (int64_t i = 0; i < deep; i++) {
         lanes weights[VECTORS];
 #pragma unroll
@@ -527,7 +527,10 @@ always void many_of(float columns[][WIDE], int64_t deep, const float *inputs, in
 #pragma unroll
     for (int row = 0; row < rows; row++)
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) __builtin_memcpy(results + row * stride + v * LANES, &sums[row][v], sizeof sums[row][v]);
+        for (int v = 0; v < VECTORS; v++) {
+            sums[row][v] += load(results + row * stride + v * LANES); /* last: what has been summed up so far is large, and rounds coarsely */
+            __builtin_memcpy(results + row * stride + v * LANES, &sums[row][v], sizeof sums[row][v]);
+        }
 }
 
 apart void many_at_once(float columns[][WIDE], int64_t deep, const float *inputs, int64_t width, int64_t rows, float *results, int64_t stride) {
