@@ -102,11 +102,10 @@ class JointPass:
         Returns the same shapes, on the CPU. The caller advances the positions.
         """
         if self._native is not None:
-            groups = _of_few_rows(parts)
-            if not groups and self._native.takes_many:
-                return self._native.run(parts, start, end)
-            if groups:
+            if groups := _of_few_rows(parts):
                 return [output for group in groups for output in self._native.run(group, start, end)]
+            if self._native.takes_many:
+                return self._native.run(parts, start, end)
         # Single tokens come first: attention has a short way for them.
         order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
         ordered = [parts[index] for index in order]

@@ -75,7 +75,7 @@ class NativeBlocks:
         self._rows = (Row * MOST_ROWS)()
         for layer in decoder.layers:
             _multiply_many_rows(layer, library)
-        self._step = Step(width=self._width, stages=ctypes.addressof(self._stages))
+        self._step = self._new_step()  # of few rows
         self.takes_many = _all_rows_pay(decoder.layers, dtype)
         self._tables = torch.empty(2, 0, 0)  # cosines and sines of the positions so far
 
@@ -94,8 +94,8 @@ class NativeBlocks:
         hidden = torch.cat([part.reshape(-1, self._width) for _, part in parts]).to(torch.float32)
         many = len(hidden) > MOST_ROWS
         rows = (Row * len(hidden))() if many else self._rows
-        kept = self._place(parts, rows)
-        step = self._step
+        step = self._new_step() if many else self._step
+        kept = self._place(parts, rows, step)
         step.rows, step.hidden, step.row_count = ctypes.addressof(rows), hidden.data_ptr(), len(hidden)
         if many:
             self._run_many(step, start, end)
@@ -113,9 +113,12 @@ class NativeBlocks:
         step.work = work.data_ptr()
         for index in range(start, end):
             look_around()
-            one = Step.from_buffer_copy(step)  # a thread that comes late to another one does not come to this
+            one = Step.from_buffer_copy(step)  # no thread has come to it, nor comes late from the one before
             one.first = index - start
             self._run(one, index, index + 1, min(torch.get_num_threads(), most))
+
+    def _new_step(self) -> Step:
+        return Step(width=self._width, stages=ctypes.addressof(self._stages))
 
     def _run(self, step: Step, start: int, end: int, threads: int) -> None:
         step.blocks = ctypes.addressof(self._blocks) + (start - self._start) * ctypes.sizeof(Block)
@@ -123,7 +126,7 @@ class NativeBlocks:
         ctypes.memset(self._stages, 0, ctypes.sizeof(self._stages))
         self._library.run(step)
 
-    def _place(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], rows: Any) -> Any:
+    def _place(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], rows: Any, step: Step) -> Any:
         """Let rows tell of each token where it belongs, and the step where angles are. Returns what the addresses lead to."""
         farthest = max(cache.position + part.shape[1] for cache, part in parts)
         by_row = isinstance(self._rotary, DeclaredRotary)
@@ -143,7 +146,6 @@ class NativeBlocks:
         tables = self._tables
         if by_row:
             tables = self._angles(torch.tensor([row.position for row in rows[:count]]))
-        step = self._step
         step.cosines, step.sines, step.turning = tables[0].data_ptr(), tables[1].data_ptr(), tables.shape[-1]
         return kept, tables
 
