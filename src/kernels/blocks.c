@@ -1,7 +1,8 @@
-/* A step of few tokens through transformer blocks of the plain kind (Llama's and Qwen's), computed in float32 from weights in 32, 16, 8 or 4 bits.
+/* A step through transformer blocks of the plain kind (Llama's and Qwen's), computed in float32 from weights in 32, 16, 8 or 4 bits.
 
-   One call computes all blocks. Between the operations of a step a general library runs code that the weights have driven out of the
-   processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row.
+   One call computes all blocks. Between the operations of a step of few tokens a general library runs code that the weights have driven out of
+   the processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row. For many
+   tokens, as prompts are, they and the keys are laid out anew, a piece at a time.
 
    Threads share the work by taking pieces of it: who is not scheduled takes none, and holds nobody up. They are the caller's own. */
 
@@ -111,16 +112,16 @@ typedef struct {
     int64_t position, angle;
 } Row;
 
-/* count: of blocks. Without any, the head alone is computed, of as many rows as there are, each `width` behind the one before. */
+/* count: of blocks. first: of those that sessions have, the one that these begin with. Without any, the head alone is computed, of as many rows as there are, each `width` behind the one before. */
 typedef struct {
     const Block *blocks;
     const Row *rows;
     const float *cosines, *sines; /* [positions, turning] each */
     float *hidden;                /* [rows, width]: what goes in, and what comes out of the blocks */
-    float *work;                  /* petals_step_floats() of them; for a head of more than MOST_ROWS, petals_many_floats() */
+    float *work;                  /* petals_step_floats() of them; for a head alone of more than MOST_ROWS, petals_many_floats() */
     const Linear *head;           /* of what comes out; or NULL */
     float *outputs;               /* [rows, head's outputs] */
-    int64_t count, row_count, width, turning, threads;
+    int64_t first, count, row_count, width, turning, threads;
     _Atomic int64_t open, inside, came;
     struct {
         _Atomic int32_t taken, done;
@@ -465,19 +466,24 @@ always void transpose(lanes rows[LANES]) {
     }
 }
 
+/* square[output][i] of some inputs from `begin` on of `count` outputs, where there are not LANES of both; the others are zeros. */
+always void corner_of(const void *rows, int64_t inputs, int64_t count, int64_t begin, int64_t left, int kind, lanes square[LANES]) {
+    for (int64_t output = 0; output < LANES; output++) {
+        square[output] = (lanes){0};
+        for (int64_t i = 0; output < count && i < LANES && i < left; i++) square[output][i] = number(row_of(rows, output, inputs, kind), begin + i, kind);
+    }
+}
+
 /* columns[i][output] of the inputs [begin, begin + deep) of `count` outputs from the first on; the others are zeros. */
 always void columns_of(const Linear *layer, int64_t first, int64_t count, int64_t begin, int64_t deep, int kind, float columns[][WIDE]) {
     for (int64_t side = 0; side < WIDE; side += LANES)
         for (int64_t i = 0; i < deep; i += LANES) {
             lanes square[LANES];
-            for (int64_t output = 0; output < LANES; output++) {
-                square[output] = (lanes){0};
-                if (side + output >= count) continue;
-                const void *row = row_of(layer->weight, first + side + output, layer->inputs, kind);
-                if (i + LANES <= deep) square[output] = numbers(row, begin + i, kind);
-                else
-                    for (int64_t rest = i; rest < deep; rest++) square[output][rest - i] = number(row, begin + rest, kind);
-            }
+            const void *rows = row_of(layer->weight, first + side, layer->inputs, kind);
+            if (side + LANES <= count && i + LANES <= deep) {
+#pragma unroll
+                for (int64_t output = 0; output < LANES; output++) square[output] = numbers(row_of(rows, output, layer->inputs, kind), begin + i, kind);
+            } else corner_of(rows, layer->inputs, count - side, begin + i, deep - i, kind, square);
             transpose(square);
             for (int64_t rest = 0; rest < LANES && i + rest < deep; rest++)
                 __builtin_memcpy(&columns[i + rest][side], &square[rest], sizeof square[rest]);
@@ -508,7 +514,7 @@ always void many_of(float columns[][WIDE], int64_t deep, const float *inputs, in
 #pragma unroll
     for (int row = 0; row < rows; row++)
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) sums[row][v] = load(results + row * stride + v * LANES);
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = (lanes){0};
     for (int64_t i = 0; i < deep; i++) {
         lanes weights[VECTORS];
 #pragma unroll
@@ -521,7 +527,10 @@ always void many_of(float columns[][WIDE], int64_t deep, const float *inputs, in
 #pragma unroll
     for (int row = 0; row < rows; row++)
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) __builtin_memcpy(results + row * stride + v * LANES, &sums[row][v], sizeof sums[row][v]);
+        for (int v = 0; v < VECTORS; v++) {
+            sums[row][v] += load(results + row * stride + v * LANES); /* last: what has been summed up so far is large, and rounds coarsely */
+            __builtin_memcpy(results + row * stride + v * LANES, &sums[row][v], sizeof sums[row][v]);
+        }
 }
 
 apart void many_at_once(float columns[][WIDE], int64_t deep, const float *inputs, int64_t width, int64_t rows, float *results, int64_t stride) {
@@ -543,23 +552,38 @@ apart void many_at_once(float columns[][WIDE], int64_t deep, const float *inputs
     }
 }
 
-/* Outputs [from, to) of a layer for any number of rows. scratch: DEEP x WIDE floats. */
-static void linear_of_many(const Linear *layer, const float *inputs, int64_t width, int64_t rows, int64_t from, int64_t to, float *outputs, float *scratch) {
+/* Of the weights of the outputs from the first on, for the inputs from `begin` on, a share is fetched, so that they are near when they are laid out. */
+always void fetch_ahead(const Linear *layer, int64_t first, int64_t begin, int64_t share, int64_t shares) {
+    if (layer->kind != FLOAT32 && layer->kind != BFLOAT16) return; /* panels lie one behind the other, which processors foresee */
+    if (begin >= layer->inputs) begin = 0, first += WIDE;
+    int64_t width = layer->kind == FLOAT32 ? 4 : 2, line = 64, left = layer->inputs - begin;
+    int64_t outputs = layer->outputs - first < WIDE ? layer->outputs - first : WIDE, bytes = (left < DEEP ? left : DEEP) * width;
+    for (int64_t output = share * outputs / shares; output < (share + 1) * outputs / shares; output++) {
+        const char *row = (const char *)row_of(layer->weight, first + output, layer->inputs, (int)layer->kind) + begin * width;
+        for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(row + at, 0, 2);
+    }
+}
+
+/* Outputs [from, to) of a layer for any number of rows, `from` a multiple of PANEL: to[row * stride] and behind it = or += . scratch: DEEP x WIDE
+   floats. */
+apart void linear_of_many(const Linear *layer, const float *inputs, int64_t width, int64_t rows, int64_t from, int64_t to, float *outputs, int64_t stride, int add, float *scratch) {
     float(*columns)[WIDE] = (float(*)[WIDE])scratch, edge[ROWS_AT_ONCE][WIDE] = {0};
-    int64_t stride = layer->outputs;
-    for (int64_t first = from; first < to; first += WIDE) {
+    for (int64_t first = from; first < to; first += WIDE, outputs += WIDE) {
         int64_t count = to - first < WIDE ? to - first : WIDE;
         for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < count; i++) outputs[row * stride + first + i] = layer->bias ? layer->bias[first + i] : 0;
+            for (int64_t i = 0; i < count; i++)
+                outputs[row * stride + i] = (add ? outputs[row * stride + i] : 0) + (layer->bias ? layer->bias[first + i] : 0);
         for (int64_t begin = 0; begin < layer->inputs; begin += DEEP) {
             int64_t deep = layer->inputs - begin < DEEP ? layer->inputs - begin : DEEP;
             if (layer->kind == FLOAT32) columns_of_float32(layer, first, count, begin, deep, columns);
             else if (layer->kind == BFLOAT16) columns_of_bfloat16(layer, first, count, begin, deep, columns);
             else columns_of_panels(layer, first, begin, deep, columns);
+            int64_t shares = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
             for (int64_t row = 0, now; row < rows; row += now) {
                 int64_t parts = (rows - row + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
                 now = (rows - row + parts - 1) / parts;
-                float *results = outputs + row * stride + first;
+                fetch_ahead(layer, first, begin + DEEP, shares - parts, shares);
+                float *results = outputs + row * stride;
                 if (count == WIDE) {
                     many_at_once(columns, deep, inputs + row * width + begin, width, now, results, stride);
                     continue;
@@ -661,50 +685,170 @@ apart void attend_bfloat16(const float *queries, int64_t count, const void *keys
     attend_to(queries, count, keys, values, tokens, size, scale, out, BFLOAT16);
 }
 
-/* What a stage works on, in floats behind one another in `work`. */
+/* Many tokens of a session look at a head of keys: some keys at a time are laid out side by side, and their values, and each piece is multiplied
+   with all queries. */
+#define KEYS 128    /* of such a piece */
+#define QUERIES 192 /* at most, of all tokens and heads that share the keys */
+#define multiple(size, of) (((size) + (of) - 1) / (of) * (of))
+
+/* Its work in floats. Sums are as wide as the values are laid out. */
 typedef struct {
-    float *normed, *states, *attended, *activated, *sums;
-    int64_t states_width, attended_width, activated_width;
+    float *queries, *sums, *keys, *values, *scores, *most, *total;
+    int64_t width, floats;
+} Looking;
+
+static Looking looking_of(const Block *block, float *work) {
+    Looking parts = {.queries = work, .width = multiple(block->size, WIDE)};
+    parts.sums = parts.queries + QUERIES * block->size;
+    parts.keys = parts.sums + QUERIES * parts.width;
+    parts.values = parts.keys + KEYS * block->size;
+    parts.scores = parts.values + KEYS * parts.width;
+    parts.most = parts.scores + ROWS_AT_ONCE * KEYS;
+    parts.total = parts.most + QUERIES;
+    parts.floats = parts.total + QUERIES - work;
+    return parts;
+}
+
+/* Values [count, size] laid out as columns_of() does with weights: the first WIDE numbers of all keys, then the next ones. */
+always void lay_out_values(const void *values, int64_t count, int64_t size, int kind, float *to) {
+    for (int64_t first = 0; first < size; first += WIDE, to += KEYS * WIDE)
+        for (int64_t key = 0; key < count; key++)
+            for (int64_t side = 0; side < WIDE; side += LANES) {
+                int64_t from = key * size + first + side, left = size - first - side;
+                lanes these = {0};
+                if (left >= LANES) these = numbers(values, from, kind);
+                else
+                    for (int64_t i = 0; i < left; i++) these[i] = number(values, from + i, kind);
+                __builtin_memcpy(to + key * WIDE + side, &these, sizeof these);
+            }
+}
+
+apart void values_float32(const void *values, int64_t count, int64_t size, float *to) { lay_out_values(values, count, size, FLOAT32, to); }
+
+apart void values_bfloat16(const void *values, int64_t count, int64_t size, float *to) { lay_out_values(values, count, size, BFLOAT16, to); }
+
+static void lay_out(const Block *block, const Held *held, int64_t index, int64_t count, Looking parts) {
+    int64_t size = block->size;
+    (block->kept == FLOAT32 ? values_float32 : values_bfloat16)(row_of(held->values, index, size, block->kept), count, size, parts.values);
+    const Linear keys = {.weight = row_of(held->keys, index, size, block->kept), .inputs = size};
+    for (int64_t first = 0; first < count; first += WIDE)
+        (block->kept == FLOAT32 ? columns_of_float32 : columns_of_bfloat16)(&keys, first, count - first, 0, size, (float(*)[WIDE])(parts.keys + first * size));
+}
+
+always float largest(lanes value) {
+    float most = value[0];
+    for (int i = 1; i < LANES; i++) most = value[i] > most ? value[i] : most;
+    return most;
+}
+
+/* Scores [0, end) of a query become shares; it sees those in [low, high). What it has summed up so far is brought to the largest score. */
+static void weigh(float *scores, int64_t low, int64_t high, int64_t end, float *most, float *total, float *sums, int64_t width) {
+    if (low >= high) {
+        __builtin_memset(scores, 0, end * sizeof *scores);
+        return;
+    }
+    for (int64_t i = 0; i < low; i++) scores[i] = LOWEST;
+    for (int64_t i = high; i < multiple(end, LANES); i++) scores[i] = LOWEST;
+    lanes greatest = load(scores), shares = {0};
+    for (int64_t i = LANES; i < end; i += LANES) greatest = __builtin_elementwise_max(greatest, load(scores + i));
+    float highest = largest(greatest);
+    if (highest > *most) {
+        float shrink = exponential((lanes){0} + (*most - highest))[0];
+        *total *= shrink, *most = highest;
+        for (int64_t i = 0; i < width; i++) sums[i] *= shrink;
+    }
+    for (int64_t i = 0; i < end; i += LANES) {
+        lanes share = exponential(load(scores + i) - *most);
+        shares += share;
+        __builtin_memcpy(scores + i, &share, sizeof share);
+    }
+    *total += sum(shares);
+}
+
+/* Of a session's tokens, the first one that a block lets the one at a position see. */
+always int64_t first_visible(const Held *held, int64_t position) {
+    int64_t visible = 0;
+    if (held->window) visible = held->chunked ? position - position % held->window : position - held->window + 1;
+    return visible < held->first ? held->first : visible;
+}
+
+/* The `count` queries from `first` on, `shared` of each token from a position on, look at the keys [begin, begin + keys). */
+static void look_at_some(const Held *held, int64_t position, int64_t shared, int64_t first, int64_t count, int64_t begin, int64_t keys, int64_t size, Looking parts) {
+    int64_t last = position + (first + count - 1) / shared, end = last + 1 - begin < keys ? last + 1 - begin : keys; /* of the keys that any sees */
+    if (end <= 0 || first_visible(held, position + first / shared) >= begin + keys) return;
+    __builtin_memset(parts.scores, 0, count * KEYS * sizeof *parts.scores);
+    for (int64_t key = 0; key < end; key += WIDE)
+        many_at_once((float(*)[WIDE])(parts.keys + key * size), size, parts.queries + first * size, size, count, parts.scores + key, KEYS);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t query = first + i, at = position + query / shared, low = first_visible(held, at) - begin, high = at + 1 - begin;
+        low = low < 0 ? 0 : low < end ? low : end, high = high < low ? low : high < end ? high : end;
+        weigh(parts.scores + i * KEYS, low, high, end, parts.most + query, parts.total + query, parts.sums + query * parts.width, parts.width);
+    }
+    for (int64_t side = 0; side < parts.width; side += WIDE)
+        many_at_once((float(*)[WIDE])(parts.values + side * KEYS), end, parts.scores, KEYS, count, parts.sums + first * parts.width + side, parts.width);
+}
+
+/* What a stage works on, in floats behind one another in `work`; `scratch` of them are each thread's own. */
+typedef struct {
+    float *normed, *states, *attended, *activated, *sums, *own;
+    int64_t normed_width, states_width, attended_width, activated_width, scratch, floats;
 } Work;
 
-static Work work_of(const Step *step, const Block *block) {
-    int64_t heads = block->query_heads + 2 * (int64_t)block->key_heads, rows = step->row_count;
-    Work work = {.states_width = heads * block->size, .attended_width = (int64_t)block->query_heads * block->size,
-                 .activated_width = block->gate.outputs};
-    work.normed = step->work;
-    work.states = work.normed + rows * step->width;
+/* Rows that are multiples of SAME_PLACE apart would meet in the same few places of the nearest cache. */
+#define SAME_PLACE 512
+always int64_t row_width(int64_t size, int64_t rows) { return size + (rows > MOST_ROWS && size % SAME_PLACE == 0 ? GROUP : 0); }
+
+static Work work_for(const Block *block, int64_t rows, int64_t width, int64_t threads, float *floats) {
+    int64_t attended = (int64_t)block->query_heads * block->size, activated = block->gate.outputs, most = width > attended ? width : attended;
+    most = most > activated ? most : activated;
+    Work work = {.normed_width = row_width(width, rows), .states_width = attended + 2 * (int64_t)block->key_heads * block->size,
+                 .attended_width = row_width(attended, rows), .activated_width = row_width(activated, rows)};
+    work.normed = floats;
+    work.states = work.normed + rows * work.normed_width;
     work.attended = work.states + rows * work.states_width;
     work.activated = work.attended + rows * work.attended_width;
-    work.sums = work.activated + rows * work.activated_width;
+    work.own = work.sums = work.activated + rows * work.activated_width;
+    if (rows > MOST_ROWS) {
+        int64_t products = (DEEP + rows) * WIDE, looking = looking_of(block, work.own).floats;
+        work.scratch = multiple(products > looking ? products : looking, GROUP);
+        work.floats = work.own + threads * work.scratch - floats;
+    } else work.floats = work.sums + rows * (most / GROUP) - floats;
     return work;
 }
 
-EXPORT int64_t petals_step_floats(const Block *block, int64_t rows, int64_t width) {
-    int64_t attended = (int64_t)block->query_heads * block->size, activated = block->gate.outputs, most = width > attended ? width : attended;
-    most = most > activated ? most : activated;
-    return rows * (width + 2 * attended + 2 * (int64_t)block->key_heads * block->size + activated + most / GROUP);
+static Work work_of(const Step *step, const Block *block) { return work_for(block, step->row_count, step->width, step->threads, step->work); }
+
+EXPORT int64_t petals_step_floats(const Block *block, int64_t rows, int64_t width, int64_t threads) {
+    return work_for(block, rows, width, threads, (float *)0).floats;
 }
 
-/* [from, to) of what a stage has to do; the whole is as petals_stage_size says. */
-static void project(const Step *step, const Block *block, Work work, int64_t from, int64_t to) {
+/* [from, to) of what a stage has to do; the whole is as stage_size() says. scratch: the thread's own, for many rows. */
+static void project(const Step *step, const Block *block, Work work, int64_t from, int64_t to, float *scratch) {
     const Linear *layers[] = {&block->queries, &block->keys, &block->values};
-    int64_t begin = 0;
+    int64_t begin = 0, unit = step->row_count > MOST_ROWS ? WIDE : 1;
+    float *states = work.states;
     for (int i = 0; i < 3; i++) {
         int64_t end = begin + layers[i]->outputs, low = from > begin ? from : begin, high = to < end ? to : end;
-        if (low < high)
-            linear(layers[i], work.normed, work.sums, step->row_count, low - begin, high - begin, work.states + begin, work.states_width, 0);
-        begin = end;
+        if (low < high && unit > 1)
+            linear_of_many(layers[i], work.normed, work.normed_width, step->row_count, low - begin, high - begin, states + low - begin, work.states_width, 0, scratch);
+        else if (low < high) linear(layers[i], work.normed, work.sums, step->row_count, low - begin, high - begin, states, work.states_width, 0);
+        begin += multiple(layers[i]->outputs, unit), states += layers[i]->outputs;
     }
+}
+
+/* Outputs [from, to) of a layer, which are added to the hidden states. */
+static void add(const Step *step, const Linear *layer, const float *inputs, int64_t width, Work work, int64_t from, int64_t to, float *scratch) {
+    if (step->row_count > MOST_ROWS)
+        linear_of_many(layer, inputs, width, step->row_count, from, to, step->hidden + from, step->width, 1, scratch);
+    else linear(layer, inputs, work.sums, step->row_count, from, to, step->hidden, step->width, 1);
 }
 
 static void look(const Step *step, const Block *block, Work work, int64_t index, int64_t from, int64_t to) {
     int64_t size = block->size, shared = block->query_heads / block->key_heads;
     for (int64_t which = from; which < to; which++) { /* a head of keys of a row */
         int64_t row = which / block->key_heads, head = which % block->key_heads;
-        const Held *held = step->rows[row].held + index;
-        int64_t position = step->rows[row].position, visible = 0;
-        if (held->window) visible = held->chunked ? position - position % held->window : position - held->window + 1;
-        if (visible < held->first) visible = held->first;
+        const Held *held = step->rows[row].held + step->first + index;
+        int64_t position = step->rows[row].position, visible = first_visible(held, position);
         int64_t begin = head * held->slots + visible - held->first, tokens = position - visible + 1;
         for (int64_t i = 0; i < shared; i += MOST_ROWS) {
             int64_t query = head * shared + i, count = shared - i < MOST_ROWS ? shared - i : MOST_ROWS;
@@ -712,6 +856,56 @@ static void look(const Step *step, const Block *block, Work work, int64_t index,
                 work.states + row * work.states_width + query * size, count, row_of(held->keys, begin, size, block->kept),
                 row_of(held->values, begin, size, block->kept), tokens, size, block->scale,
                 work.attended + row * work.attended_width + query * size);
+        }
+    }
+}
+
+/* The same for `tokens` of one session from a row on, and one head of keys. */
+static void look_together(const Step *step, const Block *block, Work work, int64_t index, int64_t row, int64_t tokens, int64_t head, float *scratch) {
+    const Held *held = step->rows[row].held + step->first + index;
+    int64_t size = block->size, shared = block->query_heads / block->key_heads, count = tokens * shared;
+    int64_t position = step->rows[row].position, end = position + tokens;
+    Looking parts = looking_of(block, scratch);
+    for (int64_t query = 0; query < count; query++) {
+        const float *from = work.states + (row + query / shared) * work.states_width + (head * shared + query % shared) * size;
+        for (int64_t i = 0; i < size; i++) parts.queries[query * size + i] = from[i] * block->scale;
+        parts.most[query] = LOWEST, parts.total[query] = 0;
+    }
+    __builtin_memset(parts.sums, 0, count * parts.width * sizeof *parts.sums);
+    for (int64_t begin = first_visible(held, position), keys; begin < end; begin += keys) {
+        keys = end - begin < KEYS ? end - begin : KEYS;
+        lay_out(block, held, head * held->slots + begin - held->first, keys, parts);
+        for (int64_t first = 0, now; first < count; first += now) {
+            int64_t groups = (count - first + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+            now = (count - first + groups - 1) / groups;
+            look_at_some(held, position, shared, first, now, begin, keys, size, parts);
+        }
+    }
+    for (int64_t query = 0; query < count; query++) {
+        float *out = work.attended + (row + query / shared) * work.attended_width + (head * shared + query % shared) * size;
+        float whole = 1 / parts.total[query];
+        for (int64_t i = 0; i < size; i++) out[i] = parts.sums[query * parts.width + i] * whole;
+    }
+}
+
+/* How many rows, of one session or several, are looked at as one piece. */
+always int64_t rows_of_a_look(const Step *step, const Block *block) {
+    int64_t shared = block->query_heads / block->key_heads, most = shared < QUERIES ? QUERIES / shared : 1;
+    int64_t parts = (step->row_count + most - 1) / most;
+    return (step->row_count + parts - 1) / parts;
+}
+
+static void look_of_many(const Step *step, const Block *block, Work work, int64_t index, int64_t from, int64_t to, float *scratch) {
+    int64_t each = rows_of_a_look(step, block), pieces = (step->row_count + each - 1) / each;
+    for (int64_t which = from; which < to; which++) {
+        /* The last tokens, which see most, first: so threads end at the same time. */
+        int64_t row = (pieces - 1 - which / block->key_heads) * each, head = which % block->key_heads;
+        int64_t last = row + each < step->row_count ? row + each : step->row_count;
+        for (int64_t end; row < last; row = end) {
+            for (end = row + 1; end < last && step->rows[end].held == step->rows[row].held;) end++;
+            if (end - row == 1 || block->query_heads > QUERIES * block->key_heads)
+                for (int64_t one = row; one < end; one++) look(step, block, work, index, one * block->key_heads + head, one * block->key_heads + head + 1);
+            else look_together(step, block, work, index, row, end - row, head, scratch);
         }
     }
 }
@@ -742,7 +936,7 @@ static void settle(const Step *step, const Block *block, Work work, int64_t inde
             turn(one, step->cosines + angle, step->sines + angle, step->turning);
         }
         if (head >= queries) {
-            const Held *held = step->rows[row].held + index;
+            const Held *held = step->rows[row].held + step->first + index;
             int64_t place = ((head - queries) * held->slots + step->rows[row].position - held->first) * size;
             keep(one, size, held->keys, place, block->kept);
             keep(one + (int64_t)block->key_heads * size, size, held->values, place, block->kept);
@@ -771,13 +965,41 @@ apart void gate_and_up(const Step *step, const Block *block, Work work, int64_t 
     }
 }
 
+/* value = SiLU(value) * factor for LANES of them. */
+always void activate(float *value, const float *factor) {
+    lanes gate = load(value), active = gate / (1 + exponential(-gate)) * load(factor);
+    __builtin_memcpy(value, &active, sizeof active);
+}
+
+/* The same for many rows. */
+static void gate_and_up_of_many(const Step *step, const Block *block, Work work, int64_t from, int64_t to, float *scratch) {
+    float *ups = scratch + DEEP * WIDE;
+    for (int64_t first = from; first < to; first += WIDE) {
+        int64_t count = to - first < WIDE ? to - first : WIDE, rows = step->row_count;
+        float *gates = work.activated + first;
+        linear_of_many(&block->gate, work.normed, work.normed_width, rows, first, first + count, gates, work.activated_width, 0, scratch);
+        linear_of_many(&block->up, work.normed, work.normed_width, rows, first, first + count, ups, WIDE, 0, scratch);
+        for (int64_t row = 0; row < rows; row++) {
+            float gate[WIDE] = {0}, *place = gates + row * work.activated_width;
+            __builtin_memcpy(gate, place, count * sizeof *gate);
+            for (int64_t i = 0; i < WIDE; i += LANES) activate(gate + i, ups + row * WIDE + i);
+            __builtin_memcpy(place, gate, count * sizeof *gate);
+        }
+    }
+}
+
 /* How much a stage has to do, of whatever it counts. */
 static int64_t stage_size(const Step *step, int64_t index, int stage) {
     const Block *block = step->blocks + index;
+    int many = step->row_count > MOST_ROWS;
+    int64_t unit = many ? WIDE : 1;
     switch (stage) {
-        case 0: return block->queries.outputs + block->keys.outputs + block->values.outputs;
+        case 0: return multiple(block->queries.outputs, unit) + multiple(block->keys.outputs, unit) + multiple(block->values.outputs, unit);
         case 1: return step->row_count * (block->query_heads + block->key_heads);
-        case 2: return step->row_count * block->key_heads;
+        case 2: {
+            int64_t each = many ? rows_of_a_look(step, block) : 1;
+            return (step->row_count + each - 1) / each * block->key_heads;
+        }
         case 3: return block->out.outputs;
         case 4: return block->gate.outputs;
         case 5: return block->down.outputs;
@@ -786,8 +1008,9 @@ static int64_t stage_size(const Step *step, int64_t index, int stage) {
 }
 
 static void compute(const Step *step, int64_t index, int stage, int64_t from, int64_t to, int64_t thread) {
-    if (stage == HEAD && step->row_count > MOST_ROWS) {
-        linear_of_many(step->head, step->hidden, step->width, step->row_count, from, to, step->outputs, step->work + thread * DEEP * WIDE);
+    int many = step->row_count > MOST_ROWS;
+    if (stage == HEAD && many) {
+        linear_of_many(step->head, step->hidden, step->width, step->row_count, from, to, step->outputs + from, step->head->outputs, 0, step->work + thread * DEEP * WIDE);
         return;
     }
     if (stage == HEAD) {
@@ -796,21 +1019,22 @@ static void compute(const Step *step, int64_t index, int stage, int64_t from, in
     }
     const Block *block = step->blocks + index;
     Work work = work_of(step, block);
+    float *scratch = work.own + thread * work.scratch;
     switch (stage) {
-        case 0: project(step, block, work, from, to); break;
+        case 0: project(step, block, work, from, to, scratch); break;
         case 1: settle(step, block, work, index, from, to); break;
-        case 2: look(step, block, work, index, from, to); break;
-        case 3: linear(&block->out, work.attended, work.sums, step->row_count, from, to, step->hidden, step->width, 1); break;
-        case 4: gate_and_up(step, block, work, from, to); break;
-        default: linear(&block->down, work.activated, work.sums, step->row_count, from, to, step->hidden, step->width, 1);
+        case 2: many ? look_of_many(step, block, work, index, from, to, scratch) : look(step, block, work, index, from, to); break;
+        case 3: add(step, &block->out, work.attended, work.attended_width, work, from, to, scratch); break;
+        case 4: many ? gate_and_up_of_many(step, block, work, from, to, scratch) : gate_and_up(step, block, work, from, to); break;
+        default: add(step, &block->down, work.activated, work.activated_width, work, from, to, scratch);
     }
 }
 
 static void norm_rows(const Step *step, int64_t index, const float *weight, float eps) {
     Work work = work_of(step, step->blocks + index);
     for (int64_t row = 0; row < step->row_count; row++)
-        rms_norm(step->hidden + row * step->width, weight, eps, step->width, work.normed + row * step->width);
-    sum_groups(work.normed, step->row_count, step->width, work.sums);
+        rms_norm(step->hidden + row * step->width, weight, eps, step->width, work.normed + row * work.normed_width);
+    if (step->row_count <= MOST_ROWS) sum_groups(work.normed, step->row_count, step->width, work.sums);
 }
 
 /* What one thread alone does when a stage is complete, before the others go on. */
@@ -818,8 +1042,9 @@ static void between(const Step *step, int64_t index, int stage) {
     if (stage == HEAD) return;
     const Block *block = step->blocks + index;
     Work work = work_of(step, block);
-    if (stage == 2 && block->out.kind == INT4) sum_groups(work.attended, step->row_count, work.attended_width, work.sums);
-    if (stage == 4 && block->down.kind == INT4) sum_groups(work.activated, step->row_count, work.activated_width, work.sums);
+    int few = step->row_count <= MOST_ROWS;
+    if (stage == 2 && few && block->out.kind == INT4) sum_groups(work.attended, step->row_count, work.attended_width, work.sums);
+    if (stage == 4 && few && block->down.kind == INT4) sum_groups(work.activated, step->row_count, work.activated_width, work.sums);
     if (stage == 3) norm_rows(step, index, step->blocks[index].mlp_norm, step->blocks[index].mlp_eps);
     if (stage == 5 && index + 1 < step->count) norm_rows(step, index + 1, step->blocks[index + 1].norm, step->blocks[index + 1].eps);
 }
@@ -827,8 +1052,8 @@ static void between(const Step *step, int64_t index, int stage) {
 static void take_part_in(Step *step, int64_t index, int stage, int64_t thread) {
     int64_t size = stage_size(step, index, stage), pieces = step->threads == 1 ? 1 : step->threads * PIECES;
     int64_t each = (size + pieces - 1) / pieces;
-    int64_t unit = stage == 1 || stage == 2 ? 1 : stage == HEAD && step->row_count > MOST_ROWS ? WIDE : PANEL;
-    each = (each + unit - 1) / unit * unit;
+    int64_t many = step->row_count > MOST_ROWS, unit = stage == 1 || stage == 2 ? 1 : many ? WIDE : PANEL;
+    each = many && each > unit ? each / unit * unit : multiple(each, unit); /* of many rows, WIDE outputs are much work */
     pieces = (size + each - 1) / each;
     _Atomic int32_t *taken = &step->stages[index * STAGES + stage % HEAD].taken, *done = &step->stages[index * STAGES + stage % HEAD].done;
     for (;;) {
@@ -861,10 +1086,12 @@ EXPORT void petals_help(Step *step) {
     atomic_fetch_sub(&step->inside, 1);
 }
 
-/* Computes the step. `stages` are all zero. */
+/* Computes the step. `stages` are all zero. With many rows it is one that petals_help() has not been called with before: each thread has a part of
+   `work` by its number. */
 EXPORT void petals_step(Step *step) {
     if (step->count) norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
     else if (step->head->kind == INT4 && step->row_count <= MOST_ROWS) sum_groups(step->hidden, step->row_count, step->head->inputs, step->work);
+    atomic_store(&step->came, 0);
     atomic_store(&step->open, 1);
     take_part(step, 0);
     atomic_store(&step->open, 0);

@@ -43,6 +43,16 @@ def test_a_layer_for_any_number_of_rows(name, sizes, bias):
 
 
 @pytest.mark.parametrize("name", variants())
+def test_long_sums_of_many_rows_round_finely(name):
+    """As a library's do: one number added after the other would be off by 3e-6."""
+    torch.manual_seed(0)
+    ours, weight, inputs = Kernels(library._folder() / name), torch.rand(64, 4096), torch.rand(MANY[0], 4096)
+    right = inputs.double() @ weight.double().t()
+    output = ours.linear(Linear(weight.data_ptr(), None, *weight.shape, FLOAT32), inputs)
+    torch.testing.assert_close(output.double(), right, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", variants())
 @pytest.mark.parametrize("sizes", [(16, 8), (47, 301), (576, 1537)], ids=str)
 def test_weights_in_16_bits(name, sizes):
     torch.manual_seed(0)

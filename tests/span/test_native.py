@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from kernels.test_library import variants
 from torch import nn
 
-from petals_win.kernels.library import MOST_ROWS
+from petals_win.kernels import library
+from petals_win.kernels.library import MOST_ROWS, Kernels
 from petals_win.models.source import open_model
 from petals_win.span import native as native_room
 from petals_win.span.int4 import FewBitsLinear
@@ -137,7 +139,7 @@ def test_weights_in_16_bits_and_in_four(checkpoint, monkeypatch, family, dtype, 
                 other.get_submodule(name).weight = nn.Parameter(values.float(), requires_grad=False)
     ours, other = native.open(2, 60), theirs.open(2, 60)
     most = 1e-5 if dtype is torch.float32 else 0.02
-    for number, tokens in enumerate((1, 3, 1, 8, 2, 1, 4)):
+    for number, tokens in enumerate((1, 3, 1, 8, 2, 30, 1, 4)):
         hidden = hidden_states(2, tokens, number, dtype, 128)
         expected = theirs.step(other, hidden.float())
         output = native.step(ours, hidden)
@@ -156,6 +158,75 @@ def test_kernels_that_compute_something_else_are_not_used(checkpoint, monkeypatc
     with caplog.at_level("INFO"):
         span = Span.load(open_model(str(checkpoint("llama"))), 0, 4)
     assert not is_native(span) and span._joint.is_lean and "The kernels are not used" in caplog.text
+
+
+def test_long_steps_are_tried_out_too(checkpoint, monkeypatch):
+    run = NativeBlocks._run_many
+    monkeypatch.setattr(NativeBlocks, "_run_many", lambda self, step, start, end: run(self, step, start, start))
+    assert not is_native(Span.load(open_model(str(checkpoint("llama"))), 0, 4))
+
+
+HEADS = [
+    {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},  # none is shared
+    {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+    {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 46},  # no whole vectors
+    {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
+    {"num_attention_heads": 200, "num_key_value_heads": 1, "head_dim": 2},  # more than are looked at together
+]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "-".join(map(str, heads.values())))
+@pytest.mark.parametrize("window", [None, 8, 100])
+def test_prompts_in_pieces(checkpoint, monkeypatch, heads, window):
+    """In any pieces what transformers computes of the whole; a window is shorter than the prompt, and than a piece."""
+    source = open_model(str(checkpoint("mistral", **heads, sliding_window=window, max_position_embeddings=512)))
+    native, theirs = Span.load(source, 0, 2), usual(source, monkeypatch, 0, 2)
+    assert is_native(native)
+    hidden = hidden_states(2, 420, seed=0)
+    expected = theirs.step(theirs.open(2, 420), hidden)
+    for pieces in ((420,), (17, 1, 130, 64, 128, 80), (300, 2, 118)):
+        session = native.open(2, 420, room=200)
+        session.room = 420  # keys and values move
+        output = torch.cat([native.step(session, piece) for piece in hidden.split(pieces, 1)], 1)
+        torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants())
+def test_prompts_by_every_variant(checkpoint, monkeypatch, name):
+    source = open_model(str(checkpoint("mistral", **HEADS[2], sliding_window=50, max_position_embeddings=512)))
+    theirs, ours = usual(source, monkeypatch, 0, 2), Kernels(library._folder() / name)
+    monkeypatch.setattr(native_room, "kernels", lambda: ours)
+    native, hidden = Span.load(source, 0, 2), hidden_states(1, 300, seed=0)
+    assert is_native(native)
+    outputs = [span.step(span.open(1, 300), hidden) for span in (native, theirs)]
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2-half-windows"])
+def test_prompts_of_several_sessions_beside_single_tokens(checkpoint, monkeypatch, family, threads):
+    source = open_model(str(checkpoint(family)))
+    native, theirs = Span.load(source, 0, 4), usual(source, monkeypatch)
+    chance, before = random.Random(2), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for turn in range(12):
+            batches, pasts = (1, 1, 2, 3, 1), [chance.randrange(1, 40) for _ in range(5)]
+            pairs = [(native.open(batch, 240), theirs.open(batch, 240)) for batch in batches]
+            steps, right = [], []
+            for number, (ours, other) in enumerate(pairs):
+                past = hidden_states(ours.batch_size, pasts[number], 100 * turn + number)
+                native.step(ours, past)
+                theirs.step(other, past)
+                tokens = 1 if number < 2 else chance.randrange(2, 200)
+                hidden = hidden_states(ours.batch_size, tokens, 100 * turn + 50 + number)
+                steps.append((native.begin(ours, hidden), tokens))
+                right.append(theirs.step(other, hidden))
+            native.advance(steps)
+            for (step, _), expected in zip(steps, right, strict=True):
+                torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_layer(checkpoint):
@@ -178,7 +249,7 @@ def test_a_layer(checkpoint):
 
 @pytest.mark.parametrize("large, pays, takes", [(1, True, True), (1, False, False), (2**30, True, False)])
 def test_many_rows_where_it_pays(checkpoint, monkeypatch, large, pays, takes):
-    """Layers stay the kind that they are, and what is computed of small ones is transformers' to the last bit."""
+    """Layers stay the kind that they are, also for passes without a cache, and what is computed of small ones is transformers' to the last bit."""
     source = open_model(str(checkpoint("llama")))
     theirs = usual(source, monkeypatch)
     monkeypatch.setattr(native_room, "_LARGE", large)
@@ -190,9 +261,13 @@ def test_many_rows_where_it_pays(checkpoint, monkeypatch, large, pays, takes):
     )
     assert {type(each) for each in native_room._linears(span._decoder.layers[0])} == {nn.Linear}
     hidden = hidden_states(1, 30, seed=0)
-    outputs = [each.step(each.open(1, 40), hidden) for each in (span, theirs)]
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    assert set(asked) == ({30} if takes else set()) and (takes or torch.equal(*outputs))
+    assert span._joint.takes_prompts == takes
+    steps = [each.step(each.open(1, 40), hidden) for each in (span, theirs)]
+    assert not asked
+    for outputs in (steps, [each.forward(hidden, 0, 4) for each in (span, theirs)]):
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+        assert takes or torch.equal(*outputs)
+    assert set(asked) == ({30} if takes else set())
 
 
 def test_whether_many_rows_pay_is_tried_out(monkeypatch):
@@ -209,8 +284,10 @@ def test_whether_many_rows_pay_is_tried_out(monkeypatch):
     native_room.many_rows_pay.cache_clear()
 
 
-@pytest.mark.parametrize("count, calls", [(11, 2), (24, 4), (30, 0)])
-def test_more_rows_than_one_call_takes(checkpoint, monkeypatch, count, calls):
+@pytest.mark.parametrize("count, pays, calls", [(11, True, 2), (24, True, 4), (30, True, 1), (30, False, 0)])
+def test_more_rows_than_one_call_takes(checkpoint, monkeypatch, count, pays, calls):
+    """Some calls of few rows, or one of all; or the other way, where that is faster."""
+    monkeypatch.setattr(native_room, "many_rows_pay", lambda _dtype: pays)
     span = Span.load(open_model(str(checkpoint("llama"))), 0, 4)
     run, rows = NativeBlocks.run, list[int]()
 
@@ -224,6 +301,7 @@ def test_more_rows_than_one_call_takes(checkpoint, monkeypatch, count, calls):
     monkeypatch.setattr(NativeBlocks, "run", noted)
     steps = [span.begin(span.open(batch, 9), step) for batch, step in zip(batches, hidden, strict=True)]
     span.advance([(step, 1) for step in steps])
-    assert len(rows) == calls and all(each <= MOST_ROWS for each in rows)
+    assert len(rows) == calls and sum(rows) == (sum(batches) if calls else 0)
+    assert calls == 1 or all(each <= MOST_ROWS for each in rows)
     for step, expected in zip(steps, alone, strict=True):
         torch.testing.assert_close(step.output(), expected, atol=1e-5, rtol=1e-5)

@@ -75,7 +75,8 @@ class Step(Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_void_p) for name in ("blocks", "rows", "cosines", "sines", "hidden", "work", "head", "outputs")),
-        *((name, c_int64) for name in ("count", "row_count", "width", "turning", "threads", "open", "inside", "came")),
+        *((name, c_int64) for name in ("first", "count", "row_count", "width", "turning", "threads")),
+        *((name, c_int64) for name in ("open", "inside", "came")),
         ("stages", c_void_p),
     ]
 
@@ -88,7 +89,7 @@ class Kernels:
         self._step, self._help, self._floats = library.petals_step, library.petals_help, library.petals_step_floats
         self._step.argtypes = self._help.argtypes = [POINTER(Step)]
         self._step.restype = self._help.restype = None
-        self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64], c_int64
+        self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64, c_int64], c_int64
         self._unpack = library.petals_unpack
         self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int], None
         self._many_floats = library.petals_many_floats
@@ -117,9 +118,9 @@ class Kernels:
         self.run(step)
         return outputs
 
-    def floats(self, block: Block, rows: int, width: int) -> int:
-        """How many floats of memory a step of so many rows [width] needs for its work on a block."""
-        return self._floats(block, rows, width)
+    def floats(self, block: Block, rows: int, width: int, threads: int) -> int:
+        """How many floats of memory a step of so many rows [width] needs for its work on a block, with so many threads."""
+        return self._floats(block, rows, width, threads)
 
     def unpack(self, panels: torch.Tensor, kind: int, to: torch.Tensor) -> None:
         """Of a weight of a kind, panels [count, groups, bytes], its columns [groups x GROUP, count x PANEL] in float32 or bfloat16."""

@@ -71,8 +71,13 @@ class JointPass:
 
     @property
     def is_lean(self) -> bool:
-        """Whether a session that is alone has an advantage of it, too."""
+        """Whether a session that is alone has an advantage of it, too, in steps of few tokens."""
         return self._lean is not None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it has in long steps."""
+        return self._native is not None and self._native.takes_many
 
     def room_beside(self, rows: int) -> int | None:
         """How many rows more a pass of so many takes without another way than the kernels'; None: it does not go their way."""
@@ -81,7 +86,7 @@ class JointPass:
     def _agrees(self, shapes: Sequence[KvShape], exact: bool, otherwise: str) -> bool:
         try:
             with torch.inference_mode():
-                works = agrees(self._decoder, shapes, self.run, self._device, exact)
+                works = agrees(self._decoder, shapes, self.run, self._device, exact, long=self.takes_prompts)
         except Exception as e:  # whatever a model raises whose attention does not go through the interface
             # As text: a record that keeps the error keeps its frames, too, and with them the checkpoint's open files.
             logger.debug("A joint pass fails:\n%s", traceback.format_exc())
@@ -96,8 +101,11 @@ class JointPass:
 
         Returns the same shapes, on the CPU. The caller advances the positions.
         """
-        if self._native is not None and (groups := _of_few_rows(parts)):
-            return [output for group in groups for output in self._native.run(group, start, end)]
+        if self._native is not None:
+            if groups := _of_few_rows(parts):
+                return [output for group in groups for output in self._native.run(group, start, end)]
+            if self._native.takes_many:
+                return self._native.run(parts, start, end)
         # Single tokens come first: attention has a short way for them.
         order = sorted(range(len(parts)), key=lambda index: _rows_of(parts[index][1]) > 1)
         ordered = [parts[index] for index in order]

@@ -1,4 +1,4 @@
-"""Plain blocks on a CPU, as lean.py describes them, by one call of our kernels for a step of few tokens.
+"""Plain blocks on a CPU, as lean.py describes them, by our kernels: one call for a step of few tokens, one for each block for many.
 
 Knows what kernels read: weights, rotary tables, and where sessions keep keys and values. Does not know whether the result may be trusted:
 span/joint.py tries that out.
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from petals_win.host.threads import computing
+from petals_win.host.threads import computing, look_around, most_threads
 from petals_win.kernels.library import (
     BFLOAT16,
     FLOAT32,
@@ -71,16 +71,12 @@ class NativeBlocks:
         self._blocks = (Block * len(made))(*made)
         self._width: int = decoder.config.hidden_size
         self._stages = (ctypes.c_int32 * (2 * STAGES * len(made)))()
-        self._work = torch.empty(max(library.floats(block, MOST_ROWS, self._width) for block in made))
+        self._work = self._memory(MOST_ROWS)
         self._rows = (Row * MOST_ROWS)()
         for layer in decoder.layers:
             _multiply_many_rows(layer, library)
-        self._step = Step(
-            rows=ctypes.addressof(self._rows),
-            work=self._work.data_ptr(),
-            width=self._width,
-            stages=ctypes.addressof(self._stages),
-        )
+        self._step = self._new_step()  # of few rows
+        self.takes_many = _all_rows_pay(decoder.layers, dtype)
         self._tables = torch.empty(2, 0, 0)  # cosines and sines of the positions so far
 
     @classmethod
@@ -94,35 +90,68 @@ class NativeBlocks:
         return cls(decoder, library, dtype)
 
     def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
-        """As JointPass.run, for at most MOST_ROWS rows in all."""
+        """As JointPass.run, for at most MOST_ROWS rows in all, or any number if it `takes_many`."""
         hidden = torch.cat([part.reshape(-1, self._width) for _, part in parts]).to(torch.float32)
+        many = len(hidden) > MOST_ROWS
+        rows = (Row * len(hidden))() if many else self._rows
+        step = self._new_step() if many else self._step
+        kept = self._place(parts, rows, step)
+        step.rows, step.hidden, step.row_count = ctypes.addressof(rows), hidden.data_ptr(), len(hidden)
+        if many:
+            self._run_many(step, start, end)
+        else:
+            step.work = self._work.data_ptr()
+            self._run(step, start, end, torch.get_num_threads())
+        del kept
+        outputs = hidden.to(self._dtype).split([part.shape[0] * part.shape[1] for _, part in parts])
+        return [output.view(part.shape) for output, (_, part) in zip(outputs, parts, strict=True)]
+
+    def _run_many(self, step: Step, start: int, end: int) -> None:
+        """Block by block, with as many threads as there are by then."""
+        most = most_threads()
+        work = self._memory(step.row_count, most)
+        step.work = work.data_ptr()
+        for index in range(start, end):
+            look_around()
+            one = Step.from_buffer_copy(step)  # no thread has come to it, nor comes late from the one before
+            one.first = index - start
+            self._run(one, index, index + 1, min(torch.get_num_threads(), most))
+
+    def _new_step(self) -> Step:
+        return Step(width=self._width, stages=ctypes.addressof(self._stages))
+
+    def _run(self, step: Step, start: int, end: int, threads: int) -> None:
+        step.blocks = ctypes.addressof(self._blocks) + (start - self._start) * ctypes.sizeof(Block)
+        step.count, step.threads = end - start, threads
+        ctypes.memset(self._stages, 0, ctypes.sizeof(self._stages))
+        self._library.run(step)
+
+    def _place(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], rows: Any, step: Step) -> Any:
+        """Let rows tell of each token where it belongs, and the step where angles are. Returns what the addresses lead to."""
         farthest = max(cache.position + part.shape[1] for cache, part in parts)
         by_row = isinstance(self._rotary, DeclaredRotary)
         if not by_row and farthest > self._tables.shape[1]:
             self._tables = self._angles(torch.arange(-(-farthest // _ANGLES) * _ANGLES))
-        keep, count = [], 0
+        kept, count = [], 0
         for cache, part in parts:
             batch, tokens, _ = part.shape
             held = _held(cache, tokens)
-            keep.append(held)
+            kept.append(held)
             for row in range(batch):
+                place = ctypes.addressof(held[row])
                 for position in range(cache.position, cache.position + tokens):
-                    one = self._rows[count]
-                    one.held = ctypes.addressof(held[row])
-                    one.position, one.angle = position, count if by_row else position
+                    one = rows[count]
+                    one.held, one.position, one.angle = place, position, count if by_row else position
                     count += 1
         tables = self._tables
         if by_row:
-            tables = self._angles(torch.tensor([row.position for row in self._rows[:count]]))
-        step = self._step
-        step.blocks = ctypes.addressof(self._blocks) + (start - self._start) * ctypes.sizeof(Block)
+            tables = self._angles(torch.tensor([row.position for row in rows[:count]]))
         step.cosines, step.sines, step.turning = tables[0].data_ptr(), tables[1].data_ptr(), tables.shape[-1]
-        step.hidden, step.row_count, step.count = hidden.data_ptr(), count, end - start
-        step.threads = torch.get_num_threads()
-        ctypes.memset(self._stages, 0, ctypes.sizeof(self._stages))
-        self._library.run(step)
-        rows = hidden.to(self._dtype).split([part.shape[0] * part.shape[1] for _, part in parts])
-        return [row.view(part.shape) for row, (_, part) in zip(rows, parts, strict=True)]
+        return kept, tables
+
+    def _memory(self, rows: int, threads: int = 1) -> torch.Tensor:
+        """For the work of a step of so many rows."""
+        return torch.empty(max(self._library.floats(block, rows, self._width, threads) for block in self._blocks))
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Cosines and sines, [2, positions, turning]."""
@@ -256,7 +285,13 @@ def many_rows_pay(dtype: torch.dtype) -> bool:
     return min(ours for ours, _ in turns) < min(theirs for _, theirs in turns)
 
 
-def _linears(block: Any) -> list[nn.Module]:
+def _all_rows_pay(blocks: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether blocks compute many rows, as prompts are, faster by our kernels from end to end. Small ones go the usual way, as their layers do."""
+    large = any(layer.in_features * layer.out_features >= _LARGE for block in blocks for layer in _linears(block))
+    return large and _reads_fastest(dtype) and many_rows_pay(dtype)
+
+
+def _linears(block: Any) -> list[nn.Linear]:
     attention, mlp = block.self_attn, block.mlp
     return [
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),

@@ -19,6 +19,7 @@ _ROWS = (1, 1, 2)
 _PASTS = (5, 0, 40)
 _LONGEST = 8192
 _NEW_TOKENS = ((1, 1, 1), (1, 3, 4))  # of each session, in a pass of decodes, and in one with prefills
+_LONG = (1, 3, 20)  # where a long pass goes another way
 
 # How far a token may be off, as a part of what another past would change. Rounding in 16 bits may lead single tokens to other experts.
 _EXACT, _ROUNDED = 1e-3, 0.1
@@ -33,16 +34,18 @@ def agrees(
     together: Callable[[Parts, int, int], list[torch.Tensor]],
     device: torch.device,
     exact: bool,
+    long: bool = False,
 ) -> bool:
     """Whether `together` computes on one block of each kind what `decoder.run` does for each session alone.
 
     `together` takes the caches and hidden states [rows, tokens, hidden] of sessions, and a range of blocks. `exact`: the
-    blocks compute in 32 bits. Raises whatever the model does.
+    blocks compute in 32 bits. `long`: try a pass of many tokens, too. Raises whatever the model does.
     """
+    new_tokens = (*_NEW_TOKENS, _LONG) if long else _NEW_TOKENS
     # A length beyond all of the trial, so that the texts compared have one rotary table.
     with decoder.declared(2 * _LONGEST):
         return all(
-            _agrees_in(decoder, part, shapes[part.start : part.stop], together, device, exact)
+            _agrees_in(decoder, part, shapes[part.start : part.stop], together, device, exact, new_tokens)
             for part in parts_of_each_kind(decoder, shapes)
         )
 
@@ -64,10 +67,11 @@ def _agrees_in(
     together: Callable[[Parts, int, int], list[torch.Tensor]],
     device: torch.device,
     exact: bool,
+    new_tokens: Sequence[Sequence[int]],
 ) -> bool:
     start, end = decoder.start + part.start, decoder.start + part.stop
     chance = torch.Generator().manual_seed(0)
-    room = max(max(each) for each in _NEW_TOKENS)
+    room = max(max(each) for each in new_tokens)
     window = max(shape.window or 0 for shape in shapes)
     pasts = [min(past, _LONGEST) for past in (*_PASTS[:-1], window + _PASTS[-1])]
 
@@ -85,7 +89,7 @@ def _agrees_in(
     ours, others = caches(), caches()
     right: list[torch.Tensor] = []
     try:
-        for tokens in _NEW_TOKENS:
+        for tokens in new_tokens:
             # Small, so that what the block adds to its input is most of the output.
             hidden = [
                 (0.1 * torch.randn(rows, new, decoder.row.width, generator=chance)).to(shapes[0].dtype)

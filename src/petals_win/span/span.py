@@ -331,8 +331,9 @@ class Span:
         self._switch_to(session.adapter)
         with torch.inference_mode(), self._decoder.declared(session.declared):
             step, tokens = pieces[0]
-            few = self._joint.is_lean and step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
-            if len(pieces) == 1 and not (few and self.companions(step)):
+            few = step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
+            short = self._joint.is_lean if few else self._joint.takes_prompts
+            if len(pieces) == 1 and not (short and self.companions(step)):
                 hidden, prompts = step.piece(tokens)
                 hidden = hidden.to(self.device, self.dtype)
                 outputs = [self._decoder.run(hidden, session.start, session.end, caches[0], prompts).cpu()]
