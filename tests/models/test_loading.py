@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading_memory import taken_by_loading
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 from span.families import BLOCKS, FAMILIES
+from transformers import LlamaConfig
+from true_shapes import write_checkpoint
 
 from petals_win.errors import UserError
 from petals_win.models import checkpoint as checkpoint_module
@@ -107,6 +110,28 @@ def test_only_its_own_bytes_are_read(checkpoint):
     read = bytes_read_by_this_process() - before
     assert span.weight_bytes <= read < span.weight_bytes + 100_000
     assert read < 0.2 * whole
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "most"), [("bfloat16", "none", 1.15), ("float32", "none", 1.15), ("bfloat16", "int4", 1.2)]
+)
+def test_memory_while_loading(tmp_path, dtype, quant, most):
+    """Little more than what stays: each weight is converted, laid out or quantized before the next one is read."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    write_checkpoint(tmp_path, config)
+    taken = taken_by_loading(tmp_path, dtype, quant)
+    assert taken.dtype == dtype and taken.planned == taken.weights > 150e6
+    assert 0.95 <= taken.kept / taken.planned <= 1.05, taken
+    assert taken.most <= most * taken.planned, taken
 
 
 @pytest.mark.parametrize("family", FAMILIES)

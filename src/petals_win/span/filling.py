@@ -58,7 +58,8 @@ class Filling:
         self._lays_out = [self._may_lay_out and quant == "none" and not self._suits(layer) for layer in self._layers]
         self._stored = StoredWeights(source, model, device) if quant == "int4" and source.in_few_bits else None
         self._said = time.perf_counter()
-        self.weight_bytes = 0
+        # Counted while they are parameters, which those that have been laid out are no more.
+        self.weight_bytes = sum(map(_bytes_of, self._layers)) if quant == "none" else 0
 
     def load(self) -> None:
         """Read the weights. Raises UserError as load_parts does."""
@@ -97,9 +98,10 @@ class Filling:
 
     def _complete(self, number: int) -> None:
         layer = self._layers[number]
-        self.weight_bytes += _bytes_of(layer)
-        if self._quant != "none" and self._may_lay_out and not self._suits(layer):
-            lay_out_linears([layer])
+        if self._quant != "none":
+            self.weight_bytes += _bytes_of(layer)
+            if self._may_lay_out and not self._suits(layer):
+                lay_out_linears([layer])
         if self._quant == "int4" and self._stored is None:
             say_what_stays(layer)
         trim_heap()
