@@ -22,6 +22,7 @@ from petals_win.models import checkpoint as checkpoint_module
 from petals_win.models.checkpoint import INDEX, SINGLE
 from petals_win.models.cuts import Cuts
 from petals_win.models.source import open_model
+from petals_win.span import filling
 from petals_win.span.footprint import block_bytes, model_bytes, model_footprint
 from petals_win.span.span import Span
 
@@ -132,6 +133,19 @@ def test_memory_while_loading(tmp_path, dtype, quant, most):
     assert taken.dtype == dtype and taken.planned == taken.weights > 150e6
     assert 0.95 <= taken.kept / taken.planned <= 1.05, taken
     assert taken.most <= most * taken.planned, taken
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_long_loading_says_how_far_it_is(checkpoint, monkeypatch, caplog, quant):
+    """Also of blocks whose layers are read by themselves, which are counted once."""
+    monkeypatch.setattr(filling, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(filling, "_LARGE", 1)
+    source, told = open_model(str(checkpoint("llama", hidden_size=64))), list[tuple[int, int]]()
+    with caplog.at_level("INFO", "petals_win"):
+        Span.load(source, 1, 4, quant=quant, progress=lambda done, of: told.append((done, of)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    said = [record.getMessage() for record in caplog.records if record.name == filling.__name__]
+    assert said == [f"Loading the blocks 1:4 of {source.name}: {done} of 3 are loaded" for done in (1, 2)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

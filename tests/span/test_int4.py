@@ -15,7 +15,7 @@ from petals_win.errors import UserError
 from petals_win.kernels.library import GROUP
 from petals_win.models.source import open_model
 from petals_win.span import int4
-from petals_win.span.int4 import FewBitsLinear, Int4Stack, Int4Weight, Tiles, int4_bytes
+from petals_win.span.int4 import FewBitsLinear, FewBitsStack, Int4Weight, Tiles, int4_bytes
 from petals_win.span.needs import needs_of
 from petals_win.span.quantized_linear import quantize_linears
 from petals_win.span.rounding import ON_CARD, ON_CPU, Rounding, quantize
@@ -220,7 +220,7 @@ def test_a_span_computes_nearly_the_same_in_the_bytes_that_were_planned(checkpoi
     plain, span = Span.load(source, 1, 3, dtype=dtype), Span.load(source, 1, 3, dtype=dtype, quant="int4")
     layers = [layer for block in span._decoder.layers for layer in block.modules()]
     assert any(isinstance(layer, FewBitsLinear) for layer in layers)
-    assert any(isinstance(layer, Int4Stack) for layer in layers) == (family != "llama")
+    assert any(isinstance(layer, FewBitsStack) for layer in layers) == (family != "llama")
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, 128, dtype=dtype)
     whole = span.forward(hidden, 1, 3)

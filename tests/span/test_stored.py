@@ -23,7 +23,7 @@ from petals_win.models.gguf_file import GgufCheckpoint
 from petals_win.models.source import DEFAULT_MODEL, ModelSource, open_model
 from petals_win.span import int4
 from petals_win.span.choices import choose_quant
-from petals_win.span.int4 import FewBitsLinear, Int4Stack, Int4Weight
+from petals_win.span.int4 import FewBitsLinear, FewBitsStack, Int4Weight
 from petals_win.span.int8 import Int8Weight
 from petals_win.span.needs import needs_of
 from petals_win.span.rounding import ON_CARD, take_over
@@ -59,7 +59,7 @@ def test_it_computes_with_the_levels_of_the_file(file_of, family, kind):
     source = file_of(family, kind)
     plain, span = Span.load(source, 1, 3), Span.load(source, 1, 3, quant="int4")
     kinds = {type(module) for layer in span._decoder.layers for module in layer.modules()}
-    assert FewBitsLinear in kinds and (Int4Stack in kinds) == (family != "llama")
+    assert FewBitsLinear in kinds and (FewBitsStack in kinds) == (family != "llama")
     torch.manual_seed(0)
     hidden = torch.randn(2, 20, source.hidden_size)
     wanted = plain.forward(hidden, 1, 3)
@@ -83,6 +83,23 @@ def test_what_the_file_has_in_six_bits_takes_eight(file_of):
     torch.manual_seed(0)
     hidden = torch.randn(2, 20, source.hidden_size)
     # Random levels of six bits make attention so sharp that it enlarges what the rounding of scales does.
+    assert off(span.forward(hidden, 1, 3), plain.forward(hidden, 1, 3)) < 1e-2
+    planned = needs_of(source.config, span.dtype, "int4", source.in_few_bits_on("cpu")).block_bytes[1:3]
+    assert span.weight_bytes == sum(planned)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_the_file_has_in_six_bits_take_eight(file_of, family):
+    source = file_of(family, Q4_K, {"ffn_down_exps": Q6_K})
+    plain, span = (Span.load(source, 1, 3, quant=quant) for quant in ("none", "int4"))
+    for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
+        found, wanted = (layer.get_submodule("mlp.experts") for layer in (ours, theirs))
+        assert isinstance(found.down_proj, FewBitsStack) and isinstance(found.gate_up_proj, FewBitsStack)
+        for expert, weight in enumerate(wanted.down_proj):
+            assert isinstance(one := found.down_proj[expert], Int8Weight)
+            assert off(one.dequantized(), weight) < 1e-3
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 20, source.hidden_size)
     assert off(span.forward(hidden, 1, 3), plain.forward(hidden, 1, 3)) < 1e-2
     planned = needs_of(source.config, span.dtype, "int4", source.in_few_bits_on("cpu")).block_bytes[1:3]
     assert span.weight_bytes == sum(planned)

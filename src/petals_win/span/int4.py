@@ -252,23 +252,16 @@ def few_bits_linear(
     return kind(weight, bias, device, dtype)
 
 
-class Int4Stack(nn.Module):
+class FewBitsStack(nn.Module):
     """In the place of a tensor of weights [experts, …]: each of them by its number."""
 
-    def __init__(self, weights: Iterable[_Weight], device: torch.device) -> None:
+    def __init__(self, weights: Iterable[FewBits]) -> None:
         """`weights` are the experts', [rows, columns] each."""
         super().__init__()
-        self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in weights)
+        self._experts = nn.ModuleList(weights)
 
     def __getitem__(self, index: int | torch.Tensor) -> nn.Module:
         return self._experts[int(index)]
-
-
-def taken_over(groups: Groups | UnreadGroups, device: torch.device) -> Int4Weight | Int4Stack:
-    """A weight [rows, columns], or those of experts, as a file has it."""
-    if len(groups.shape) == 2:
-        return Int4Weight(groups, device)
-    return Int4Stack((groups[expert] for expert in range(groups.shape[0])), device)
 
 
 class _Function(torch.autograd.Function):

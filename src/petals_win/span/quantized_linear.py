@@ -16,7 +16,7 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.span import int4
-from petals_win.span.int4 import FewBits, Int4Stack
+from petals_win.span.int4 import FewBits, FewBitsStack
 from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def quantize_linears(
     quant: Quant,
     device: torch.device,
     dtype: torch.dtype,
-    stored: Mapping[str, FewBits | Int4Stack] | None = None,
+    stored: Mapping[str, FewBits | FewBitsStack] | None = None,
 ) -> None:
     """Replace the linear layers (and GPT-2's Conv1D) below `module`, whose weights are in memory, by quantized ones.
 
@@ -86,7 +86,7 @@ def quantize_loaded(
     quant: Quant,
     device: torch.device,
     dtype: torch.dtype,
-    stored: Mapping[str, FewBits | Int4Stack] | None = None,
+    stored: Mapping[str, FewBits | FewBitsStack] | None = None,
 ) -> None:
     """As quantize_linears, of what is in memory so far: what is not yet is left for a later call."""
     if quant == "int4":
@@ -148,7 +148,7 @@ def kept_bytes(module: nn.Module, quant: Quant) -> dict[str, int]:
 
 
 def _in_int4(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, FewBits | Int4Stack] | None
+    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, FewBits | FewBitsStack] | None
 ) -> None:
     of: dict[torch.Tensor, Any] = {module.get_parameter(name): kept for name, kept in (stored or {}).items()}
 
@@ -167,7 +167,9 @@ def _in_int4(
         for name, (stack, transposed) in fused_experts(part).items():
             kept = of.get(stack)
             if kept is None and stored is None and not stack.is_meta and name in kept_bytes(part, "int4"):
-                kept = int4.Int4Stack((weight.t() if transposed else weight for weight in stack.detach()), device)
+                kept = FewBitsStack(
+                    int4.Int4Weight(weight.t() if transposed else weight, device) for weight in stack.detach()
+                )
             if kept is not None:
                 delattr(part, name)
                 setattr(part, name, kept)
