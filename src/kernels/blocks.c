@@ -926,11 +926,9 @@ always Fit better(Fit one, Fit other) {
                  chosen(wins, other.better_scale, one.better_scale), chosen(wins, other.better_least, one.better_least)};
 }
 
-/* Where 16 levels are tried in the range of a group's values, in parts of it: where level 0 is, and how far the next. The first three suit values
-   that lie on levels already; fewer steps than 15 cut off what is farthest out, which makes all others more exact. */
-static const float tried[][2] = {{0, 1.0f / 15},     {0, 1.0f / 14},     {0, 1.0f / 13},     {0, 0.96f / 15},    {0, 0.92f / 15},   {0.04f, 0.96f / 15},
-                                 {0.04f, 0.92f / 15}, {0.04f, 0.88f / 15}, {0.08f, 0.92f / 15}, {0.08f, 0.88f / 15}, {0.08f, 0.84f / 15}};
-#define TRIED (int)(sizeof tried / sizeof *tried)
+/* How many steps the range of a group's values may be. Values that lie on levels already do not always use all of them. */
+static const float steps_between[] = {15, 14, 13};
+#define RANGES (int)(sizeof steps_between / sizeof *steps_between)
 
 /* Of a scale and a least value, and what is best for their levels. */
 always Fit better_of(float values[][WIDE], lanes scale, lanes least) {
@@ -947,10 +945,9 @@ apart lanes quantize_group(float values[][WIDE], Panel *to, int part) {
     }
     lanes range = high - low, farthest = chosen(high > -low, high, low);
     Fit best;
-    for (int i = 0; i <= TRIED; i++) {
+    for (int i = 0; i <= RANGES; i++) {
         /* Values that lay on levels on both sides of nothing had the one farthest from it at level 0. */
-        lanes scale = i < TRIED ? range * tried[i][1] : farthest * -0.125f, least = i < TRIED ? low + range * tried[i][0] : farthest;
-        Fit one = better_of(values, scale, least);
+        Fit one = i < RANGES ? better_of(values, range / steps_between[i], low) : better_of(values, farthest * -0.125f, farthest);
         best = i ? better(best, one) : one;
     }
     best = better(best, fit(values, best.better_scale, best.better_least));

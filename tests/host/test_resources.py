@@ -230,12 +230,17 @@ def test_pieces_are_shared_out_among_threads():
             share_out(work, range(98, 200))
         except ValueError as e:
             shared.append([str(e), len(done) < 20, torch.get_num_threads(), torch.is_grad_enabled()])
+        with torch.inference_mode():
+            filled = torch.empty(9)
+            share_out(lambda piece: filled[piece].fill_(piece), range(9))
+        shared.append(filled.tolist())
         print(json.dumps(shared))
     """)
     assert found[:2] == [
         [list(range(9)), threads, True, False, [threads] * 2] for threads in (1, 3)
     ], "all of them, by so many threads"
     assert found[2] == ["a hundred", True, 3, True]
+    assert found[3] == [float(piece) for piece in range(9)]
 
 
 def test_memory_of_the_pc_and_of_this_process():

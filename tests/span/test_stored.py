@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_experts_that_the_file_has_in_six_bits_take_eight(file_of, family):
     source = file_of(family, Q4_K, {"ffn_down_exps": Q6_K})
     plain, span = (Span.load(source, 1, 3, quant=quant) for quant in ("none", "int4"))
     for ours, theirs in zip(span._decoder.layers, plain._decoder.layers, strict=True):
-        found, wanted = (layer.get_submodule("mlp.experts") for layer in (ours, theirs))
+        found, wanted = cast(tuple[Any, Any], [layer.get_submodule("mlp.experts") for layer in (ours, theirs)])
         assert isinstance(found.down_proj, FewBitsStack) and isinstance(found.gate_up_proj, FewBitsStack)
         for expert, weight in enumerate(wanted.down_proj):
             assert isinstance(one := found.down_proj[expert], Int8Weight)

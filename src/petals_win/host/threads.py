@@ -169,17 +169,16 @@ def share_out(work: Callable[[T], None], pieces: Iterable[T]) -> None:
     Within it torch has one thread, and records no gradients' graphs. Of errors the first is raised, and what has not begun is left.
     """
     torch = sys.modules["torch"]
-    threads = torch.get_num_threads()
-    if threads == 1:
-        with torch.no_grad():
-            for piece in pieces:
-                work(piece)
-        return
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def alone(piece: T) -> None:
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():  # each thread has such modes of its own
             work(piece)
 
+    if threads == 1:
+        for piece in pieces:
+            alone(piece)
+        return
     pool = ThreadPoolExecutor(threads, "pieces", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for _ in pool.map(alone, pieces):

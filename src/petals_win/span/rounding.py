@@ -12,12 +12,8 @@ import torch
 from petals_win.errors import UserError
 from petals_win.models.four_bits import GROUP, Groups
 
-# Where 16 levels are tried in the range of a group's values, in parts of it: where level 0 is, and how far level 15 is from it. The first
-# three suit values that lie on levels already; less than the range cuts off what is farthest out, which makes all others more exact.
-_TRIED = (
-    *((0.0, 15 / steps) for steps in (15, 14, 13)),
-    *((start, 1 - start - end) for start in (0.0, 0.04, 0.08) for end in (0.0, 0.04, 0.08) if start or end),
-)
+# How many steps the range of a group's values may be. Values that lie on levels already do not always use all of them.
+_STEPS_BETWEEN = (15, 14, 13)
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,9 @@ def quantize(weight: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, to
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     # A file with levels on both sides of nothing has its value farthest from nothing at level 0.
     farthest = torch.where(high > -low, high, low)
-    tries = [((high - low) * (part / 15), low + (high - low) * start) for start, part in _TRIED]
+    tries = [((high - low) / steps, low) for steps in _STEPS_BETWEEN] + [(-farthest / 8, farthest)]
     best: _Fit | None = None
-    for scale, start in [*tries, (-farthest / 8, farthest)]:
+    for scale, start in tries:
         one = _Fit.of(values, rounding, scale, start)
         one = one.better(_Fit.of(values, rounding, *one.by_squares(values)))
         best = one if best is None else best.better(one)
