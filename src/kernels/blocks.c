@@ -1108,3 +1108,106 @@ EXPORT void petals_unpack(const void *weight, int from, int64_t panels, int64_t 
             for (int i = 0; i < GROUP; i++) keep(values[i], PANEL, to, ((group * GROUP + i) * panels + which) * PANEL, kind);
         }
 }
+
+/* Lane by lane one or the other. */
+always lanes chosen(whole where, lanes yes, lanes no) {
+    union { lanes value; whole bits; } a = {.value = yes}, b = {.value = no};
+    a.bits = (a.bits & where) | (b.bits & ~where);
+    return a.value;
+}
+
+typedef _Float16 half_lanes __attribute__((vector_size(LANES * 2), aligned(2)));
+
+/* A scale and a least value, as a Panel keeps them, for GROUP inputs of LANES outputs; the sum of the squares by which the nearest levels are off,
+   and what would be best for these levels. */
+typedef struct {
+    lanes scale, least, error, better_scale, better_least;
+} Fit;
+
+always lanes kept(lanes value) { return __builtin_convertvector(__builtin_convertvector(value, half_lanes), lanes); }
+
+/* The level of a value that is so many steps from level 0. */
+always lanes level_of(lanes steps) {
+    steps = __builtin_elementwise_min(__builtin_elementwise_max(steps, (lanes){0}), (lanes){0} + 15);
+    return (steps + 12582912.0f) - 12582912.0f; /* 1.5 x 2^23: what is behind the point falls off */
+}
+
+always Fit fit(float values[][WIDE], lanes scale, lanes least) {
+    scale = kept(scale), least = kept(least);
+    scale = chosen(scale == 0, (lanes){0} + 1, scale);
+    lanes each = 1 / scale, first = -least * each, error = {0}, levels = {0}, squares = {0}, products = {0}, sum = {0};
+#pragma unroll 8
+    for (int i = 0; i < GROUP; i++) {
+        lanes value = load(values[i]), level = level_of(value * each + first), off = level * scale + (least - value);
+        error += off * off, levels += level, squares += level * level, products += level * value, sum += value;
+    }
+    const float share = 1.0f / GROUP;
+    lanes spread = squares - levels * levels * share;
+    lanes better_scale = chosen(spread > 0, (products - levels * sum * share) / spread, scale);
+    return (Fit){scale, least, error, better_scale, (sum - better_scale * levels) * share};
+}
+
+always Fit better(Fit one, Fit other) {
+    whole wins = other.error < one.error;
+    return (Fit){chosen(wins, other.scale, one.scale), chosen(wins, other.least, one.least), chosen(wins, other.error, one.error),
+                 chosen(wins, other.better_scale, one.better_scale), chosen(wins, other.better_least, one.better_least)};
+}
+
+/* How many steps the range of a group's values may be. Values that lie on levels already do not always use all of them. */
+static const float steps_between[] = {15, 14, 13};
+#define RANGES (int)(sizeof steps_between / sizeof *steps_between)
+
+/* Of a scale and a least value, and what is best for their levels. */
+always Fit better_of(float values[][WIDE], lanes scale, lanes least) {
+    Fit one = fit(values, scale, least);
+    return better(one, fit(values, one.better_scale, one.better_least));
+}
+
+/* Of GROUP inputs the outputs from `part` on of a panel. Returns how far they are off, which is no number where a value is none, or too large. */
+apart lanes quantize_group(float values[][WIDE], Panel *to, int part) {
+    lanes low = load(values[0]), high = low;
+    for (int i = 1; i < GROUP; i++) {
+        low = __builtin_elementwise_min(low, load(values[i]));
+        high = __builtin_elementwise_max(high, load(values[i]));
+    }
+    lanes range = high - low, farthest = chosen(high > -low, high, low);
+    Fit best;
+    for (int i = 0; i <= RANGES; i++) {
+        /* Values that lay on levels on both sides of nothing had the one farthest from it at level 0. */
+        Fit one = i < RANGES ? better_of(values, range / steps_between[i], low) : better_of(values, farthest * -0.125f, farthest);
+        best = i ? better(best, one) : one;
+    }
+    best = better(best, fit(values, best.better_scale, best.better_least));
+    half_lanes scale = __builtin_convertvector(best.scale, half_lanes), least = __builtin_convertvector(best.least, half_lanes);
+    __builtin_memcpy(to->scales + part, &scale, sizeof scale);
+    __builtin_memcpy(to->leasts + part, &least, sizeof least);
+    lanes each = 1 / best.scale, first = -best.least * each;
+    for (int i = 0; i < GROUP / 2; i++) {
+        typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+        lanes lower = level_of(load(values[i]) * each + first), upper = level_of(load(values[i + GROUP / 2]) * each + first);
+        bytes both = __builtin_convertvector(__builtin_convertvector(lower + 16 * upper, whole), bytes);
+        __builtin_memcpy(to->levels[i] + part, &both, sizeof both);
+    }
+    return best.error;
+}
+
+/* Quantizes a weight's first rows, and zeros behind them, to panels in INT4. scratch: as petals_many_floats() says for one thread. Returns
+   whether all of its values are numbers that can be kept so. */
+EXPORT int petals_quantize(const void *weight, int kind, int64_t rows, int64_t columns, int64_t panels, void *to, float *scratch) {
+    const Linear layer = {.weight = weight, .outputs = rows, .inputs = columns, .kind = kind};
+    float(*values)[WIDE] = (float(*)[WIDE])scratch;
+    lanes off = {0};
+    for (int64_t first = 0; first < panels * PANEL; first += WIDE)
+        for (int64_t begin = 0; begin < columns; begin += DEEP) {
+            int64_t deep = columns - begin < DEEP ? columns - begin : DEEP;
+            (kind == FLOAT32 ? columns_of_float32 : columns_of_bfloat16)(&layer, first, rows - first, begin, deep, values);
+            for (int64_t side = 0; side < WIDE && first + side < panels * PANEL; side += PANEL) {
+                Panel *panel = (Panel *)to + (first + side) / PANEL * (columns / GROUP) + begin / GROUP;
+                for (int64_t group = 0; group < deep / GROUP; group++)
+                    for (int part = 0; part < PANEL; part += LANES)
+                        off += quantize_group((float(*)[WIDE])&values[group * GROUP][side + part], panel + group, part);
+            }
+        }
+    float total = sum(off);
+    return total - total == 0;
+}

@@ -11,7 +11,6 @@ from torch import nn
 from petals_win.client import hollow
 from petals_win.client.hollow import RemoteCache, hollow_model
 from petals_win.models.source import open_model
-from petals_win.span import span as span_module
 from petals_win.span.lean import LeanBlocks
 from petals_win.span.span import Span
 
@@ -23,7 +22,7 @@ IN_ANOTHER_ORDER = {"gemma4_text", "gemma4", "gemma4_unified_text", "glm_moe_dsa
 @pytest.fixture(autouse=True)
 def plain_computing(monkeypatch):
     """Without packed weights and the short ways through plain blocks, which are tested by themselves."""
-    monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
+    monkeypatch.setattr("petals_win.span.filling.lay_out_linears", lambda modules: 0)
     monkeypatch.setattr(LeanBlocks, "of", lambda decoder: None)
     monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
     monkeypatch.setattr(hollow, "fast_head", lambda head, *_: head)

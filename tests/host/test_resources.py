@@ -201,6 +201,48 @@ def test_beside_busy_programs_torch_computes_with_one_thread():
     assert found[-1] == 1
 
 
+def test_pieces_are_shared_out_among_threads():
+    """Each of which computes alone; threads that come later begin as before."""
+    found = run("""
+        import json, threading, time
+        import torch
+        from petals_win.host.threads import share_out
+
+        def work(piece):
+            time.sleep(0.02)
+            done.append((piece, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+            if piece == 100:
+                raise ValueError("a hundred")
+
+        shared = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            done = []
+            share_out(work, range(9))
+            pieces, who, alone, learns = zip(*done)
+            after = [torch.get_num_threads()]
+            later = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+            later.start()
+            later.join()
+            shared.append([sorted(pieces), len(set(who)), set(alone) == {1}, any(learns), after])
+        done = []
+        try:
+            share_out(work, range(98, 200))
+        except ValueError as e:
+            shared.append([str(e), len(done) < 20, torch.get_num_threads(), torch.is_grad_enabled()])
+        with torch.inference_mode():
+            filled = torch.empty(9)
+            share_out(lambda piece: filled[piece].fill_(piece), range(9))
+        shared.append(filled.tolist())
+        print(json.dumps(shared))
+    """)
+    assert found[:2] == [
+        [list(range(9)), threads, True, False, [threads] * 2] for threads in (1, 3)
+    ], "all of them, by so many threads"
+    assert found[2] == ["a hundred", True, 3, True]
+    assert found[3] == [float(piece) for piece in range(9)]
+
+
 def test_memory_of_the_pc_and_of_this_process():
     assert 0 < own_bytes() < psutil.virtual_memory().total
     assert 0 < available_bytes() <= psutil.virtual_memory().total

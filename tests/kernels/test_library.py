@@ -108,6 +108,30 @@ def test_weights_in_eight_bits(name, sizes):
     check_panels(ours, panels, INT8, columns, outputs_size)
 
 
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(32, 1), (64, 301), (608, 70)], ids=str)
+def test_weights_are_quantized_to_four_bits(name, dtype, sizes):
+    """To the best of 16 equal steps for each group, which are at most a fifteenth of its range; rows that lack become zeros."""
+    torch.manual_seed(0)
+    inputs_size, outputs_size = sizes
+    ours, count = Kernels(library._folder() / name), -(-outputs_size // PANEL) + 3
+    weight = torch.randn(outputs_size, inputs_size).to(dtype)
+    panels = torch.empty(count, inputs_size // GROUP, (4 + GROUP // 2) * PANEL, dtype=torch.uint8)
+    assert ours.quantize(weight, panels)
+    columns = torch.empty(inputs_size, count * PANEL)
+    ours.unpack(panels, INT4, columns)
+    found = columns.t()
+    assert not found[outputs_size:].any()
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    steps = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (found[:outputs_size].unflatten(1, (-1, GROUP)) - groups).square().mean(-1).sqrt()
+    assert (error <= steps / 12**0.5 * 1.3).all() and error.mean() < 0.98 * steps.mean() / 12**0.5
+    for wrong in (torch.nan, torch.inf, -torch.inf, 1e6):
+        weight[-1, -1] = wrong
+        assert not ours.quantize(weight, panels)
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading_memory import taken_by_loading
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 from span.families import BLOCKS, FAMILIES
+from transformers import LlamaConfig
+from true_shapes import write_checkpoint
 
 from petals_win.errors import UserError
 from petals_win.models import checkpoint as checkpoint_module
 from petals_win.models.checkpoint import INDEX, SINGLE
 from petals_win.models.cuts import Cuts
 from petals_win.models.source import open_model
+from petals_win.span import filling
 from petals_win.span.footprint import block_bytes, model_bytes, model_footprint
 from petals_win.span.span import Span
 
@@ -107,6 +111,41 @@ def test_only_its_own_bytes_are_read(checkpoint):
     read = bytes_read_by_this_process() - before
     assert span.weight_bytes <= read < span.weight_bytes + 100_000
     assert read < 0.2 * whole
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "most"), [("bfloat16", "none", 1.15), ("float32", "none", 1.15), ("bfloat16", "int4", 1.2)]
+)
+def test_memory_while_loading(tmp_path, dtype, quant, most):
+    """Little more than what stays: each weight is converted, laid out or quantized before the next one is read."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    write_checkpoint(tmp_path, config)
+    taken = taken_by_loading(tmp_path, dtype, quant)
+    assert taken.dtype == dtype and taken.planned == taken.weights > 150e6
+    assert 0.95 <= taken.kept / taken.planned <= 1.05, taken
+    assert taken.most <= most * taken.planned, taken
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_long_loading_says_how_far_it_is(checkpoint, monkeypatch, caplog, quant):
+    """Also of blocks whose layers are read by themselves, which are counted once."""
+    monkeypatch.setattr(filling, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(filling, "_LARGE", 1)
+    source, told = open_model(str(checkpoint("llama", hidden_size=64))), list[tuple[int, int]]()
+    with caplog.at_level("INFO", "petals_win"):
+        Span.load(source, 1, 4, quant=quant, progress=lambda done, of: told.append((done, of)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    said = [record.getMessage() for record in caplog.records if record.name == filling.__name__]
+    assert said == [f"Loading the blocks 1:4 of {source.name}: {done} of 3 are loaded" for done in (1, 2)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,6 @@ from transformers.generation.streamers import BaseStreamer
 from petals_win.client import hollow
 from petals_win.errors import UserError
 from petals_win.models.source import open_model
-from petals_win.span import span as span_module
 from petals_win.span import speed
 from petals_win.span.span import Span
 from span.equal_logits import cut_of, whole_model
@@ -36,7 +35,7 @@ IDS = torch.randint(3, VOCABULARY, (1, 13), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def plain_linears(monkeypatch):
     """Without the packed weights, whose sums differ in the last bit, the model is to be exact."""
-    monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
+    monkeypatch.setattr("petals_win.span.filling.lay_out_linears", lambda modules: 0)
     monkeypatch.setattr(hollow, "fast_head", lambda head, *_: head)
 
 

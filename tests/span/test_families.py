@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicCache
 from petals_win.models.architecture import find_blocks
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource, open_model
-from petals_win.span import span as span_module
 from petals_win.span.lean import LeanBlocks
 from petals_win.span.span import Span
 from span.equal_logits import cut_of, equal, whole_model
@@ -24,7 +23,7 @@ from span.families import FAMILIES, VOCABULARY
 @pytest.fixture(autouse=True)
 def plain_computing(monkeypatch):
     """Without packed weights and the short way through plain blocks, whose sums differ in the last bit, the spans are to be exact."""
-    monkeypatch.setattr(span_module, "lay_out_linears", lambda modules: 0)
+    monkeypatch.setattr("petals_win.span.filling.lay_out_linears", lambda modules: 0)
     monkeypatch.setattr(LeanBlocks, "of", lambda decoder: None)
     monkeypatch.setattr("petals_win.span.native.kernels", lambda: None)
 

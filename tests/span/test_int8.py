@@ -7,7 +7,7 @@ import torch
 
 from petals_win.errors import UserError
 from petals_win.models.eight_bits import NEIGHBOURS, Scaled
-from petals_win.span import int8
+from petals_win.span import int4, int8
 from petals_win.span.int4 import FewBitsLinear
 from petals_win.span.int8 import Int8Weight, int8_bytes
 
@@ -24,7 +24,7 @@ def scaled(rows: int, columns: int) -> tuple[Scaled, torch.Tensor]:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (100, 96), (131, 352), (1537, 576)])
 def test_the_product_is_that_of_its_values(rows, columns, monkeypatch):
-    monkeypatch.setattr(int8, "_AT_ONCE", 2**14)  # in several pieces, the last of which is no whole panel
+    monkeypatch.setattr(int4, "_PIECE", 2**14)  # in several pieces, the last of which is no whole panel
     found, values = scaled(rows, columns)
     weight = Int8Weight.of(found)
     assert weight is not None and weight.nbytes == int8_bytes(rows, columns)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -133,47 +131,6 @@ def test_a_packed_span_is_equal_within_rounding(checkpoint, family, always_packe
     source = open_model(str(checkpoint(family)))
     packed = Span.load(source, 0, 3)
     assert any(isinstance(module, PackedLinear) for layer in packed._decoder.layers for module in layer.modules())
-    monkeypatch.setattr("petals_win.span.span.lay_out_linears", lambda modules: 0)
+    monkeypatch.setattr("petals_win.span.filling.lay_out_linears", lambda modules: 0)
     plain = Span.load(source, 0, 3)
     assert_equal_within_rounding(packed, plain)
-
-
-PEAK = """
-import sys, threading, time
-import torch
-from petals_win.host.memory import own_bytes
-from petals_win.models.source import open_model
-from petals_win.span.span import Span
-
-torch.set_num_threads(1)
-source = open_model(sys.argv[1])
-Span.load(source, 0, 1)
-stop, peak = threading.Event(), 0
-
-def watch():
-    global peak
-    while not stop.wait(0.001):
-        peak = max(peak, own_bytes())
-
-before = own_bytes()
-thread = threading.Thread(target=watch)
-thread.start()
-span = Span.load(source, 0, 4)
-stop.set()
-thread.join()
-print(span.weight_bytes, own_bytes() - before, peak - before)
-"""
-
-
-@needs_packing
-def test_packing_frees_the_plain_weights_on_the_way(checkpoint):
-    """At no time are there two copies of more than one block."""
-    folder = checkpoint("llama", hidden_size=512, intermediate_size=4096)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, timeout=120, check=True
-    )
-    weights, held, peak = (int(number) for number in done.stdout.split()[-3:])
-    assert weights > 100e6
-    block, allocator = weights / 4, 40e6
-    assert held <= weights + allocator
-    assert peak <= weights + 2 * block + allocator

@@ -31,8 +31,8 @@ MODELS = {
 }
 # torch keeps a buffer of an expert's size, which beside so few of them would not be small: such blocks are loaded once before.
 BEFORE: list[tuple[str, Quant]] = [(name, "none") for name, (_, experts) in MODELS.items() if experts]
-# To quantize a dense block takes half a minute, so in int4 a 70B's is what nodes serve in tests/e2e/test_seventy_b.py.
-LOADED: list[tuple[str, Quant]] = [(name, "none") for name in MODELS] + [(name, "int4") for name, _ in BEFORE]
+KINDS: tuple[Quant, ...] = ("none", "int4")
+LOADED: list[tuple[str, Quant]] = [(name, quant) for quant in KINDS for name in MODELS]
 
 # A tiny model comes first, so that what torch and the kernels take once is not counted.
 MEASURE = """

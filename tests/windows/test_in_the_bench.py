@@ -71,6 +71,7 @@ LEFT_OUT = [  # for their time; what they test is tested on Linux
     "p2pd/test_hard.py::test_two_thousand_stores_and_gets",
     "models/test_damaged.py",
     "models/test_gguf_types.py",  # bytes and numbers alone, as further files below
+    "models/test_loading.py::test_memory_while_loading",  # of gigabytes; test_stored.py watches memory there
     "models/test_packed.py",
     # Each is an environment of its own, and of each kind one stays.
     "scripts/test_bootstrap.py::test_what_an_installation_is_made_from_is_watched[external",
@@ -165,6 +166,7 @@ ALIKE = [
     "span/test_sessions.py",
     "span/test_shortage.py",
     "span/test_states.py",
+    "span/test_stored.py::test_experts_that_the_file_has_in_six_bits_take_eight",
     "span/test_stored.py::test_it_computes_with_the_levels_of_the_file",
     "span/test_stored.py::test_the_default_model_is_as_good_as_its_own_weights",
     "span/test_windows.py",

@@ -74,6 +74,11 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
     if torch is not None and torch.backends.mps.is_available():
         torch.mps.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Hand to the system what C's allocator keeps of what was freed, where it keeps any: between tensors of megabytes, as much as they took."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
         if trim is not None:

@@ -14,10 +14,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 # For how long a thread that has nothing to compute waits awake: turns for GNU's OpenMP, ms for LLVM's and Intel's, which
 # torch has on macOS and Windows. Less than the threads pause between two layers would cost a waking for each; LLVM's own
@@ -157,6 +161,31 @@ def computing() -> Iterator[None]:
         finally:
             _this_thread.computes = False
             _set_threads(before)
+
+
+def share_out(work: Callable[[T], None], pieces: Iterable[T]) -> None:
+    """Do `work` for all pieces, in any order, by as many threads as torch has for the calling one. It has to release Python's lock.
+
+    Within it torch has one thread, and records no gradients' graphs. Of errors the first is raised, and what has not begun is left.
+    """
+    torch = sys.modules["torch"]
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def alone(piece: T) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # each thread has such modes of its own
+            work(piece)
+
+    if threads == 1:
+        for piece in pieces:
+            alone(piece)
+        return
+    pool = ThreadPoolExecutor(threads, "pieces", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for _ in pool.map(alone, pieces):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what threads to come begin with is what was said last, in whichever thread
 
 
 def look_around() -> None:

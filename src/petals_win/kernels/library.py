@@ -92,6 +92,9 @@ class Kernels:
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64, c_int64], c_int64
         self._unpack = library.petals_unpack
         self._unpack.argtypes, self._unpack.restype = [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int], None
+        self._quantize = library.petals_quantize
+        self._quantize.restype = c_int
+        self._quantize.argtypes = [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p]
         self._many_floats = library.petals_many_floats
         self._many_floats.argtypes, self._many_floats.restype = [c_int64], c_int64
         self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
@@ -126,6 +129,17 @@ class Kernels:
         """Of a weight of a kind, panels [count, groups, bytes], its columns [groups x GROUP, count x PANEL] in float32 or bfloat16."""
         into = FLOAT32 if to.dtype is torch.float32 else BFLOAT16
         self._unpack(panels.data_ptr(), kind, *panels.shape[:2], to.data_ptr(), into)
+
+    def quantize(self, weight: torch.Tensor, panels: torch.Tensor) -> bool:
+        """Fill panels [count, groups, bytes] of INT4 from rows [rows, columns] in float32 or bfloat16, and zeros for those that lack, by this thread alone.
+
+        Holds no lock of Python's meanwhile. Returns whether all values are numbers that can be kept so.
+        """
+        weight, scratch = weight.contiguous(), torch.empty(self._many_floats(1))
+        kind = FLOAT32 if weight.dtype is torch.float32 else BFLOAT16
+        return bool(
+            self._quantize(weight.data_ptr(), kind, *weight.shape, len(panels), panels.data_ptr(), scratch.data_ptr())
+        )
 
     def run(self, step: Step) -> None:
         """Compute a step, with the help of `step.threads` - 1 threads as far as they come. Holds no lock of Python's meanwhile."""

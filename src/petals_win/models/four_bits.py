@@ -135,17 +135,13 @@ GGUF_TYPES: dict[GGMLQuantizationType, Callable[[np.ndarray], Unpacked]] = {
 
 
 def if_most_in_four(model: PreTrainedModel, bits: Mapping[str, int]) -> Mapping[str, int]:
-    """Those of weights in blocks; none if those in 4 bits are not most of what the blocks have. Of experts there are none in 8."""
+    """Those of weights in blocks; none if those in 4 bits are not most of what the blocks have."""
     prefix = find_blocks(model).prefix
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
         if name.startswith(prefix) and parameter.ndim > 1
     }
-    found = {
-        name: bits[name]
-        for name, weight in weights.items()
-        if bits.get(name) == 4 or (bits.get(name) == 8 and weight.ndim == 2)
-    }
+    found = {name: bits[name] for name in weights if name in bits}
     in_four = sum(weights[name].numel() for name, kept in found.items() if kept == 4)
     return found if 2 * in_four > sum(weight.numel() for weight in weights.values()) else {}

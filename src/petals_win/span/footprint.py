@@ -6,6 +6,7 @@ Knows modules on the meta device, and the layout of quantized weights. Does not 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -102,7 +103,10 @@ def _footprints(
 
 def _bytes_in(bits: int | None, weight: torch.Tensor) -> int:
     """What a weight takes in so many bits; None: as it is."""
-    return int8_bytes(*weight.shape) if bits == 8 and has_place(*weight.shape) else weight.nbytes
+    if bits != 8 or not has_place(*weight.shape[-2:]):
+        return weight.nbytes
+    *experts, rows, columns = weight.shape
+    return math.prod(experts) * int8_bytes(rows, columns)
 
 
 def _of_a_block(

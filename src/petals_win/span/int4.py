@@ -1,30 +1,31 @@
 """Weights in groups of four bits, which our own kernels multiply with on a CPU, and torch's on an NVIDIA card.
 
-A group is GROUP neighbours of a row: 16 levels between a scale and a zero of its own, both in 16 bits. Knows how either kernel wants them,
-and private operators of torch. Does not know models.
+Knows how either kernel wants them, and private operators of torch. Does not know which levels are best (span/rounding.py, and on a CPU the
+kernels themselves), nor models.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from petals_win.errors import UserError
+from petals_win.host.threads import share_out
 from petals_win.kernels.library import GROUP, INT4, MOST_ROWS, PANEL, Kernels, Linear, kernels
 from petals_win.models.four_bits import Groups, UnreadGroups
 from petals_win.span.packed_linear import can_pack
+from petals_win.span.rounding import ON_CARD, ON_CPU, check_finite, quantize, take_over
 
 _UNIT = 64  # rows; weights are padded to a multiple, so that no kernel has a rest
 _FEWEST_ROWS = 64  # a smaller layer takes next to nothing, and more with its padding
 _PIECE = 2**18  # weights that are quantized or unpacked at once: what the nearest memory holds
+_PIECE_ON_CARD = 2**20
 _TILE_ROWS = 8  # of a weight on a card
 _UNPACKED_AT_ONCE = 1024  # columns of a weight on a card
-_STEPS_BETWEEN = (15, 14, 13)  # levels that a group's values may span; files of four bits do not always use all
+
+_Weight = torch.Tensor | Groups | UnreadGroups
 
 
 def has_place(rows: int, columns: int) -> bool:
@@ -47,105 +48,40 @@ def why_not(device: torch.device) -> str:
     return "" if kernels() is not None else "there are no kernels for this processor"
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """Of what a kernel keeps for a group: a scale, and the value of one level."""
-
-    dtype: torch.dtype
-    level: int
-
-
-ON_CPU, ON_CARD = Rounding(torch.float16, 0), Rounding(torch.bfloat16, 8)
-
-
-def quantize(weight: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels, uint8 [rows, columns] of 0 to 15, and scales and zeros, [rows, groups, 2] of the rounding's dtype.
-
-    A value is (level - the rounding's level) * scale + zero. For each group the best of several fits by squares is taken, so what already
-    lies on 16 equal steps, as in a file of four bits, stays there. Raises UserError for values beyond what the dtype holds.
-    """
-    values = weight.detach().float().unflatten(1, (-1, GROUP))
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    # A file with levels on both sides of nothing has its value farthest from nothing at level 0.
-    farthest = torch.where(high > -low, high, low)
-    tries = [((high - low) / steps, low) for steps in _STEPS_BETWEEN] + [(-farthest / 8, farthest)]
-    fit = functools.partial(_Fit.of, values, rounding)
-    best = fit(*tries[0])
-    for scale, start in tries[1:]:
-        best = best.better(fit(scale, start))
-    for _ in range(2):
-        best = best.better(fit(*best.by_squares(values)))
-    _check_finite(best.error)
-    return best.levels.flatten(1).to(torch.uint8), torch.cat([best.scale, best.zero], -1).to(rounding.dtype)
-
-
-def take_over(groups: Groups, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels of a weight [rows, columns] as they are, with rounded scales, as `quantize` returns them."""
-    scales = torch.stack([groups.scale, groups.least + rounding.level * groups.scale], -1).to(rounding.dtype)
-    _check_finite(scales)
-    return groups.levels, scales
-
-
-def _check_finite(values: torch.Tensor) -> None:
-    if not values.isfinite().all():
-        raise UserError(
-            "The model has weights that four bits cannot stand for: too large, or no numbers. Use --quant none."
-        )
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Levels [rows, groups, group], scale and zero [rows, groups, 1] of a weight's groups, and how far off they are."""
-
-    levels: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-    error: torch.Tensor
-
-    @classmethod
-    def of(cls, values: torch.Tensor, rounding: Rounding, scale: torch.Tensor, start: torch.Tensor) -> _Fit:
-        """With `start` as the value of level 0. Rounded to what is kept before the levels are chosen."""
-        dtype, level = rounding.dtype, rounding.level
-        scale = scale.to(dtype).float()
-        scale = torch.where(scale == 0, 1.0, scale)
-        zero = (start + level * scale).to(dtype).float()
-        levels = ((values - zero) / scale + level).round_().clamp_(0, 15)
-        error = ((levels - level) * scale + zero - values).square_().sum(-1, keepdim=True)
-        return cls(levels, scale, zero, error)
-
-    def better(self, other: _Fit) -> _Fit:
-        """Of each group the one that is less far off."""
-        wins = other.error < self.error
-        pairs = zip(
-            (self.levels, self.scale, self.zero, self.error),
-            (other.levels, other.scale, other.zero, other.error),
-            strict=True,
-        )
-        return _Fit(*(torch.where(wins, new, old) for old, new in pairs))
-
-    def by_squares(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale, and value of level 0, for which these levels are least far off."""
-        mean, middle = values.mean(-1, keepdim=True), self.levels.mean(-1, keepdim=True)
-        apart = self.levels - middle
-        spread = apart.square().sum(-1, keepdim=True)
-        scale = (apart * (values - mean)).sum(-1, keepdim=True) / spread.clamp(min=1e-9)
-        scale = torch.where(spread == 0, self.scale, scale)
-        return scale, mean - middle * scale
-
-
 class Panels(nn.Module):
     """A weight on the CPU as our kernels read it: uint8 [panels, groups, bytes], src/kernels/blocks.c says of what."""
 
     panels: torch.Tensor
     kind = INT4
-    rounding = ON_CPU
+    group_bytes: ClassVar[int] = (4 + GROUP // 2) * PANEL
 
-    def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, of whole panels, with so many rows in all."""
+    def __init__(self, panels: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer(
-            "panels", _joined((self.pack(*piece) for piece in pieces), rows // PANEL), persistent=False
-        )
+        self.register_buffer("panels", panels, persistent=False)
+
+    @classmethod
+    def of(cls, weight: Any, rows: int, _device: torch.device) -> Panels:
+        """Of a weight [at most rows, columns], with zeros for what it lacks, piece by piece and by as many threads as torch has.
+
+        `rows` are those of whole panels.
+        """
+        columns = weight.shape[1]
+        panels = torch.empty(rows // PANEL, columns // GROUP, cls.group_bytes, dtype=torch.uint8)
+
+        def fill(some: range) -> None:
+            cls.fill(panels[some.start // PANEL : some.stop // PANEL], weight[some.start : some.stop])
+
+        share_out(fill, _pieces(rows, columns, _PIECE))
+        return cls(panels)
+
+    @classmethod
+    def fill(cls, panels: torch.Tensor, some: Any) -> None:
+        """These panels from as many rows of a weight as there are: plain ones are quantized, groups taken over."""
+        if isinstance(some, Groups):
+            panels.copy_(cls.pack(*_with_rows(len(panels) * PANEL, *take_over(some, ON_CPU))))
+            return
+        some = some if some.dtype in (torch.float32, torch.bfloat16) else some.float()
+        check_finite(_library().quantize(some, panels))
 
     @staticmethod
     def pack(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -163,7 +99,7 @@ class Panels(nn.Module):
             layer = Linear(self.panels.data_ptr(), None, rows, inputs.shape[1], self.kind)
             return _library().linear(layer, inputs.float())
         output = inputs.new_empty(len(inputs), len(self.panels) * PANEL)
-        for which in _pieces(len(self.panels) * PANEL, inputs.shape[1]):
+        for which in _pieces(len(self.panels) * PANEL, inputs.shape[1], _PIECE):
             torch.mm(inputs, self._columns(which, inputs.dtype), out=output[:, which.start : which.stop])
         return output[:, :rows]
 
@@ -184,10 +120,9 @@ class Tiles(nn.Module):
 
     packed: torch.Tensor
     scales: torch.Tensor  # and zeros, bfloat16 [groups, padded rows, 2]
-    rounding = ON_CARD
 
     def __init__(self, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int, device: torch.device) -> None:
-        """Of pieces as `quantize` returns them, with so many rows in all, packed on the card one by one."""
+        """Of levels and scales as `quantize` returns them for pieces of a weight with so many rows in all, packed on the card one by one."""
         super().__init__()
         scales: list[torch.Tensor] = []
 
@@ -198,6 +133,18 @@ class Tiles(nn.Module):
 
         self.register_buffer("packed", _joined(packed(), rows // _TILE_ROWS), persistent=False)
         self.register_buffer("scales", torch.cat(scales, 1).contiguous().to(device), persistent=False)
+
+    @classmethod
+    def of(cls, weight: _Weight, rows: int, device: torch.device) -> Tiles:
+        """As of Panels; plain weights are quantized on the card."""
+        pieces = _pieces(rows, weight.shape[1], _PIECE_ON_CARD)
+        return cls((cls._piece(weight[some.start : some.stop], len(some), device) for some in pieces), rows, device)
+
+    @staticmethod
+    def _piece(some: torch.Tensor | Groups, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(some, Groups):
+            return _with_rows(rows, *take_over(some, ON_CARD))
+        return _with_rows(rows, *quantize(some.to(device), ON_CARD))
 
     def multiply(self, inputs: torch.Tensor, rows: int) -> torch.Tensor:
         """[tokens, columns] to [tokens, rows], of the weight's first rows."""
@@ -262,14 +209,16 @@ class FewBits(nn.Module):
 class Int4Weight(FewBits):
     """A weight in groups of four bits."""
 
-    def __init__(self, weight: torch.Tensor | Groups | UnreadGroups, device: torch.device) -> None:
-        """`weight` is one that has a place; piece by piece it is quantized, on the CPU, and packed for `device`. Groups stay as they are."""
+    def __init__(self, weight: _Weight, device: torch.device) -> None:
+        """`weight` is one that has a place; piece by piece it is quantized and packed for `device`. Groups stay as they are."""
         rows, columns = weight.shape
-        kept, padded = Panels if device.type == "cpu" else Tiles, _padded(rows)
-        pieces = (_quantized(weight, some, kept.rounding) for some in _pieces(padded, columns))
-        order = None if isinstance(weight, torch.Tensor) else weight.order
-        order = None if order is None else order.to(device, torch.int32)
-        super().__init__(rows, columns, kept(pieces, padded, device), order)
+        order = None
+        if isinstance(weight, torch.Tensor):
+            weight = weight.detach()
+        elif weight.order is not None:
+            order = weight.order.to(device, torch.int32)
+        kept = Panels if device.type == "cpu" else Tiles
+        super().__init__(rows, columns, kept.of(weight, _padded(rows), device), order)
 
 
 _MULTIPLYING = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -303,23 +252,16 @@ def few_bits_linear(
     return kind(weight, bias, device, dtype)
 
 
-class Int4Stack(nn.Module):
+class FewBitsStack(nn.Module):
     """In the place of a tensor of weights [experts, …]: each of them by its number."""
 
-    def __init__(self, weights: Iterable[torch.Tensor | Groups | UnreadGroups], device: torch.device) -> None:
+    def __init__(self, weights: Iterable[FewBits]) -> None:
         """`weights` are the experts', [rows, columns] each."""
         super().__init__()
-        self._experts = nn.ModuleList(Int4Weight(weight, device) for weight in weights)
+        self._experts = nn.ModuleList(weights)
 
     def __getitem__(self, index: int | torch.Tensor) -> nn.Module:
         return self._experts[int(index)]
-
-
-def taken_over(groups: Groups | UnreadGroups, device: torch.device) -> Int4Weight | Int4Stack:
-    """A weight [rows, columns], or those of experts, as a file has it."""
-    if len(groups.shape) == 2:
-        return Int4Weight(groups, device)
-    return Int4Stack((groups[expert] for expert in range(groups.shape[0])), device)
 
 
 class _Function(torch.autograd.Function):
@@ -340,9 +282,16 @@ def _padded(rows: int) -> int:
     return -(-rows // _UNIT) * _UNIT
 
 
-def _pieces(rows: int, columns: int) -> Iterator[range]:
-    step = max(_PIECE // columns // _UNIT, 1) * _UNIT
+def _pieces(rows: int, columns: int, most: int) -> Iterator[range]:
+    """Of a weight's rows, with about so many values each."""
+    step = max(most // columns // _UNIT, 1) * _UNIT
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _with_rows(rows: int, levels: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with so many rows."""
+    lacking = rows - len(levels)
+    return nn.functional.pad(levels, (0, 0, 0, lacking)), nn.functional.pad(scales, (0, 0, 0, 0, 0, lacking))
 
 
 def _joined(pieces: Iterable[torch.Tensor], length: int) -> torch.Tensor:
@@ -354,19 +303,6 @@ def _joined(pieces: Iterable[torch.Tensor], length: int) -> torch.Tensor:
         whole[end : end + len(piece)] = piece
         end += len(piece)
     return whole
-
-
-def _quantized(
-    weight: torch.Tensor | Groups | UnreadGroups, rows: range, rounding: Rounding
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of these rows, some of which may be padding, as `quantize` returns it."""
-    own = weight[rows.start : rows.stop]
-    if isinstance(own, Groups):
-        levels, scales = take_over(own, rounding)
-        lacking = len(rows) - len(levels)
-        return nn.functional.pad(levels, (0, 0, 0, lacking)), nn.functional.pad(scales, (0, 0, 0, 0, 0, lacking))
-    own = own.detach().cpu()
-    return quantize(nn.functional.pad(own, (0, 0, 0, len(rows) - len(own))), rounding)
 
 
 def _library() -> Kernels:

@@ -14,8 +14,6 @@ from petals_win.models.eight_bits import NEIGHBOURS, Scaled
 from petals_win.models.four_bits import Unread
 from petals_win.span.int4 import FewBits, Panels
 
-_AT_ONCE = 2**20  # weights that are packed at once
-
 
 def int8_bytes(rows: int, columns: int) -> int:
     """What a weight takes: a byte for each value, and two for each scale."""
@@ -26,12 +24,12 @@ class Int8Panels(Panels):
     """As src/kernels/blocks.c says."""
 
     kind = INT8
+    group_bytes = (4 + GROUP) * PANEL
 
-    def __init__(self, scaled: Scaled | Unread[Scaled]) -> None:
-        rows, columns = scaled.shape
-        step = max(_AT_ONCE // columns // PANEL, 1) * PANEL
-        pieces = (_whole_panels(scaled[start : start + step]) for start in range(0, rows, step))
-        super().__init__(pieces, _padded(rows), torch.device("cpu"))
+    @classmethod
+    def fill(cls, panels: torch.Tensor, some: Scaled) -> None:
+        """These panels from as many rows of a weight as there are."""
+        panels.copy_(cls.pack(*_whole_panels(some)))
 
     @staticmethod
     def pack(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -46,7 +44,7 @@ class Int8Weight(FewBits):
 
     def __init__(self, scaled: Scaled | Unread[Scaled]) -> None:
         rows, columns = scaled.shape
-        super().__init__(rows, columns, Int8Panels(scaled))
+        super().__init__(rows, columns, Int8Panels.of(scaled, _padded(rows), torch.device("cpu")))
 
     @classmethod
     def of(cls, scaled: Scaled | Unread[Scaled] | None) -> Int8Weight | None:

@@ -61,6 +61,7 @@ class JointPass:
             if self._agrees(shapes, exact, "The kernels are not used"):
                 self.works = True
                 return
+            self._native.let_go()
             self._native = None
         self._lean = LeanBlocks.of(self._decoder)
         if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm
 from transformers.activations import SiLUActivation
 
+from petals_win.host.memory import trim_heap
 from petals_win.host.threads import look_around
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.linear import linear_weight
@@ -45,7 +46,11 @@ class LeanBlocks:
     def __init__(self, decoder: CutDecoder, rotary: nn.Module, join: bool) -> None:
         self._start = decoder.start
         self._rotary = rotary
-        self._blocks = [_LeanBlock(decoder.start + number, layer, join) for number, layer in enumerate(decoder.layers)]
+        self._blocks: list[_LeanBlock] = []
+        for number, layer in enumerate(decoder.layers):
+            self._blocks.append(_LeanBlock(decoder.start + number, layer, join))
+            if join:
+                trim_heap()  # of the weights that are parts of larger ones now
 
     @classmethod
     def of(cls, decoder: CutDecoder, join: bool = True) -> LeanBlocks | None:

@@ -73,7 +73,8 @@ class NativeBlocks:
         self._stages = (ctypes.c_int32 * (2 * STAGES * len(made)))()
         self._work = self._memory(MOST_ROWS)
         self._rows = (Row * MOST_ROWS)()
-        for layer in decoder.layers:
+        self._layers = decoder.layers
+        for layer in self._layers:
             _multiply_many_rows(layer, library)
         self._step = self._new_step()  # of few rows
         self.takes_many = _all_rows_pay(decoder.layers, dtype)
@@ -88,6 +89,12 @@ class NativeBlocks:
         if not all(suits(layer, model_type, dtype, device) for layer in decoder.layers):
             return None
         return cls(decoder, library, dtype)
+
+    def let_go(self) -> None:
+        """The blocks compute as before: nothing of them keeps a weight in memory that another one has taken the place of."""
+        for layer in self._layers:
+            for module in _linears(layer):
+                vars(module).pop("forward", None)
 
     def run(self, parts: Sequence[tuple[SessionCache, torch.Tensor]], start: int, end: int) -> list[torch.Tensor]:
         """As JointPass.run, for at most MOST_ROWS rows in all, or any number if it `takes_many`."""

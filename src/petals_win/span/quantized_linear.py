@@ -16,7 +16,7 @@ from torch import nn
 
 from petals_win.errors import UserError
 from petals_win.span import int4
-from petals_win.span.int4 import FewBits, Int4Stack
+from petals_win.span.int4 import FewBits, FewBitsStack
 from petals_win.span.linear import linear_weight, replace_children
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def quantize_linears(
     quant: Quant,
     device: torch.device,
     dtype: torch.dtype,
-    stored: Mapping[str, FewBits | Int4Stack] | None = None,
+    stored: Mapping[str, FewBits | FewBitsStack] | None = None,
 ) -> None:
     """Replace the linear layers (and GPT-2's Conv1D) below `module`, whose weights are in memory, by quantized ones.
 
@@ -76,6 +76,19 @@ def quantize_linears(
     mixture models are, too, and a layer whose shape it cannot take stays as it is. `stored`: what takes the place of parameters, by
     their names below `module`, since a file has it in few bits; all other weights then stay as they are.
     """
+    quantize_loaded(module, quant, device, dtype, stored)
+    if quant == "int4" and stored is None:
+        say_what_stays(module)
+
+
+def quantize_loaded(
+    module: nn.Module,
+    quant: Quant,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Mapping[str, FewBits | FewBitsStack] | None = None,
+) -> None:
+    """As quantize_linears, of what is in memory so far: what is not yet is left for a later call."""
     if quant == "int4":
         _in_int4(module, device, dtype, stored)
         return
@@ -88,6 +101,13 @@ def quantize_linears(
         return make(weight.detach().contiguous(), layer.bias, dtype).requires_grad_(False).to(device)
 
     replace_children(module, quantized)
+
+
+def say_what_stays(module: nn.Module) -> None:
+    """Name the large weights below `module` that int4 has left as they were."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 and not parameter.is_meta and parameter.numel() >= _WORTH_A_WORD:
+            logger.info("%s %s stays in 16 bits: int4 takes no such weight", name, list(parameter.shape))
 
 
 def extra_bytes(module: nn.Module) -> int:
@@ -128,7 +148,7 @@ def kept_bytes(module: nn.Module, quant: Quant) -> dict[str, int]:
 
 
 def _in_int4(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, FewBits | Int4Stack] | None
+    module: nn.Module, device: torch.device, dtype: torch.dtype, stored: Mapping[str, FewBits | FewBitsStack] | None
 ) -> None:
     of: dict[torch.Tensor, Any] = {module.get_parameter(name): kept for name, kept in (stored or {}).items()}
 
@@ -146,19 +166,16 @@ def _in_int4(
     for part in list(module.modules()):
         for name, (stack, transposed) in fused_experts(part).items():
             kept = of.get(stack)
-            if kept is None and stored is None and name in kept_bytes(part, "int4"):
-                kept = int4.Int4Stack((weight.t() if transposed else weight for weight in stack.detach()), device)
+            if kept is None and stored is None and not stack.is_meta and name in kept_bytes(part, "int4"):
+                kept = FewBitsStack(
+                    int4.Int4Weight(weight.t() if transposed else weight, device) for weight in stack.detach()
+                )
             if kept is not None:
                 delattr(part, name)
                 setattr(part, name, kept)
                 experts: Any = part
                 experts.config = copy.copy(experts.config)
                 experts.config._experts_implementation = "eager"
-    if stored is not None:
-        return
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1 and not parameter.is_meta and parameter.numel() >= _WORTH_A_WORD:
-            logger.info("%s %s stays in 16 bits: int4 takes no such weight", name, list(parameter.shape))
 
 
 def _bitsandbytes() -> Any:

@@ -18,19 +18,16 @@ from transformers import PreTrainedConfig
 
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.cuts import Cuts
-from petals_win.models.loading import load_parts
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
-from petals_win.span import native
 from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder, Prompts
+from petals_win.span.filling import Filling
 from petals_win.span.joint import JointPass
-from petals_win.span.layouts import lay_out_linears
 from petals_win.span.probe import continues, parts_of_each_kind
-from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
+from petals_win.span.quantized_linear import Quant
 from petals_win.span.session import Session, Step
 from petals_win.span.state import CannotTruncate, State
-from petals_win.span.stored import StoredWeights
 
 if TYPE_CHECKING:
     from petals_win.span.adapters import Adapters
@@ -83,8 +80,8 @@ class Span:
     ) -> Span:
         """Load the blocks [start, end) of `source`, and only them.
 
-        `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, block by
-        block, so that one block in `dtype` is the most that is in memory; int4 takes over what a file has in four bits.
+        `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, one by one, so that
+        one of them in `dtype` is the most that is in memory; int4 takes over what a file has in four bits.
         `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
         the model, UserError for a checkpoint that is damaged or cannot be served.
         """
@@ -98,34 +95,12 @@ class Span:
         empty.cuts.check(start, end)
         shapes = empty.kv_shapes(dtype)
 
-        def block(index: int) -> Callable[[str], bool]:
-            return lambda name: name.startswith(f"{blocks.prefix}{index}.")
-
-        layers, model_type = list(blocks.layers)[start:end], blocks.decoder.config.model_type
-        weight_bytes = 0
-        stored = StoredWeights(source, model, device) if quant == "int4" and source.in_few_bits else None
-
-        def settle(done: int, of: int) -> None:
-            nonlocal weight_bytes
-            layer = layers[done - 1]
-            if quant != "none":
-                below = stored and stored.give(f"{blocks.prefix}{start + done - 1}.")
-                quantize_linears(layer, quant, device, dtype, below)
-            weight_bytes += sum(parameter.nbytes for parameter in layer.parameters()) + extra_bytes(layer)
-            if not adapters and device.type == "cpu" and not native.suits(layer, model_type, dtype, device):
-                lay_out_linears([layer])  # not with adapters: peft knows plain layers only
-            if progress is not None:
-                progress(done, of)
-
-        parts = [block(index) for index in range(start, end)]
-        # Quantizing on the way keeps the plain weights out of a GPU's memory.
-        loading_device = device if quant == "none" else torch.device("cpu")
-        load_parts(
-            source, model, parts, dtype=dtype, device=loading_device, progress=settle, take=stored and stored.take
-        )
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "quant": quant, "progress": progress}
+        filling = Filling(source, model, start, end, stay_plain=bool(adapters), **how)  # peft knows plain layers only
+        filling.load()
         decoder = CutDecoder(model, start, end)
         decoder.to(device)
-        span = cls(source.config, decoder, shapes, device, quant, weight_bytes)
+        span = cls(source.config, decoder, shapes, device, quant, filling.weight_bytes)
         if adapters:
             from petals_win.span.adapters import Adapters  # here, since peft takes seconds to import
 

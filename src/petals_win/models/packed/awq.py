@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from petals_win.models.four_bits import GROUP, Groups
-from petals_win.models.packed.format import Format, fits, unpacked
+from petals_win.models.four_bits import GROUP, Groups, UnreadGroups
+from petals_win.models.packed.format import Format, fits, unpacked, unread
 
 _WEIGHT, _ZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
+_IN_WORD = 8  # numbers of four bits
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the eight numbers are, counted from its lowest bits
 
 
@@ -25,9 +26,22 @@ def _plain(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return ((numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T.contiguous()
 
 
-def _groups(parts: Mapping[str, torch.Tensor]) -> Groups:
-    numbers, zeros, scales = _numbers(parts)
-    return Groups.of_points(numbers.T, zeros.T, scales.T)
+def _groups(parts: Mapping[str, torch.Tensor]) -> UnreadGroups | None:
+    words, zeros, scales = (parts[ending].shape for ending in (_WEIGHT, _ZEROS, _SCALES))
+    fits(len(words) == len(zeros) == len(scales) == 2, "its numbers or its scales are no matrix")
+    rows = words[1] * _IN_WORD
+    fits(
+        scales[1] == zeros[1] * _IN_WORD == rows,
+        f"it has {rows} outputs, zero points for {zeros[1] * _IN_WORD} and scales for {scales[1]}",
+    )
+
+    def read(start: int, stop: int) -> Groups:
+        packed = slice(start // _IN_WORD, -(-stop // _IN_WORD))
+        some = {_WEIGHT: parts[_WEIGHT][:, packed], _ZEROS: parts[_ZEROS][:, packed]}
+        numbers, zeros, scales = _numbers({**some, _SCALES: parts[_SCALES][:, start:stop]})
+        return Groups.of_points(numbers.T, zeros.T, scales.T)
+
+    return unread(rows, read)
 
 
 def _numbers(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,4 +57,4 @@ def _numbers(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
     fits(words.ndim == 2, f"its numbers are packed in the shape {list(words.shape)}")
-    return unpacked(words, 4).reshape(len(words), -1, 8)[:, :, list(_ORDER)].flatten(1)
+    return unpacked(words, 4).reshape(len(words), -1, _IN_WORD)[:, :, list(_ORDER)].flatten(1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from petals_win.models.four_bits import Groups
-from petals_win.models.packed.format import Format, fits, unpacked
+from petals_win.models.four_bits import Groups, UnreadGroups
+from petals_win.models.packed.format import Format, fits, unpacked, unread
 
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _ZERO, _GROUP_OF = ".weight_zero_point", ".weight_g_idx"
@@ -26,24 +27,39 @@ def pack_quantized(bits: int, in_order: bool) -> Format:
     )
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Of a weight [rows, columns], that fit each other."""
+
+    packed: torch.Tensor  # int32 [rows, words]
+    scale: torch.Tensor  # float32 [rows or 1, groups]
+    zero: torch.Tensor  # of the scales' shape, on both sides of nothing, as the numbers
+    group_of: torch.Tensor  # int64 [columns]
+    bits: int
+
+    def numbers(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Of rows, [rows, columns]."""
+        return unpacked(self.packed[start:stop], self.bits)[:, : len(self.group_of)] - 2 ** (self.bits - 1)
+
+
 def _plain(parts: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
-    numbers, zero, scale, group_of = _numbers(parts, bits)
-    return (numbers - zero[:, group_of]) * scale[:, group_of]
+    found = _fitting(parts, bits)
+    return (found.numbers() - found.zero[:, found.group_of]) * found.scale[:, found.group_of]
 
 
-def _groups(parts: Mapping[str, torch.Tensor], bits: int) -> Groups:
-    numbers, zero, scale, group_of = _numbers(parts, bits)
-    rows, columns = numbers.shape
-    in_order = torch.arange(columns) // (columns // scale.shape[1])
-    fits(torch.equal(group_of, in_order), "its inputs are in another order than its config.json says")
-    half = 2 ** (bits - 1)
-    return Groups.of_points(numbers + half, (zero + half).expand(rows, -1), scale.expand(rows, -1))
+def _groups(parts: Mapping[str, torch.Tensor], bits: int) -> UnreadGroups | None:
+    found = _fitting(parts, bits)
+    rows, columns, half = len(found.packed), len(found.group_of), 2 ** (bits - 1)
+    in_order = torch.arange(columns) // (columns // found.scale.shape[1])
+    fits(torch.equal(found.group_of, in_order), "its inputs are in another order than its config.json says")
+    zero, scale = (part.expand(rows, -1) for part in (found.zero + half, found.scale))
+    return unread(
+        rows,
+        lambda start, stop: Groups.of_points(found.numbers(start, stop) + half, zero[start:stop], scale[start:stop]),
+    )
 
 
-def _numbers(
-    parts: Mapping[str, torch.Tensor], bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers [out, in] on both sides of nothing, zero points and scales [out or 1, groups], and the group of each input."""
+def _fitting(parts: Mapping[str, torch.Tensor], bits: int) -> _Parts:
     fits(parts[_SHAPE].numel() == 2, "it has no two dimensions")
     rows, columns = (int(size) for size in parts[_SHAPE])
     packed, scale = parts[_PACKED], parts[_SCALE].float()
@@ -59,8 +75,6 @@ def _numbers(
         scale.shape in ((rows, groups), (1, 1)) and columns % groups == 0,
         f"its scales have the shape {list(scale.shape)}",
     )
-    half = 2 ** (bits - 1)
-    numbers = unpacked(packed, bits)[:, :columns] - half
     group_of = torch.arange(columns) // (columns // groups)
     if (named := parts.get(_GROUP_OF)) is not None and (named >= 0).all():
         fits(named.shape == (columns,) and int(named.max()) < groups, "it names groups of inputs that it has not")
@@ -69,7 +83,7 @@ def _numbers(
     if (stored := parts.get(_ZERO)) is not None:
         if stored.dtype == torch.int32 and stored.shape != scale.shape:  # packed along the rows
             fits(stored.shape == (-(-rows // in_word), groups), f"its zero points have the shape {list(stored.shape)}")
-            stored = unpacked(stored.T.contiguous(), bits).T[:rows] - half
+            stored = (unpacked(stored.T.contiguous(), bits).T[:rows] - 2 ** (bits - 1)).to(torch.int16)
         fits(stored.shape == scale.shape, f"its zero points have the shape {list(stored.shape)}")
         zero = stored
-    return numbers, zero, scale, group_of
+    return _Parts(packed, scale, zero, group_of, bits)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from petals_win.models.four_bits import Groups, UnreadGroups
+
+ALIGNED = 64  # rows; in any format a word begins with each of its multiples
 
 
 class CannotUnpack(ValueError):
@@ -44,3 +47,19 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     fits(words.dtype == torch.int32, f"its numbers are packed in {words.dtype}, not in words of 32 bits")
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def unread(count: int, read: Callable[[int, int], Groups | None]) -> UnreadGroups | None:
+    """A weight of `count` rows whose parts are in memory, unpacked when rows are asked for: all at once would take many times of what stays.
+
+    `read` gets the first of neighbours and the one behind the last; the first is a multiple of ALIGNED. None if it has none of the
+    first rows.
+    """
+
+    def read_surely(rows: np.ndarray) -> Groups:
+        found = read(int(rows[0]), int(rows[-1]) + 1)
+        assert found is not None  # as of the first rows: groups of inputs are those of all
+        return found
+
+    first = read(0, min(count, ALIGNED))
+    return first and UnreadGroups(np.arange(count), first.shape[1], read_surely, first.order)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
 from petals_win.models.four_bits import GROUP, Groups, UnreadGroups
-from petals_win.models.packed.format import Format, fits, unpacked
+from petals_win.models.packed.format import Format, fits, unpacked, unread
 
 _IN_WORD = 8  # numbers of four bits
 Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_FIRST = 64  # rows that tell how inputs are grouped
 _WEIGHT, _ZEROS, _SCALES, _GROUP_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
@@ -62,25 +60,18 @@ def _plain(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, gro
 
 
 def _unread(parts: Mapping[str, torch.Tensor], made: Callable[..., Numbers], in_order: bool) -> UnreadGroups | None:
-    """Unpacked when rows are asked for, neighbours that begin with a word: all at once would take many times of what stays."""
+    fits(parts[_SCALES].ndim == 2 and parts[_WEIGHT].ndim == 2, "its scales or its numbers are no matrix")
+    count = parts[_SCALES].shape[1]
+    fits(parts[_WEIGHT].shape[1] == count, f"it has {parts[_WEIGHT].shape[1]} outputs, but scales of {count}")
+    words = parts[_ZEROS].shape[-1]
+    fits(words == -(-count // _IN_WORD), f"it has {count} outputs, but zero points in {words} words")
 
-    def read(rows: np.ndarray) -> Groups | None:
-        start, stop = int(rows[0]), int(rows[-1]) + 1
+    def read(start: int, stop: int) -> Groups | None:
         zeros = slice(start // _IN_WORD, -(-stop // _IN_WORD))
         some = {_WEIGHT: parts[_WEIGHT][:, start:stop], _ZEROS: parts[_ZEROS][:, zeros]}
         return _groups(*made({**parts, **some, _SCALES: parts[_SCALES][:, start:stop]}), in_order)
 
-    def read_surely(rows: np.ndarray) -> Groups:
-        found = read(rows)
-        assert found is not None  # as of the first rows: groups of inputs are those of all
-        return found
-
-    fits(parts[_SCALES].ndim == 2 and parts[_WEIGHT].ndim == 2, "its scales or its numbers are no matrix")
-    count = parts[_SCALES].shape[1]
-    fits(parts[_WEIGHT].shape[1] == count, f"it has {parts[_WEIGHT].shape[1]} outputs, but scales of {count}")
-    rows = np.arange(count)
-    first = read(rows[:_FIRST])
-    return first and UnreadGroups(rows, first.shape[1], read_surely, first.order)
+    return unread(count, read)
 
 
 def _groups(
