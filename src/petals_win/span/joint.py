@@ -282,7 +282,8 @@ def _attend(
     if plain:
         outputs = joint.plainly_of_singles(_rows_first(query), settings.get("scaling"))
     else:
-        held = zip(query[:, :, : joint.singles].split(1, dim=2), joint.held, strict=False)
+        singles = query[:, :, : joint.singles].split(1, dim=2) if joint.singles else ()  # nothing would be split into one
+        held = zip(singles, joint.held, strict=False)
         outputs = [
             usual(module, part, keys, values, None, **settings)[0].flatten(0, 1) for part, (keys, values) in held
         ]
