@@ -22,9 +22,10 @@ from petals_win.models.loading import load_parts
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
 from petals_win.span import native
-from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
+from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache, in_int8
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.joint import JointPass
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.probe import continues, parts_of_each_kind
 from petals_win.span.quantized_linear import Quant, extra_bytes, quantize_linears
@@ -78,13 +79,14 @@ class Span:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         quant: Quant = "none",
+        kv_cache: KvCacheDtype = "auto",
         adapters: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Load the blocks [start, end) of `source`, and only them.
 
         `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, block by
-        block, so that one block in `dtype` is the most that is in memory; int4 takes over what a file has in four bits.
+        block, so that one block in `dtype` is the most that is in memory; int4 takes over what a file has in four bits. With `kv_cache` int8 sessions keep keys and values in 8 bits.
         `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
         the model, UserError for a checkpoint that is damaged or cannot be served.
         """
@@ -97,6 +99,8 @@ class Span:
         empty = CutDecoder(model, start, end)
         empty.cuts.check(start, end)
         shapes = empty.kv_shapes(dtype)
+        if kv_cache == "int8":
+            shapes = in_int8(shapes, blocks.decoder.config.model_type)
 
         def block(index: int) -> Callable[[str], bool]:
             return lambda name: name.startswith(f"{blocks.prefix}{index}.")
@@ -148,11 +152,17 @@ class Span:
         """Find out what these blocks can do, and the fastest way through them. Without it, steps are computed one by one."""
         with torch.inference_mode():
             self._continues = continues(self._decoder, self._shapes, self.device)
-        self._joint.try_out(self._shapes, exact=self.dtype is torch.float32 and self.quant == "none")
+        exact = self.dtype is torch.float32 and self.quant == "none" and self.kv_cache == "auto"
+        self._joint.try_out(self._shapes, exact=exact)
 
     @property
     def num_blocks(self) -> int:
         return self.end - self.start
+
+    @property
+    def kv_cache(self) -> KvCacheDtype:
+        """How sessions keep keys and values."""
+        return "int8" if any(shape.in_int8 for shape in self._shapes) else "auto"
 
     @property
     def row(self) -> Row:
@@ -332,6 +342,7 @@ class Span:
         with torch.inference_mode(), self._decoder.declared(session.declared):
             step, tokens = pieces[0]
             few = self._joint.is_lean and step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
+            few |= self._joint.in_pieces
             if len(pieces) == 1 and not (few and self.companions(step)):
                 hidden, prompts = step.piece(tokens)
                 hidden = hidden.to(self.device, self.dtype)
