@@ -34,8 +34,10 @@ def test_a_prompt_comes_back_once_rather_than_twice(swarm: LocalSwarm, prompt, c
     """From the first node all of it, in case that the second one is lost; each client is new to the nodes."""
 
     async def once(engine: PetalsEngine):
+        before_the_answer: list[int] = []
         came.clear()
-        return (await ask(engine, prompt)).tokens, sum(came)
+        answer = await ask(engine, prompt, lambda _: before_the_answer.append(sum(came)))
+        return answer.tokens, before_the_answer[0]
 
     tokens, few = use(swarm, once)
     monkeypatch.setattr(decode, "_step", _all_and_cut)
@@ -43,7 +45,9 @@ def test_a_prompt_comes_back_once_rather_than_twice(swarm: LocalSwarm, prompt, c
     assert same_tokens == tokens
     whole = len(prompt) * HIDDEN_BYTES
     assert len(prompt) > 256, "several chunks"
-    assert many > 2 * whole and many - few == pytest.approx(whole - HIDDEN_BYTES, rel=0.01)
+    assert many > 2 * whole and many - few == pytest.approx(
+        whole - HIDDEN_BYTES, rel=0.02
+    )  # the next step may have set out
 
 
 async def _all_and_cut(session: RemoteSession, hidden: torch.Tensor, last: int) -> torch.Tensor:
