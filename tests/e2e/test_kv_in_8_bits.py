@@ -44,11 +44,3 @@ def test_beside_one_that_does_not(folder):
 def test_another_word_is_refused(folder):
     done = serve("--model", str(folder), "--kv-cache-dtype", "fp8")
     assert_sentence(done, "auto or int8, not in fp8")
-
-
-def test_a_model_that_keeps_something_else_is_refused(checkpoint):
-    sizes = dict(
-        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8, n_groups=1
-    )
-    done = serve("--model", str(checkpoint("mamba2", **sizes)), "--kv-cache-dtype", "int8")
-    assert_sentence(done, "of the type mamba2 keep more", "Leave --kv-cache-dtype out")

@@ -57,6 +57,7 @@ def spans(checkpoint):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """So that a few tokens are several."""
+    monkeypatch.setattr(kv_int8, "_AT_ONCE", 0)
     monkeypatch.setattr(kv_int8, "_PIECE_TOKENS", (7, 7))
 
 

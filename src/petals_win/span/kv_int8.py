@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from petals_win.errors import UserError
 
@@ -17,7 +17,9 @@ KvCacheDtype = Literal["auto", "int8"]  # auto: as the blocks compute
 
 _GROUP, _SCALE_BYTES = 32, 2
 _MOST = 127
-# Scores that are in memory at once, and tokens of a piece, whatever the scores.
+# Packed bytes of one block of a session that are unpacked as a whole, which torch's own attention is faster with. Of more: scores that are in
+# memory at once, and tokens of a piece, whatever the scores.
+_AT_ONCE = 2**25
 _SCORES, _PIECE_TOKENS = 2**23, (256, 4096)
 
 
@@ -63,27 +65,38 @@ def attend(
 ) -> torch.Tensor:
     """Scaled dot product attention of [batch, heads, tokens, size] to packed [batch, heads of keys, held, bytes]; [batch, heads, tokens, size].
 
-    `mask` [1, 1, tokens, held] is True where something is seen; None: all of it. A softmax that is corrected as larger scores come, so that
-    no more than a piece of the past is unpacked at once.
+    `mask` [1, 1, tokens, held] is True where something is seen; None: all of it. No more than a piece of the past is unpacked at once.
     """
-    batch, heads, tokens, size = query.shape
-    shared = heads // keys.shape[1]
+    shared, tokens = query.shape[1] // keys.shape[1], query.shape[2]
     # The queries of the heads that share a key stand side by side: keys need not be repeated for them.
-    asking = (query * (size**-0.5 if scale is None else scale)).unflatten(1, (-1, shared)).flatten(2, 3)
+    asking = query.unflatten(1, (-1, shared)).flatten(2, 3)
+    seen = None if mask is None else mask.repeat(1, 1, shared, 1)
+    if keys.numel() + values.numel() <= _AT_ONCE:
+        whole = unpacked(keys, query.dtype), unpacked(values, query.dtype)
+        output = scaled_dot_product_attention(asking, *whole, attn_mask=seen, scale=scale)
+    else:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        output = _attend_to_pieces(asking * scale, keys, values, seen)
+    return output.unflatten(2, (shared, tokens)).flatten(1, 2)
+
+
+def _attend_to_pieces(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """For as many heads of queries, which are scaled, as of keys: by a softmax that is corrected as larger scores come."""
+    rows, held = query.shape[:3].numel(), keys.shape[2]
     lowest = torch.finfo(torch.float32).min
-    most = asking.new_full((*asking.shape[:3], 1), lowest, dtype=torch.float32)
+    most = query.new_full((*query.shape[:3], 1), lowest, dtype=torch.float32)
     total, sums = torch.zeros_like(most), torch.zeros((), device=query.device)
-    held = keys.shape[2]
     fewest, longest = _PIECE_TOKENS
-    piece = min(max(_SCORES // (batch * heads * tokens), fewest), longest)
+    piece = min(max(_SCORES // rows, fewest), longest)
     for begin in range(0, held, piece):
         end = min(begin + piece, held)
-        scores = (asking @ unpacked(keys[:, :, begin:end], query.dtype).transpose(2, 3)).float()
+        scores = (query @ unpacked(keys[:, :, begin:end], query.dtype).transpose(2, 3)).float()
         if mask is not None:
-            seen = mask[..., begin:end].repeat(1, 1, shared, 1)
-            scores.masked_fill_(~seen, lowest)
+            scores.masked_fill_(~mask[..., begin:end], lowest)
         larger = torch.maximum(most, scores.amax(-1, keepdim=True))
         shrink, shares = (most - larger).exp_(), (scores - larger).exp_()
         most, total = larger, total * shrink + shares.sum(-1, keepdim=True)
         sums = sums * shrink + (shares.to(query.dtype) @ unpacked(values[:, :, begin:end], query.dtype)).float()
-    return (sums / total).to(query.dtype).unflatten(2, (shared, tokens)).flatten(1, 2)
+    return (sums / total).to(query.dtype)
