@@ -75,8 +75,8 @@ def attend(
         whole = unpacked(keys, query.dtype), unpacked(values, query.dtype)
         output = scaled_dot_product_attention(asking, *whole, attn_mask=seen, scale=scale)
     else:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output = _attend_to_pieces(asking * scale, keys, values, seen)
+        factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+        output = _attend_to_pieces(asking * factor, keys, values, seen)
     return output.unflatten(2, (shared, tokens)).flatten(1, 2)
 
 
