@@ -1,4 +1,4 @@
-"""What weights in fewer bits cost: how long a step takes beside 16 bits, in turns, and how much more a text surprises the model.
+"""What weights, and keys and values, in fewer bits cost: how long a step takes beside 16 bits, in turns, and how much more a text surprises the model.
 
 Run by scripts/quants, in .venv. The steps are of blocks of Llama 2 7B's shape with random weights, on the CPU; the perplexity is the
 default model's on tests/data/prose.txt, against its own weights in 32 bits.
@@ -13,17 +13,20 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import LlamaConfig
 
+from petals_win.client.ends import Ends
+from petals_win.client.hollow import hollow_model
 from petals_win.host.threads import computing
 from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.default_model import default_model_path
 from petals_win.models.source import ModelSource, open_model
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.int4 import Int4Weight, has_place
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.layouts import lay_out_linears
 from petals_win.span.linear import linear_weight
 from petals_win.span.native import suits
@@ -113,6 +116,18 @@ def perplexity_in_other_groups() -> float:
     return _surprise(model, source)
 
 
+@torch.inference_mode()
+def perplexity_by_steps(kv_cache: KvCacheDtype, dtype: torch.dtype) -> float:
+    """The default model's, where sessions keep keys and values so."""
+    source = open_model(str(default_model_path()))
+    ends = Ends(hollow_model(source, torch.nn.Identity(), dtype=dtype))
+    span = Span.load(source, 0, source.num_blocks, dtype=dtype, kv_cache=kv_cache)
+    ids = torch.tensor(source.tokenizer()(PROSE.read_text("utf-8"))["input_ids"])
+    hidden = ends.embed(ids, torch.arange(len(ids)))
+    outputs = span.step(span.open(1, len(ids)), hidden[None])[0]
+    return math.exp(torch.nn.functional.cross_entropy(ends.logits(outputs)[:-1].float(), ids[1:]).item())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
@@ -138,6 +153,9 @@ def main() -> None:
         ]
         figures.update({f"perplexity, {name}": perplexity(quant, dtype) for name, quant, dtype in ways})
         figures["perplexity, int4 in other groups"] = perplexity_in_other_groups()
+        for name, dtype in (("32 bits", torch.float32), ("16 bits", torch.bfloat16)):
+            for kept in get_args(KvCacheDtype):
+                figures[f"perplexity, {name}, keys and values in {kept}"] = perplexity_by_steps(kept, dtype)
     if asked.json:
         print(json.dumps(figures))
         return

@@ -23,7 +23,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_win.span.prefixes import PAGE_TOKENS
 from petals_win.swarm import lines
-from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, START, TAKES_BACK
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, OUTPUTS, PAGES, START, TAKES_BACK
 
 BLOCKS, HIDDEN = 4, 8
 NONE, ExpertResponse = runtime_pb2.CompressionType.NONE, runtime_pb2.ExpertResponse
@@ -97,6 +97,7 @@ class Node:
     alive: bool = True  # whether it answers rpc_info
     opens: bool = True  # whether it lets a session in
     takes_back: int | None = None  # tokens of a session; upstream's nodes do not say, and heed no request to
+    cuts: bool = True  # whether it sends only the outputs that are wanted; upstream's nodes send all
     lines: bool = True  # whether short steps can go together; upstream's nodes know no lines
     # By the hash of a page: which one it is, and the state.
     kept: dict[bytes, tuple[int, list[Block]]] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class Node:
     streams: int = 0
     open_lines: dict[str, lines.Line] = field(default_factory=dict)  # its ends, by their names
     on_line: int = 0  # steps
+    answered: list[int] = field(default_factory=list)  # bytes of each answer
 
     def __post_init__(self):
         self.peer_id = PeerID(self.name.encode())
@@ -267,9 +269,12 @@ class Swarm:
                 more = (prompts if prompts.numel() else None, hypo_ids if hypo_ids.numel() else None, start)
                 hidden = through(blocks, hidden, *more) if hidden.shape[1] else hidden
                 self.log.append(("end", node.name, metadata["step_id"].split("/")[1]))
+                self._push(request, metadata, serialize_torch_tensor(node.answer_shape(hidden), NONE))
+                wanted = metadata.get(OUTPUTS, {}).get(session_id) if node.cuts else None
+                hidden = hidden if wanted is None else hidden[:, hidden.shape[1] - wanted :]
                 output = serialize_torch_tensor(node.answer_shape(hidden), NONE)
-                self._push(request, metadata, output)
                 answer = ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(about))
+                node.answered.append(answer.ByteSize())
                 line = node.open_lines.get(metadata.get(LINE))
                 if line is None or not line.send(session_id, answer.SerializeToString()):
                     yield answer

@@ -53,11 +53,14 @@ class LocalSession:
         self.truncated.append(self.position - position)
         self._session.truncate(position)
 
-    async def step(self, hidden: torch.Tensor, *, prompts: Any = None, hypo_ids: Any = None) -> torch.Tensor:
+    async def step(
+        self, hidden: torch.Tensor, *, prompts: Any = None, hypo_ids: Any = None, last: int | None = None
+    ) -> torch.Tensor:
         assert not self.closed
         self.steps.append(hidden.shape[1])
         await self._blocks.before_a_step(self)
-        return await self._blocks.compute.submit(self._blocks.span.step, self._session, hidden)
+        output = await self._blocks.compute.submit(self._blocks.span.step, self._session, hidden)
+        return output if last is None else output[:, -last:]
 
     async def close(self, tokens: Sequence[int] = ()) -> None:
         self.closed = True
@@ -312,9 +315,9 @@ def test_all_that_wait_share_a_pass(decoding, monkeypatch):
             waiting.clear()
         await mine.wait()
 
-    async def step(self: LocalSession, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+    async def step(self: LocalSession, hidden: torch.Tensor, *, last: int) -> torch.Tensor:
         await together(self)
-        return hidden
+        return hidden[:, -last:]
 
     monkeypatch.setattr(LocalSession, "step", step)
     made.run(some_prompts())

@@ -50,9 +50,17 @@ def test_answers():
                 setattr(packed, name, value)
         return runtime_pb2.ExpertResponse(tensors=[packed])
 
-    assert torch.equal(read_answer(answer(torch.ones(shape)), shape), torch.ones(shape))
+    for least in (0, 1, 2):
+        assert torch.equal(read_answer(answer(torch.ones(shape)), shape, least), torch.ones(shape))
+    assert torch.equal(read_answer(answer(torch.ones(1, 1, 8)), shape, 1), torch.ones(1, 1, 8))
+    for kind in (torch.float32, torch.bfloat16):
+        assert read_answer(answer(torch.ones(1, 0, 8, dtype=kind)), shape, 0).shape == (1, 0, 8)
     for wrong in (
         runtime_pb2.ExpertResponse(),
+        answer(torch.ones(2, 8)),
+        answer(torch.ones(1, 0, 8)),
+        answer(torch.ones(1, 1, 9)),
+        answer(torch.ones(2, 1, 8)),
         answer(torch.ones(1, 3, 8)),
         answer(torch.ones(shape, dtype=torch.int64)),
         answer(torch.ones(1, 3, 8), size=shape),
@@ -61,4 +69,4 @@ def test_answers():
         answer(torch.ones(shape), compression=HALF),
     ):
         with pytest.raises(BadAnswer):
-            read_answer(wrong, shape)
+            read_answer(wrong, shape, 1)

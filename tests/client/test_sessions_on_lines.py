@@ -148,7 +148,7 @@ def test_a_session_that_is_slow_or_cancelled_does_not_hold_up_others_on_its_line
         for session in (one, other):
             await session.step(tokens(1))
             await with_lines(session, first, second)
-        slow.append(one._servers[0]._session_id)
+        slow.append(one._servers[0].session_id)
         held = asyncio.create_task(one.step(tokens(1)))
         await eventually(lambda: first.on_line == 1)
         for number in range(3):

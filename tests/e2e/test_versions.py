@@ -16,6 +16,7 @@ from by_itself import ByItself
 from test_first_pc import GREEDY, PROMPT, Client, local_text
 from test_first_pc import folder as folder  # a fixture
 
+from petals_win.client.session import SwarmBlocks
 from petals_win.daemon.binary import find_p2pd
 from petals_win.upstream.build import this_checkout
 
@@ -77,6 +78,15 @@ def texts_of_a_client_before(
     return [torch.tensor([json.loads(line)]) for line in lines]
 
 
+def last_outputs(client: Client, last: int | None) -> list[torch.Tensor]:
+    """Of a prompt and a short step behind it, which the first node passes on, the last outputs that come back."""
+    session = SwarmBlocks(client.model.blocks.sequence_manager).open(32)
+    hidden = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
+    found = [session.submit(part, last=last).result() for part in hidden.split([15, 5], dim=1)]
+    session.submit_close().result()
+    return found
+
+
 def test_the_version_before_is_another_one(before):
     done = subprocess.run(
         [sys.executable, "-c", "import petals.utils.dht as d, petals_win as w; print(d.__file__, w.__file__)"],
@@ -115,6 +125,8 @@ def test_they_answer_together(before, folder):
             with Client(folder, now.address, allowed_servers=route) as client:
                 assert client.peers() == {node.peer_id for node in (first, *others)}
                 assert torch.equal(client.text(), wanted)
+                for all_of_them, two in zip(last_outputs(client, None), last_outputs(client, 2), strict=True):
+                    torch.testing.assert_close(two, all_of_them[:, -2:])
         for last in (last_before, last_now):
             pushed = [line for line in last.lines if "rpc_push(blocks=2:4" in line]
             for sender in (first, now):

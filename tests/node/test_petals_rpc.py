@@ -26,7 +26,7 @@ from petals_win.node.petals_rpc import SESSION_TOKENS, Deadlines, Served, Transf
 from petals_win.node.service import BlockService
 from petals_win.span.chunks import Chunks
 from petals_win.span.span import Span
-from petals_win.swarm.protocol import CACHED_PAGES, PETALS, PROTOCOL, TAKES_BACK
+from petals_win.swarm.protocol import CACHED_PAGES, OUTPUTS, PETALS, PROTOCOL, TAKES_BACK
 
 CONTEXT = SimpleNamespace(remote_id="12D3KooWstranger")
 PEER = PeerID.from_base58("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY")
@@ -378,6 +378,46 @@ def test_outputs_are_pushed_on_in_order_with_all_that_came_along(rpc, service, m
         assert [list(server) for server in about["next_servers"]] == [list(after[1])]
         assert torch.equal(deserialize_torch_tensor(pushed.tensors[0]), got[number])
     assert deserialize_torch_tensor(next_server.got[0].tensors[2]).tolist() == [0]
+
+
+def test_of_the_outputs_only_those_are_sent_that_are_wanted(rpc, span, monkeypatch):
+    """A number for another session is not for this one, and the next server gets all."""
+    hidden, next_server = states(2, 60, 64), NextServer([0.0])
+    monkeypatch.setattr(rpc, "_stub_of", lambda peer: next_server)
+    wanted = span.step(span.open(2, 100), hidden)
+    numbers = [{"a": 0}, {"a": 1, "b": 7}, {"b": 1}, {"a": 10}, {"a": 2, "b": 3}, None]
+
+    async def ask():
+        client = Client()
+        for number, counts in enumerate(numbers):
+            more = {} if counts is None else {OUTPUTS: counts}
+            more |= {"next_servers": [(PEER.to_base58(), "b", 4, 6)]} if number == 4 else {}
+            client.send(step(hidden[:, 10 * number :][:, :10], session_id="a", step_id=f"{number}", **more))
+        client.end()
+        return [answer async for answer in answers(rpc, client)]
+
+    got = run(ask())
+    for number, (answer, count) in enumerate(zip(got, (0, 1, 10, 10, 2, 10), strict=True)):
+        output = tensor_of(answer)
+        assert output.shape == (2, count, 64)
+        assert torch.allclose(output, wanted[:, : 10 * number + 10][:, 10 * number + 10 - count :], atol=1e-5)
+    assert got[0].ByteSize() < 100 < 10 * 2 * 64 * 4 < got[2].ByteSize()
+    (pushed,) = next_server.got
+    assert torch.allclose(deserialize_torch_tensor(pushed.tensors[0]), wanted[:, 40:50], atol=1e-5)
+    about = MSGPackSerializer.loads(pushed.metadata)
+    assert (about["session_id"], about[OUTPUTS]) == ("b", {"a": 2, "b": 3})
+
+
+@pytest.mark.parametrize(
+    "counts", [{"a": 6}, {"a": -1}, {"a": 10**15}, {"a": "1"}, {"a": 1.0}, {"a": True}, [1], 1, "a"]
+)
+def test_outputs_that_cannot_be_wanted(rpc, service, counts):
+    async def ask():
+        with pytest.raises(NodeRefused, match=f"{OUTPUTS} of a step"):
+            await anext(answers(rpc, Client(step(states(1, 5, 64), session_id="a", **{OUTPUTS: counts}))))
+        await freed(service)
+
+    run(ask())
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,16 @@ def test_together_as_alone(checkpoint, family):
                 size = max(1.0, float(expected.abs().max()))
                 torch.testing.assert_close(step.output(), expected, atol=1e-5 * size, rtol=1e-5)
     assert joint == (0 if family in ONE_BY_ONE else 14)
+
+
+def test_a_pass_of_several_rows_each_and_no_single_one(checkpoint):
+    """Attention of a model's own is asked for those that are there, and for nobody else."""
+    span, chance = Span.load(open_model(str(checkpoint("gpt_oss"))), 0, 4), random.Random(1)
+    pairs = [[span.open(2, 20) for _ in range(2)] for _ in range(2)]
+    for tokens in (5, 1, 1):
+        hidden = [rows_of(span, 2, tokens, chance) for _ in pairs]
+        expected = [span.step(alone, each) for (alone, _), each in zip(pairs, hidden, strict=True)]
+        steps = [span.begin(together, each) for (_, together), each in zip(pairs, hidden, strict=True)]
+        span.advance([(step, tokens) for step in steps])
+        for step, right in zip(steps, expected, strict=True):
+            torch.testing.assert_close(step.output(), right, atol=1e-5, rtol=1e-5)

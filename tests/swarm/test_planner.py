@@ -227,3 +227,19 @@ def test_without_pcs_it_tells_the_smallest_set_ups():
 def test_wrong_arguments_are_explained(arguments, said):
     done = invoke(*arguments)
     assert isinstance(done.exception, UserError) and said in str(done.exception)
+
+
+def test_keys_and_values_in_8_bits():
+    """34 bytes for 32 numbers of 16 bits."""
+    arguments = ("--model", LLAMA_70B, "--quant", "int4", "--gpu", "24", "--json")
+    full, small = (
+        json.loads(invoke(*arguments, *more).output)["sizes"]["int4"] for more in ((), ("--kv-cache-dtype", "int8"))
+    )
+    assert small["cache_bytes_per_token"][0] / full["cache_bytes_per_token"][0] == 34 / 64
+    assert small["block_bytes"] == full["block_bytes"]
+    for wrong, why in (
+        (("--kv-cache-dtype", "fp8", "--model", LLAMA_70B), "auto or int8"),
+        (("--kv-cache-dtype", "int8"), "as --model"),
+    ):
+        done = CliRunner().invoke(app, ["plan", *wrong])
+        assert isinstance(done.exception, UserError) and why in str(done.exception)

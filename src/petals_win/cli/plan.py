@@ -15,6 +15,7 @@ from petals_win.errors import UserError
 from petals_win.host.imports import importing
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are checked
+    from petals_win.span.kv_int8 import KvCacheDtype
     from petals_win.span.needs import Needs
     from petals_win.span.quantized_linear import Quant
     from petals_win.swarm.planner import Pc, Plan
@@ -49,6 +50,9 @@ def plan(
             "keeps 16 bits beside them."
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="How PCs keep the keys and values of conversations, as of 'serve': auto or int8.")
+    ] = "auto",
     token_file: Annotated[
         Path | None, typer.Option(help="File with a Hugging Face token; default: the one saved by 'hf auth login'.")
     ] = None,
@@ -59,20 +63,26 @@ def plan(
     Example: petals-win plan --model meta-llama/Llama-2-70b-hf --gpu 12GiB --gpu 12GiB --gpu 24GiB
     """
     with importing():
+        from petals_win.span.kv_int8 import parse_kv_cache_dtype
         from petals_win.span.quantized_linear import parse_quant
     from petals_win.swarm.planner import Pc, parse_gpu, parse_size
 
     asked = None if quant is None else parse_quant(quant)
+    kv_cache = parse_kv_cache_dtype(kv_cache_dtype)
+    if kv_cache != "auto" and model is None:
+        raise UserError(
+            "Not all models can keep keys and values so. Give one as --model, or leave --kv-cache-dtype out."
+        )
     pcs = [parse_gpu(card) for card in gpu or ()] + [Pc("ram", parse_size(size)) for size in ram or ()]
     if pcs and model is None:
         raise UserError("Which model are these PCs for? Give it as --model, or leave --gpu and --ram out.")
     if model is None or not pcs:
-        _show_smallest(model, read_token(token_file), as_json)
+        _show_smallest(model, kv_cache, read_token(token_file), as_json)
     else:
-        _show_plan(model, pcs, asked, read_token(token_file), as_json)
+        _show_plan(model, pcs, asked, kv_cache, read_token(token_file), as_json)
 
 
-def _needs(model: str, token: str | None) -> tuple[Callable[[Quant, str], Needs], bool]:
+def _needs(model: str, kv_cache: KvCacheDtype, token: str | None) -> tuple[Callable[[Quant, str], Needs], bool]:
     """What a model takes, by quantization and the kind of a PC, and whether it is stored in four bits.
 
     Of a well-known one nothing is fetched, of any other its configuration.
@@ -83,14 +93,14 @@ def _needs(model: str, token: str | None) -> tuple[Callable[[Quant, str], Needs]
     known = find_known_model(model)
     if known is not None:
         config = known.config()
-        return lambda quant, _kind: needs_of(config, STORED_IN, quant), False
+        return lambda quant, _kind: needs_of(config, STORED_IN, quant, kv_cache=kv_cache), False
     from petals_win.models.source import open_model
 
     source = open_model(model, token=token)
 
     def needs(quant: Quant, kind: str) -> Needs:
         in_few_bits = source.in_few_bits_on("cpu" if kind == "ram" else "cuda")
-        return needs_of(source.config, source.dtype, quant, in_few_bits)
+        return needs_of(source.config, source.dtype, quant, in_few_bits, kv_cache)
 
     return needs, bool(source.in_few_bits)
 
@@ -109,12 +119,14 @@ class _Planned:
     speed: Prediction
 
 
-def _show_plan(model: str, pcs: list[Pc], quant: Quant | None, token: str | None, as_json: bool) -> None:
+def _show_plan(
+    model: str, pcs: list[Pc], quant: Quant | None, kv_cache: KvCacheDtype, token: str | None, as_json: bool
+) -> None:
     from petals_win.span.rates import processor_rates
     from petals_win.swarm.planner import make_plan
     from petals_win.swarm.speeds import predict
 
-    needs_on, in_four_bits = _needs(model, token)
+    needs_on, in_four_bits = _needs(model, kv_cache, token)
     plain = needs_on("none", "ram")
     kept: list[Quant] = [_kept(pc, quant, in_four_bits, plain) for pc in pcs]
     needs = [needs_on(way, pc.kind) for way, pc in zip(kept, pcs, strict=True)]
@@ -269,7 +281,7 @@ class _Row:
         return f"{self.model:{wide}}  {_IN_WORDS[self.quant]:13}  {weights:>7.1f}{cells}"
 
 
-def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
+def _show_smallest(model: str | None, kv_cache: KvCacheDtype, token: str | None, as_json: bool) -> None:
     """How many PCs a model takes that are alike, with GPUs or without, and how fast it answers there."""
     from petals_win.span.rates import processor_rates
     from petals_win.swarm.known_models import KNOWN_MODELS
@@ -280,7 +292,7 @@ def _show_smallest(model: str | None, token: str | None, as_json: bool) -> None:
     pcs = {f"{size}GiB": Pc("gpu", size * _GIB) for size in _USUAL_GPUS}
     pcs |= {f"{size}GiB RAM": Pc("ram", size * _GIB) for size in _USUAL_RAMS}
     processor = processor_rates()
-    needs_of = {name: _needs(name, token)[0] for name in names}
+    needs_of = {name: _needs(name, kv_cache, token)[0] for name in names}
     rows = [
         _Row(
             name,

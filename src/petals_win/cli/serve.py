@@ -39,6 +39,13 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     quant: QuantName = None,
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="How a conversation's keys and values are kept: auto, as the blocks compute, or int8, in a half or a quarter of the "
+            "memory: for longer conversations, which take longer for each token."
+        ),
+    ] = "auto",
     adapters: Annotated[
         list[str] | None, typer.Option(help="LoRA adapter to offer: Hugging Face id or folder.")
     ] = None,
@@ -90,6 +97,7 @@ def serve(
         device=device,
         dtype=dtype,
         quant=quant,
+        kv_cache_dtype=kv_cache_dtype,
         adapters=tuple(adapters or ()),
         name=name,
         token=read_token(token_file),

@@ -25,11 +25,17 @@ class BlockSession(Protocol):
         ...
 
     async def step(
-        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         """Continue by hidden states [batch, tokens, hidden] of at least one token; returns the same shape, on the CPU.
 
-        Of the first step of a session that was opened with token ids, only the last tokens are returned, at least one.
+        Of the first step of a session that was opened with token ids, only the last tokens are returned, at least one. With `last`,
+        at least 1, only so many of the last tokens are returned.
 
         `prompts` [blocks, batch, p, hidden] is added to each block's input at the first p tokens of this step. `hypo_ids`
         (int64, [batch]): row i goes on from what row hypo_ids[i] has seen. Raises NodeFull if there was no room in time,

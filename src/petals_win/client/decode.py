@@ -125,12 +125,11 @@ class DecodeLoop:
                 rows, asked, size = row.hidden.shape
                 if (held := self._rounds.leaves(answer, asked - answer.drafted)) > 0:
                     await asyncio.sleep(held)
-                outputs = await _step(session, row.hidden)
+                outputs = await _step(session, row.hidden, last=1 + answer.drafted)
                 self._rounds.came(answer)
-                # Fewer tokens come back where the beginning of the prompt had been computed before.
-                if outputs.shape[::2] != (rows, size) or not answer.drafted < outputs.shape[1] <= asked:
+                if outputs.shape != (rows, 1 + answer.drafted, size):
                     raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
-                row = await self._turn(session, answer, tokens, outputs[0, -1 - answer.drafted :])
+                row = await self._turn(session, answer, tokens, outputs[0])
         finally:
             self._running -= 1
             self._rounds.ended(answer)
@@ -340,9 +339,9 @@ class _Row:
     error: Exception | None = None
 
 
-async def _step(session: BlockSession, hidden: torch.Tensor) -> torch.Tensor:
+async def _step(session: BlockSession, hidden: torch.Tensor, last: int | None = None) -> torch.Tensor:
     try:
-        return await session.step(hidden)
+        return await session.step(hidden, last=last)
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from petals_win.client.wire import BadAnswer, NodeRpc, last_request, messages, read_about, read_answer, step_request
 from petals_win.span.prefixes import PAGE_TOKENS
 from petals_win.swarm.lines import Line, Lines, Way
-from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, START, TAKES_BACK
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, OUTPUTS, PAGES, START, TAKES_BACK
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class NodeSilent(NodeLost):
 class _Sent:
     start: int
     shape: torch.Size
+    wanted: int  # of its last outputs
     patience: float
 
 
@@ -83,7 +84,7 @@ class ServerSession:
         self.remembers, self._lines, self._alone = remembers, lines, alone
         self._way: Way | None = None
         self._cached_pages = 0  # as the node says
-        self._session_id = str(uuid4())
+        self.session_id = str(uuid4())
         self._metadata = metadata
         self._in_flight: deque[_Sent] = deque()
         self._requests: asyncio.Queue[Any] = asyncio.Queue()
@@ -98,7 +99,7 @@ class ServerSession:
     @property
     def place(self) -> tuple[str, str, int, int]:
         """By what the node before this one finds the session."""
-        return self.peer_id.to_base58(), self._session_id, self.start, self.end
+        return self.peer_id.to_base58(), self.session_id, self.start, self.end
 
     async def open(self, seconds: float) -> None:
         """Open the stream. Raises NodeSilent after `seconds`, or after what a node may be silent for in a step if that is less, or more for
@@ -115,8 +116,8 @@ class ServerSession:
         self._reading = asyncio.create_task(self._inbox.read(answers))
         if self._lines is not None and (way := self._lines.to(self.peer_id)) is not None:
             self._way = way
-            way.join(self._session_id, self._inbox)
-            self._reading.add_done_callback(partial(_leave, way, self._session_id))
+            way.join(self.session_id, self._inbox)
+            self._reading.add_done_callback(partial(_leave, way, self.session_id))
         await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
 
     def send(
@@ -127,6 +128,7 @@ class ServerSession:
         step_id: str,
         patience: float,
         push_to: list[tuple[str, str, int, int]],
+        outputs: Mapping[str, int] = {},
         pages: Sequence[bytes] = (),
         whole: bool = False,
     ) -> None:
@@ -135,14 +137,17 @@ class ServerSession:
         :param prompts: deep prompts [blocks of the model, batch or 1, prefix, hidden], for the first chunk of a session
         :param patience: seconds that the node may keep a new session waiting for room
         :param push_to: `place` of the nodes behind, for which this one need not wait for the client
+        :param outputs: how many of the last outputs are wanted, for sessions here and behind of which not all are, by `session_id`
         :param whole: whether it is a step, rather than a part of one. A session's first step and what is in parts goes on the
             session's own stream, as does what is too long for a line
         """
-        metadata: dict[str, Any] = {"session_id": self._session_id, "step_id": step_id}
+        metadata: dict[str, Any] = {"session_id": self.session_id, "step_id": step_id}
         if self.sent == 0:
             metadata |= {**self._metadata, "alloc_timeout": patience}
         elif push_to:
             metadata["next_servers"] = push_to
+        if outputs:
+            metadata[OUTPUTS] = dict(outputs)
         if pages:
             metadata[PAGES] = list(pages)
         if self.keeps is not None:
@@ -155,11 +160,13 @@ class ServerSession:
         theirs = None if prompts is None else prompts[self.start : self.end]
         how = {"compression": self._compression, "metadata": metadata}
         request = step_request(self._uid, hidden, theirs, self.hypo_ids, **how)
-        if line is None or not line.send(self._session_id, request.SerializeToString()):
+        if line is None or not line.send(self.session_id, request.SerializeToString()):
             self._requests.put_nowait(request)
         self.hypo_ids = None
-        self._in_flight.append(_Sent(self.sent, hidden.shape, patience if self.sent == 0 else 0.0))
-        self.sent += hidden.shape[1]
+        tokens = hidden.shape[1]
+        wanted = outputs.get(self.session_id, tokens)
+        self._in_flight.append(_Sent(self.sent, hidden.shape, wanted, patience if self.sent == 0 else 0.0))
+        self.sent += tokens
 
     async def recall(self, pages: Sequence[bytes], hidden: torch.Tensor, *, step_id: str, patience: float) -> int:
         """Let a new session begin with what an earlier one has left of the tokens of these pages; returns of how many pages.
@@ -187,6 +194,8 @@ class ServerSession:
     async def answer(self) -> tuple[int, torch.Tensor]:
         """The answer [batch, tokens, hidden] to the oldest chunk in flight, and the token at which it begins.
 
+        It has the chunk's last tokens, at least those whose outputs are wanted.
+
         Raises NodeLost when the node does not live, TimeoutError when it takes too long, and the node's own error.
         """
         chunk = self._in_flight[0]
@@ -202,14 +211,14 @@ class ServerSession:
             except TimeoutError:
                 await self._see_whether_it_lives()
         response = self._inbox.take()
-        output = read_answer(response, chunk.shape)
+        output = read_answer(response, chunk.shape, chunk.wanted)
         if chunk.start == 0:
             about = read_about(response)
             self.takes_back = max(self.takes_back, _count(about.get(TAKES_BACK)))
             self._cached_pages = _count(about.get(CACHED_PAGES))
         self._in_flight.popleft()
-        self.answered += output.shape[1]
-        return chunk.start, output
+        self.answered += chunk.shape[1]
+        return chunk.start + chunk.shape[1] - output.shape[1], output
 
     async def _see_whether_it_lives(self) -> None:
         """Returns when the node says so, or answers. Raises NodeLost if it does neither in time."""

@@ -76,12 +76,18 @@ class RemoteSession:
         return [(server.peer_id, server.start, server.end) for server in self._servers]
 
     async def step(
-        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] through all blocks; returns the same shape, on the same device.
 
         Of the first step of a session that was opened with token ids, only the last tokens are returned, at least one: those
-        that were computed.
+        that were computed. With `last`, no more than so many of the last tokens are returned of any step, and a node of ours
+        sends no others.
 
         A node that fails is replaced by another one, which gets the whole past, up to `max_retries` times in a row with growing
         pauses. Where one has no room, all of them get theirs back, and the step waits for its turn. Raises NodeFull if that takes
@@ -90,19 +96,28 @@ class RemoteSession:
 
         :param prompts: deep prompts [blocks, batch or 1, prefix, hidden], at the first step only
         :param hypo_ids: int64 [batch]: row i goes on from what was row hypo_ids[i]
+        :param last: at least 1; None for all tokens
         """
-        return await self.submit(hidden, prompts=prompts, hypo_ids=hypo_ids)
+        return await self.submit(hidden, prompts=prompts, hypo_ids=hypo_ids, last=last)
 
     def submit(
-        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> AwaitableFuture[torch.Tensor]:
         """As `step`, for a thread without an event loop: the future can also be waited for, and cancelled."""
         self._check(hidden, prompts, hypo_ids)
+        if last is not None and last < 1:
+            raise ValueError(f"At least one token is returned, not {last}")
         return RemoteExpertWorker.run_coroutine(
             self._step(
                 hidden.detach().cpu(),
                 None if prompts is None else prompts.detach().cpu(),
                 None if hypo_ids is None else hypo_ids.cpu(),
+                hidden.shape[1] if last is None else last,
                 like=hidden,
             ),
             return_future=True,
@@ -163,6 +178,7 @@ class RemoteSession:
         hidden: torch.Tensor,
         prompts: torch.Tensor | None,
         hypo_ids: torch.Tensor | None,
+        last: int,
         *,
         like: torch.Tensor,
     ) -> torch.Tensor:
@@ -183,7 +199,7 @@ class RemoteSession:
                 for track in self._tracks.values():
                     track.reorder(hypo_ids)
             self._tracks[0].add(self._position, hidden)
-            output = await _Step(self, hidden).run()
+            output = await _Step(self, hidden, last).run()
             self._position += hidden.shape[1]
             done = True
             return output.to(device=like.device, dtype=like.dtype)
@@ -234,11 +250,12 @@ class RemoteSession:
 class _Step:
     """One step of a session, through as many nodes and failures as it takes."""
 
-    def __init__(self, session: RemoteSession, hidden: torch.Tensor):
+    def __init__(self, session: RemoteSession, hidden: torch.Tensor, last: int):
         self._session, self._routes = session, session._routes
         self._hidden, self._id = hidden, str(uuid4())
         self._begin, self._end = session._position, session._position + hidden.shape[1]
-        self._output = Track(self._begin)
+        self._wanted_from = max(self._begin, self._end - last)
+        self._output = Track(self._wanted_from)
         self._size = 0
         self._deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
         self._furthest: dict[int, int] = {}  # tokens by block: how many have ever come there
@@ -247,7 +264,7 @@ class _Step:
         self._progress = asyncio.Condition()
 
     async def run(self) -> torch.Tensor:
-        """The hidden states after the last block. Raises as RemoteSession.step."""
+        """The hidden states after the last block, of the tokens that are wanted. Raises as RemoteSession.step."""
         session, routes = self._session, self._routes
         failures = fulls = 0
         told: Exception | None = None
@@ -352,7 +369,7 @@ class _Step:
             return
         session._cached_tokens = kept
         session._tracks = {0: session._tracks[0], **{s.start: Track(kept) for s in servers if s.start}}
-        self._output = Track(kept)
+        self._output = Track(max(kept, self._wanted_from))
 
     async def _fill_the_gaps(self) -> None:
         session = self._session
@@ -402,12 +419,14 @@ class _Step:
             end = self._chunk_end(server)
             await self._until(lambda end=end: track.length >= end and server.in_flight < _IN_FLIGHT)
             chunk = track.between(server.sent, end)
+            behind = self._push_to(number, end, chunk)
             server.send(
                 chunk,
                 session._first_prompts if server.sent == 0 else None,
                 step_id=f"{self._id}/{server.sent}",
                 patience=self._patience_at(number),
-                push_to=self._push_to(number, end, chunk),
+                push_to=[later.place for later in behind],
+                outputs=self._outputs([server, *behind], end, chunk.shape[1]),
                 whole=(server.sent, end) == (self._begin, self._end),
             )
             await self._notify()
@@ -415,7 +434,7 @@ class _Step:
     async def _receive(self, number: int) -> None:
         session = self._session
         server = session._servers[number]
-        track = session._tracks[server.end] if server.end < session._num_blocks else self._output
+        track = self._track_behind(server)
         while server.answered < self._end:
             await self._until(lambda: server.in_flight > 0)
             try:
@@ -424,9 +443,22 @@ class _Step:
                 raise NodeFailure(server.peer_id, (server.start, server.end), e) from e
             if start + output.shape[1] > track.begin:
                 track.add(max(start, track.begin), output[:, max(track.begin - start, 0) :])
-                if track.length > self._furthest.get(server.end, 0):
-                    self._furthest[server.end], self._further = track.length, True
+            if server.answered > self._furthest.get(server.end, 0):
+                self._furthest[server.end], self._further = server.answered, True
             await self._notify()
+
+    def _track_behind(self, server: ServerSession) -> Track:
+        """What the node's answers go into."""
+        session = self._session
+        return session._tracks[server.end] if server.end < session._num_blocks else self._output
+
+    def _outputs(self, servers: Sequence[ServerSession], end: int, tokens: int) -> dict[str, int]:
+        """How many of the last outputs are wanted of a chunk of so many tokens up to `end`, by session, where it is not all.
+
+        What is known already is not: that of a past which a node gets anew, and of a prompt all but the last.
+        """
+        wanted = {server.session_id: max(end - self._track_behind(server).length, 0) for server in servers}
+        return {session_id: count for session_id, count in wanted.items() if count < tokens}
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         if not condition():
@@ -443,19 +475,19 @@ class _Step:
         behind = any(later.sent for later in self._session._servers[number + 1 :])
         return min(self._patience, _PATIENCE_WITH_PLACES) if behind else self._patience
 
-    def _push_to(self, number: int, end: int, chunk: torch.Tensor) -> list[tuple[str, str, int, int]]:
+    def _push_to(self, number: int, end: int, chunk: torch.Tensor) -> list[ServerSession]:
         """The nodes behind that may get this chunk straight from the ones before. Only a step of one chunk is pushed, and never the
         past: calls from node to node may overtake each other."""
         servers = self._session._servers
         whole = (servers[number].sent, end) == (self._begin, self._end)
         if not whole or not self._routes.pushes or not may_be_pushed(chunk):
             return []
-        places = []
+        behind = []
         for later in servers[number + 1 :]:
             if later.sent != self._begin or later.keeps != servers[number].keeps:
                 break
-            places.append(later.place)
-        return places
+            behind.append(later)
+        return behind
 
 
 class SwarmBlocks:

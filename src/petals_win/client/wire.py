@@ -103,11 +103,16 @@ def read_about(response: Any) -> dict[str, Any]:
     return about
 
 
-def read_answer(response: Any, shape: torch.Size) -> torch.Tensor:
-    """The hidden states of an answer, which must have this shape. Raises BadAnswer before it takes memory for another one."""
+def read_answer(response: Any, shape: torch.Size, least: int) -> torch.Tensor:
+    """The hidden states of an answer to a step of this shape [batch, tokens, hidden]: those of its last tokens, at least `least`.
+
+    Raises BadAnswer, for another shape before it takes memory for it.
+    """
     sizes = [list(tensor.size) for tensor in response.tensors]
-    if not sizes or sizes[0] != list(shape):
-        raise BadAnswer(f"The node answered {sizes} to {list(shape)}")
+    tokens = sizes[0][1] if sizes and len(sizes[0]) == len(shape) else -1
+    if not least <= tokens <= shape[1] or sizes[0] != [shape[0], tokens, shape[2]]:
+        raise BadAnswer(f"The node answered {sizes} to {list(shape)}, of which at least {least} tokens were wanted")
+    shape = torch.Size(sizes[0])
     try:
         hidden = deserialize_torch_tensor(response.tensors[0])
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:

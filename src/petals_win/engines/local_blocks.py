@@ -84,7 +84,12 @@ class LocalSession:
         return self._served.position
 
     async def step(
-        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         if self._blocks._given_up:
             raise RuntimeError(_ENDING)
@@ -94,9 +99,9 @@ class LocalSession:
             if self.position == 0 and self._of_tokens_alone and hidden.shape[1] == len(self._prompt):
                 self.cached_tokens = PAGE_TOKENS * await self._served.recall(page_hashes(self._prompt[:-1], ""))
                 hidden = hidden[:, self.cached_tokens :]
-            return await self._served.step(
-                hidden, prompts=None if prompts is None else list(prompts), hypo_ids=hypo_ids
-            )
+            own = None if prompts is None else list(prompts)
+            output = await self._served.step(hidden, prompts=own, hypo_ids=hypo_ids)
+            return output if last is None else output[:, -last:]
         except asyncio.CancelledError:
             if self._blocks._given_up:
                 raise RuntimeError(_ENDING) from None

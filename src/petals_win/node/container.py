@@ -100,6 +100,7 @@ class Container:
         try:
             compute.submit(keep_within_card, device).result()
             how = {"dtype": dtype, "device": device, "quant": quant, "adapters": settings.adapters}
+            how |= {"kv_cache": settings.kv_cache_dtype}
             span = compute.submit(Span.load, source, start, end, **how).result()
             speed = compute.submit(measure_speed, span).result()
             # Of weights that were quantized C's allocator keeps nearly as much as they took before.

@@ -26,6 +26,7 @@ from petals_win.models.source import ModelSource, open_model
 from petals_win.node.server import Server
 from petals_win.node.settings import ServerSettings
 from petals_win.span.choices import choose_device, choose_dtype, choose_quant
+from petals_win.span.kv_int8 import parse_kv_cache_dtype
 from petals_win.span.needs import check_fits, needs_of
 from petals_win.swarm.identity import Identity, hold_identity
 from petals_win.swarm.members import checked_members, noting_members, rejoin
@@ -52,6 +53,7 @@ class NodeSettings:
     device: str | None = None
     dtype: str | None = None
     quant: str | None = None
+    kv_cache_dtype: str = "auto"
     adapters: tuple[str, ...] = ()
     name: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -81,9 +83,10 @@ class Node:
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, source, device)
         quant = choose_quant(settings.quant, device, bool(settings.adapters), source)
+        kv_cache = parse_kv_cache_dtype(settings.kv_cache_dtype)
         if settings.blocks is not None:
             start, end = parse_blocks(settings.blocks, source.num_blocks)
-            needs = needs_of(source.config, dtype, quant, source.in_few_bits_on(device.type))
+            needs = needs_of(source.config, dtype, quant, source.in_few_bits_on(device.type), kv_cache)
             needs.cuts.check(start, end)
             check_fits(source.name, start, end, needs, device)
         on_this_pc = is_loopback(listen_maddr(settings.host, settings.port))
@@ -108,6 +111,7 @@ class Node:
             torch_dtype=str(dtype).removeprefix("torch."),
             device=device,
             quant_type=quant,
+            kv_cache_dtype=kv_cache,
             token=settings.token,
             adapters=settings.adapters,
             update_period=_UPDATE_SECONDS,

@@ -29,7 +29,7 @@ from petals_win.node.service import BlockService, prompts_of_blocks
 from petals_win.node.wire import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, WireTensor
 from petals_win.span.prefixes import PAGE_TOKENS
 from petals_win.swarm.lines import NAME, Lines
-from petals_win.swarm.protocol import CACHED_PAGES, LINE, PAGES, PROTOCOL, START, TAKES_BACK, mismatch
+from petals_win.swarm.protocol import CACHED_PAGES, LINE, OUTPUTS, PAGES, PROTOCOL, START, TAKES_BACK, mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -229,11 +229,14 @@ class TransformerConnectionHandler(ServicerBase):
                         if pages := _pages(session, metadata):
                             about[CACHED_PAGES] = await session.recall(pages)
                         structure = metadata.get("args_structure", opening.metadata.get("args_structure"))
-                        output, may_push = await self._step(
+                        hidden, may_push = await self._step(
                             session, opening, wire.arguments(request.tensors, structure)
                         )
-                        if may_push:
-                            pushes.push(output, request, metadata)
+                        wanted = _wanted(opening, metadata, hidden)
+                        output = self._output(wanted)
+                        if may_push and metadata.get("next_servers"):
+                            whole = output if wanted is hidden else self._output(hidden)
+                            pushes.push(whole, request, metadata)
                         told, about = MSGPackSerializer.dumps(about) if about else b"", {}
                         answer = ExpertResponse(tensors=[output], metadata=told)
                         to = context.remote_id, metadata.get(LINE), opening.metadata.get("session_id")
@@ -295,14 +298,13 @@ class TransformerConnectionHandler(ServicerBase):
 
     async def _step(
         self, session: ServedSession, opening: _Request, tensors: Sequence[WireTensor]
-    ) -> tuple[WireTensor, bool]:
+    ) -> tuple[torch.Tensor, bool]:
         """The outputs, and whether the next server may have them from here: deep prompts are of one server's blocks alone."""
         session.check_step(tensors[0].size if tensors else ())  # before its bytes become a tensor
         prompts = prompts_of_blocks(wire.read_optional(tensors, 1), opening.end - opening.start)
         hypo_ids = wire.read_optional(tensors, 2)
         hidden = await session.step(wire.read_tensor(tensors[0]), prompts=prompts, hypo_ids=hypo_ids)
-        (output,) = self._write([hidden], [self._served.compression])
-        return output, prompts is None
+        return hidden, prompts is None
 
     async def _forward(self, method: str, incoming: Awaitable[_Incoming], context: P2PContext) -> list[WireTensor]:
         async with asyncio.timeout(self._deadlines.request):
@@ -371,6 +373,10 @@ class TransformerConnectionHandler(ServicerBase):
                 raise NodeRefused(f"There is no output_compression {kind!r:.40}.")
         return list(asked)
 
+    def _output(self, hidden: torch.Tensor) -> WireTensor:
+        (output,) = self._write([hidden], [self._served.compression])
+        return output
+
     def _write(self, tensors: list[torch.Tensor], kinds: list[int]) -> list[WireTensor]:
         dtype = self._service.span.dtype
         return [wire.write_tensor(tensor.to(dtype), kind) for tensor, kind in zip(tensors, kinds, strict=True)]
@@ -384,6 +390,18 @@ def _truncate(session: ServedSession, metadata: dict[str, Any]) -> None:
     if type(start) is not int:
         raise NodeRefused(f"The {START} of a step is a number of tokens, not {start!r:.40}.")
     session.truncate(start)
+
+
+def _wanted(opening: _Request, metadata: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    """Those of a step's outputs [batch, tokens, hidden] that its client wants: `hidden` itself, or a copy of its last tokens."""
+    counts, tokens = metadata.get(OUTPUTS, {}), hidden.shape[1]
+    session_id = str(opening.metadata.get("session_id"))
+    count = counts.get(session_id, tokens) if isinstance(counts, dict) else None
+    if type(count) is not int or not 0 <= count <= tokens:
+        raise NodeRefused(
+            f"The {OUTPUTS} of a step are, for each session, a number from 0 to {tokens:,}, not {counts!r:.80}."
+        )
+    return hidden if count == tokens else hidden[:, tokens - count :].clone()
 
 
 def _pages(session: ServedSession, metadata: dict[str, Any]) -> list[bytes]:

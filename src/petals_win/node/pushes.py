@@ -39,9 +39,7 @@ class Pushes:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def push(self, output: WireTensor, request: ExpertRequest, metadata: dict[str, Any]) -> None:
-        """Send on the outputs of a step, with all else that came with its request, if that names a next server."""
-        if not metadata.get("next_servers"):
-            return
+        """Send on the outputs of a step, with all else that came with its request, to the next server that this names."""
         try:
             (peer, session_id, start, end), *others = metadata["next_servers"]
             if not 0 <= start < end <= _MOST_BLOCKS:

@@ -70,7 +70,7 @@ class Server:
                 )
         else:
             in_few_bits = source.in_few_bits_on(self._device.type)
-            needs = needs_of(source.config, self._dtype, self._quant, in_few_bits)
+            needs = needs_of(source.config, self._dtype, self._quant, in_few_bits, settings.kv_cache_dtype)
             self._num_blocks = choose_num_blocks(needs, self._device)
         self._model_info = ModelInfo(num_blocks=source.num_blocks)
         if not os.path.exists(model):
@@ -105,7 +105,7 @@ class Server:
     def _known_before_loading(self, relayed: bool) -> ServerInfo:
         """With the speed that was measured at an earlier start, or a modest guess."""
         settings, config = self._settings, self._source.config
-        speed = known_speed(config, self._device, self._dtype, self._quant)
+        speed = known_speed(config, self._device, self._dtype, self._quant, settings.kv_cache_dtype)
         figures: dict[str, Any] = throughput_info(speed, config, self._num_blocks, relayed)
         if isinstance(settings.throughput, float):
             figures = {"throughput": settings.throughput}

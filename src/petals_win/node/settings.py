@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.quantized_linear import Quant
 
 
@@ -31,6 +32,7 @@ class ServerSettings:
     device: torch.device | str | None = None
     torch_dtype: str = "auto"
     quant_type: Quant | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
     adapters: Sequence[str] = ()
     throughput: float | str = "auto"  # announced while the blocks are loaded; then what was measured is
 

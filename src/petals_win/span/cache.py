@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from petals_win.errors import UserError
+from petals_win.span.kv_int8 import packed, packed_bytes, unpacked, unpacked_size
 from petals_win.span.memory import allocate
 from petals_win.span.recurrent import COPIES, Kind, States, StateShape
 from petals_win.span.state import CannotTruncate
@@ -40,10 +42,22 @@ class KvShape:
     chunked: bool = False  # whether the window does not slide: it begins anew every so many tokens
     mark_size: int = 0  # of a key beside the others, by which the block chooses the tokens that it attends to
     times: int = 1  # that the block attends, with keys and values of its own each time; the same for all blocks
+    in_int8: bool = False  # whether keys and values are kept in 8 bits (kv_int8.py)
 
     @property
     def attends(self) -> bool:
         return self.key_heads > 0
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of what is kept of a token."""
+        return torch.int8 if self.in_int8 else self.dtype
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many of them a head of keys is, and one of values."""
+        sizes = self.key_size, self.value_size
+        return (packed_bytes(sizes[0]), packed_bytes(sizes[1])) if self.in_int8 else sizes
 
     @property
     def state_bytes(self) -> int:
@@ -58,8 +72,9 @@ class KvShape:
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values."""
-        numbers = self.key_heads * self.key_size + self.value_heads * self.value_size + self.mark_size
-        return self.times * numbers * self.dtype.itemsize
+        key, value = self.rows
+        numbers = self.key_heads * key + self.value_heads * value + self.mark_size
+        return self.times * numbers * self.kept_dtype.itemsize
 
     def tokens_kept(self, tokens: int) -> int:
         """For how many of so many tokens memory is needed."""
@@ -68,6 +83,16 @@ class KvShape:
     def bytes_of(self, tokens: int) -> int:
         """What a block keeps of a sequence of so many tokens."""
         return self.state_bytes + self.bytes_per_token * self.tokens_kept(tokens)
+
+
+def in_int8(shapes: Sequence[KvShape], model_type: str) -> list[KvShape]:
+    """The same, with keys and values in 8 bits. Raises UserError where blocks keep something else, too."""
+    if any(shape.states or shape.mark_size for shape in shapes) or not any(shape.attends for shape in shapes):
+        raise UserError(
+            f"Blocks of the type {model_type} keep more of a conversation than keys and values, so that these cannot be kept in 8 bits. "
+            "Leave --kv-cache-dtype out."
+        )
+    return [replace(shape, in_int8=shape.attends) for shape in shapes]
 
 
 class SessionCache(Cache):
@@ -250,8 +275,9 @@ class _Slots(CacheLayerMixin):
         self.window, self.chunked = shape.window, shape.chunked
         self.is_sliding = shape.window is not None
         slots = shape.tokens_kept(capacity)
-        self.keys = allocate((batch_size, shape.key_heads, slots, shape.key_size), shape.dtype, device)
-        self.values = allocate((batch_size, shape.value_heads, slots, shape.value_size), shape.dtype, device)
+        key, value = shape.rows
+        self.keys = allocate((batch_size, shape.key_heads, slots, key), shape.kept_dtype, device)
+        self.values = allocate((batch_size, shape.value_heads, slots, value), shape.kept_dtype, device)
         self._first = 0
         self.is_initialized = True
 
@@ -338,6 +364,10 @@ class _Slots(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.hold(key_states, value_states)
+
+    def hold(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep those of new tokens [batch, heads, tokens, size], and return all that these see, as it is kept."""
         assert self.keys is not None and self.values is not None
         self.make_room(key_states.shape[-2])
         start = self._owner.position
@@ -349,7 +379,7 @@ class _Slots(CacheLayerMixin):
         return self.keys[:, :, first:end], self.values[:, :, first:end]
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` for one token of one sequence, [1, heads, size], in fewer operations."""
+        """`hold` for one token of one sequence, [1, heads, size], in fewer operations."""
         assert self.keys is not None and self.values is not None
         self.make_room(1)
         position = self._owner.position
@@ -380,6 +410,30 @@ class _Slots(CacheLayerMixin):
         end = self._end
         for held in self._held.values():
             held[:, :, :end] = held[:, :, :end].index_select(0, beam_idx.to(held.device))
+
+
+class _Int8Slots(_Slots):
+    """Keys and values in 8 bits. Attention of transformers' own gets them unpacked, a block at a time."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.hold(key_states, value_states)
+        return unpacked(keys, self._shape.dtype), unpacked(values, self._shape.dtype)
+
+    def hold(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().hold(packed(key_states), packed(value_states))
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().append(packed(key), packed(value))
+
+    def fill(self, chance: torch.Generator) -> None:
+        assert self.keys is not None
+        self._first = max(0, self._owner.position - self.keys.shape[2])
+        for held in self._held.values():
+            rows, heads, _, nbytes = held.shape
+            numbers = torch.randn(rows, heads, self._end, unpacked_size(nbytes), generator=chance)
+            held[:, :, : self._end] = packed(numbers)
 
 
 class _MarkedSlots(_Slots):
@@ -451,7 +505,8 @@ def _layer(
 ) -> _Slots | States:
     if not shape.attends:
         return States(owner, shape.states, batch_size, device)
-    made = _SlotsAndStates if shape.states else _MarkedSlots if shape.mark_size else _Slots
+    plain = _Int8Slots if shape.in_int8 else _Slots
+    made = _SlotsAndStates if shape.states else _MarkedSlots if shape.mark_size else plain
     return made(owner, shape, batch_size, capacity, device)
 
 

@@ -16,9 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from petals_win.models.architecture import empty_model, find_blocks, text_config
+from petals_win.span.cache import in_int8
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.int4 import has_place
 from petals_win.span.int8 import int8_bytes
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.quantized_linear import QUANTS, Quant, fused_experts, kept_bytes
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
@@ -41,15 +43,19 @@ class ModelFootprint:
 
 
 def model_footprint(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_few_bits: Mapping[str, int] = NOTHING
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    quant: Quant = "none",
+    in_few_bits: Mapping[str, int] = NOTHING,
+    kv_cache: KvCacheDtype = "auto",
 ) -> ModelFootprint:
     """The footprint of a model whose weights and cache are of `dtype`, the linear layers of its blocks quantized.
 
-    `in_few_bits`: the only weights that int4 is of, some of which it keeps in 8; none: it is of all. Raises UserError for a model that cannot be split.
+    `in_few_bits`: the only weights that int4 is of, some of which it keeps in 8; none: it is of all. Raises UserError for a model that cannot be
+    split, or does not keep keys and values as they are asked for.
     """
-    return _footprints(config.to_json_string(use_diff=False), _Hidden(config), dtype, frozenset(in_few_bits.items()))[
-        quant
-    ]
+    key = config.to_json_string(use_diff=False)
+    return _footprints(key, _Hidden(config), dtype, frozenset(in_few_bits.items()), kv_cache)[quant]
 
 
 def block_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -77,14 +83,17 @@ class _Hidden:
 
 @functools.lru_cache(maxsize=8)
 def _footprints(
-    _key: str, hidden: _Hidden, dtype: torch.dtype, in_few_bits: frozenset[tuple[str, int]]
+    _key: str, hidden: _Hidden, dtype: torch.dtype, in_few_bits: frozenset[tuple[str, int]], kv_cache: KvCacheDtype
 ) -> dict[Quant, ModelFootprint]:
     model = empty_model(hidden.config, dtype)
     layers = find_blocks(model).layers
     plain = sum(parameter.nbytes for parameter in layers.parameters())
     tied = getattr(model, "all_tied_weights_keys", {})  # not yet one and the same parameter on the meta device
     everything = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in tied)
-    caches = tuple(shape.planned_bytes_per_token for shape in CutDecoder(model, 0, len(layers)).kv_shapes(dtype))
+    shapes = CutDecoder(model, 0, len(layers)).kv_shapes(dtype)
+    if kv_cache == "int8":
+        shapes = in_int8(shapes, text_config(hidden.config).model_type)
+    caches = tuple(shape.planned_bytes_per_token for shape in shapes)
     asked = getattr(text_config(hidden.config), "num_experts_per_tok", None)
     chosen = asked if isinstance(asked, int) else None
     bits = dict(in_few_bits)

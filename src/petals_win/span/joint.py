@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from petals_win.kernels.library import MOST_ROWS
+from petals_win.span import kv_int8
 from petals_win.span.cache import KvShape, SessionCache
 from petals_win.span.decoder import CutDecoder
 from petals_win.span.lean import LeanBlocks
@@ -48,6 +49,7 @@ class JointPass:
         self._lean: LeanBlocks | None = None
         self._native: NativeBlocks | None = None  # for as many rows as it takes; beside it, _lean is there for more
         self.works = False
+        self._in_int8 = False
 
     def try_out(self, shapes: Sequence[KvShape], exact: bool) -> None:
         """Find out whether sessions of this decoder, which keeps `shapes`, can share a pass; if not, `works` stays False."""
@@ -55,13 +57,15 @@ class JointPass:
             # By the length that a cache tells, which a joint one cannot; the few rows of a trial would not show it.
             logger.info("Sessions are computed one by one: this model scales queries by how long a session is")
             return
-        self._native = NativeBlocks.of(self._decoder, self._dtype, self._device)
-        if self._native is not None:
+        self._in_int8 = any(shape.in_int8 for shape in shapes)
+        native = NativeBlocks.of(self._decoder, self._dtype, self._device)
+        if native is not None:
             self._lean = LeanBlocks.of(self._decoder, join=False)
+            self._native = None if self._in_int8 else native  # it reads keys and values as they are
             if self._agrees(shapes, exact, "The kernels are not used"):
                 self.works = True
                 return
-            self._native.let_go()
+            native.let_go()
             self._native = None
         self._lean = LeanBlocks.of(self._decoder)
         if self._lean is not None and self._agrees(shapes, exact, "The short way through these blocks is not taken"):
@@ -79,6 +83,11 @@ class JointPass:
     def takes_prompts(self) -> bool:
         """Whether it has in long steps."""
         return self._native is not None and self._native.takes_many
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether only here what a session keeps is not unpacked as a whole, block by block."""
+        return self._in_int8 and self.works
 
     def room_beside(self, rows: int) -> int | None:
         """How many rows more a pass of so many takes without another way than the kernels'; None: it does not go their way."""
@@ -192,7 +201,7 @@ class JointCache(Cache):
         self.held = [slot.append(*one) for slot, *one in zip(slots, key[: self.singles], value, strict=False)]
         if self._rows:
             others = zip(slots[self.singles :], self.of_the_others(key), self.of_the_others(value), strict=True)
-            self.held += [slot.update(keys, values) for slot, keys, values in others]
+            self.held += [slot.hold(keys, values) for slot, keys, values in others]
         if index in self._to_others:
             self._held_by[index] = self.held, self._window, self._chunked
 
@@ -214,8 +223,8 @@ class JointCache(Cache):
         scale: Any = module.scaling
         outputs = [output.flatten(1) for output in self.plainly_of_singles(query, scale)]
         for number, part in enumerate(self.of_the_others(query) if self._rows else ()):
-            keys, values = self.held[self.singles + number]
-            output, _ = sdpa_attention_forward(module, part, keys, values, self.mask(number, None), scaling=scale)
+            kept, mask = self.held[self.singles + number], self.mask(number, None)
+            output = _attention(sdpa_attention_forward, True, module, part, kept, mask, scaling=scale)
             outputs.append(output.flatten(2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -227,6 +236,8 @@ class JointCache(Cache):
         # The queries of the heads that share a key stand in for tokens: keys need not be repeated for them.
         parts = query[: self.singles].unflatten(1, (heads, -1)).split(1)
         held = zip(parts, self.held, strict=False)
+        if self.held[0][0].dtype is torch.int8:
+            return [kv_int8.attend(part, *kept, None, scale).flatten(1, 2) for part, kept in held]
         return [scaled_dot_product_attention(part, *kept, scale=scale).flatten(1, 2) for part, kept in held]
 
     def mask(self, index: int, additive: torch.dtype | None) -> torch.Tensor | None:
@@ -291,16 +302,33 @@ def _attend(
     if plain:
         outputs = joint.plainly_of_singles(_rows_first(query), settings.get("scaling"))
     else:
-        held = zip(query[:, :, : joint.singles].split(1, dim=2), joint.held, strict=False)
-        outputs = [
-            usual(module, part, keys, values, None, **settings)[0].flatten(0, 1) for part, (keys, values) in held
-        ]
+        # Of nothing, split() makes one part.
+        singles = query[:, :, : joint.singles].split(1, dim=2) if joint.singles else ()
+        held = zip(singles, joint.held, strict=False)
+        outputs = [_attention(usual, False, module, part, kept, None, **settings).flatten(0, 1) for part, kept in held]
     others = zip(joint.of_the_others(_rows_first(query)), joint.held[joint.singles :], strict=True)
     additive = query.dtype if _of_this_thread.usual == "eager" else None
-    for index, (part, (keys, values)) in enumerate(others):
-        output, _ = usual(module, part, keys, values, joint.mask(index, additive), **settings)
+    for index, (part, kept) in enumerate(others):
+        output = _attention(usual, plain, module, part, kept, joint.mask(index, additive), **settings)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _attention(
+    usual: Any,
+    plain: bool,
+    module: nn.Module,
+    query: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """[batch, heads, tokens, size] to [batch, tokens, heads, size], by the usual function. `plain`: it is scaled dot product attention."""
+    if kept[0].dtype is not torch.int8:
+        return usual(module, query, *kept, mask, **settings)[0]
+    if plain:
+        return kv_int8.attend(query, *kept, mask, settings.get("scaling")).transpose(1, 2)
+    return usual(module, query, *(kv_int8.unpacked(each, query.dtype) for each in kept), mask, **settings)[0]
 
 
 def _rows_first(states: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from petals_win.host.memory import available_bytes
 from petals_win.models.architecture import queries_of_a_key, text_config
 from petals_win.models.cuts import Cuts
 from petals_win.span.footprint import NOTHING, model_footprint
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.quantized_linear import Quant
 
 logger = logging.getLogger(__name__)
@@ -66,13 +67,17 @@ class Needs:
 
 
 def needs_of(
-    config: PreTrainedConfig, dtype: torch.dtype, quant: Quant = "none", in_few_bits: Mapping[str, int] = NOTHING
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    quant: Quant = "none",
+    in_few_bits: Mapping[str, int] = NOTHING,
+    kv_cache: KvCacheDtype = "auto",
 ) -> Needs:
     """Of a model served in `dtype`, its linear layers quantized. Raises UserError for a model that cannot be split.
 
     `in_few_bits` is what ModelSource says for a device: if there are any, int4 is of these weights alone.
     """
-    footprint = model_footprint(config, dtype, quant, in_few_bits)
+    footprint = model_footprint(config, dtype, quant, in_few_bits, kv_cache)
     return Needs(
         block_bytes=footprint.block_bytes,
         cache_bytes_per_token=footprint.cache_bytes_per_token,

@@ -20,10 +20,11 @@ from petals_win.models.architecture import empty_model, find_blocks
 from petals_win.models.cuts import Cuts
 from petals_win.models.rows import Row
 from petals_win.models.source import ModelSource
-from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache
+from petals_win.span.cache import BEYOND_WINDOW, ROOM_BEYOND, KvShape, SessionCache, in_int8
 from petals_win.span.decoder import CutDecoder, Prompts
 from petals_win.span.filling import Filling
 from petals_win.span.joint import JointPass
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.probe import continues, parts_of_each_kind
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.session import Session, Step
@@ -75,13 +76,15 @@ class Span:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         quant: Quant = "none",
+        kv_cache: KvCacheDtype = "auto",
         adapters: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Load the blocks [start, end) of `source`, and only them.
 
         `dtype` defaults to the checkpoint's. With `quant` the weights of linear layers are kept in fewer bits, one by one, so that
-        one of them in `dtype` is the most that is in memory; int4 takes over what a file has in four bits.
+        one of them in `dtype` is the most that is in memory; int4 takes over what a file has in four bits. With `kv_cache`
+        int8 sessions keep keys and values in 8 bits.
         `adapters` are folders or hub ids of LoRA adapters. `progress` gets the number of blocks loaded so far and of all. Raises ValueError for a range outside of
         the model, UserError for a checkpoint that is damaged or cannot be served.
         """
@@ -94,6 +97,8 @@ class Span:
         empty = CutDecoder(model, start, end)
         empty.cuts.check(start, end)
         shapes = empty.kv_shapes(dtype)
+        if kv_cache == "int8":
+            shapes = in_int8(shapes, blocks.decoder.config.model_type)
 
         how: dict[str, Any] = {"dtype": dtype, "device": device, "quant": quant, "progress": progress}
         filling = Filling(source, model, start, end, stay_plain=bool(adapters), **how)  # peft knows plain layers only
@@ -123,11 +128,17 @@ class Span:
         """Find out what these blocks can do, and the fastest way through them. Without it, steps are computed one by one."""
         with torch.inference_mode():
             self._continues = continues(self._decoder, self._shapes, self.device)
-        self._joint.try_out(self._shapes, exact=self.dtype is torch.float32 and self.quant == "none")
+        exact = self.dtype is torch.float32 and self.quant == "none" and self.kv_cache == "auto"
+        self._joint.try_out(self._shapes, exact=exact)
 
     @property
     def num_blocks(self) -> int:
         return self.end - self.start
+
+    @property
+    def kv_cache(self) -> KvCacheDtype:
+        """How sessions keep keys and values."""
+        return "int8" if any(shape.in_int8 for shape in self._shapes) else "auto"
 
     @property
     def row(self) -> Row:
@@ -308,7 +319,7 @@ class Span:
             step, tokens = pieces[0]
             few = step.session.batch_size * min(tokens, step.left) <= FEW_TOKENS
             short = self._joint.is_lean if few else self._joint.takes_prompts
-            if len(pieces) == 1 and not (short and self.companions(step)):
+            if len(pieces) == 1 and not ((short or self._joint.in_pieces) and self.companions(step)):
                 hidden, prompts = step.piece(tokens)
                 hidden = hidden.to(self.device, self.dtype)
                 outputs = [self._decoder.run(hidden, session.start, session.end, caches[0], prompts).cpu()]

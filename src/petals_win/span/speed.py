@@ -17,6 +17,7 @@ import torch
 from petals_win.host.folders import cache_folder
 from petals_win.host.threads import most_threads
 from petals_win.models.architecture import text_config
+from petals_win.span.kv_int8 import KvCacheDtype
 from petals_win.span.quantized_linear import Quant
 from petals_win.span.span import Span
 
@@ -38,14 +39,16 @@ class SpanSpeed:
 _UNKNOWN = SpanSpeed(inference_rps=300.0, forward_rps=3000.0)
 
 
-def known_speed(config: Any, device: torch.device, dtype: torch.dtype, quant: Quant) -> SpanSpeed:
+def known_speed(
+    config: Any, device: torch.device, dtype: torch.dtype, quant: Quant, kv_cache: KvCacheDtype = "auto"
+) -> SpanSpeed:
     """The speed measured at an earlier start for blocks of this shape, or a guess."""
-    return _read().get(_key(config, device, dtype, quant), _UNKNOWN)
+    return _read().get(_key(config, device, dtype, quant, kv_cache), _UNKNOWN)
 
 
 def measure_speed(span: Span) -> SpanSpeed:
     """Measure in the calling thread, which must be the span's own; at once if an earlier start measured this shape."""
-    key = _key(span.config, span.device, span.dtype, span.quant)
+    key = _key(span.config, span.device, span.dtype, span.quant, span.kv_cache)
     known = _read()
     if key not in known:
         known[key] = SpanSpeed(inference_rps=_decode_rps(span), forward_rps=_forward_rps(span))
@@ -88,11 +91,14 @@ def _rounds(call: Callable[[], torch.Tensor], at_most: int) -> tuple[int, float]
     return rounds, max(seconds, 1e-6)
 
 
-def _key(config: Any, device: torch.device | str, dtype: torch.dtype, quant: Quant) -> str:
+def _key(
+    config: Any, device: torch.device | str, dtype: torch.dtype, quant: Quant, kv_cache: KvCacheDtype = "auto"
+) -> str:
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{most_threads()}"
     decoder = text_config(config)
-    return f"{decoder.model_type} {decoder.hidden_size} {dtype} {quant} {name}"
+    cache = "" if kv_cache == "auto" else f" {kv_cache} cache"
+    return f"{decoder.model_type} {decoder.hidden_size} {dtype} {quant}{cache} {name}"
 
 
 def _read() -> dict[str, SpanSpeed]:

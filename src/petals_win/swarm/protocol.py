@@ -17,6 +17,9 @@ START, TAKES_BACK = "start_from_position", "takes_back"
 # In the metadata of a session's first step, which has no tokens, and of its last message: the hashes of the pages that its tokens begin
 # with. In the answer to the first: of how many of them the node has what an earlier session left.
 PAGES, CACHED_PAGES = "pages", "cached_pages"
+# In the metadata of a step or of a chunk of one: how many of its last outputs the client wants, by the id of the session whose they
+# are, since what is pushed brings the same metadata along. A session that is not named, or whose node does not heed it, sends all.
+OUTPUTS = "last_outputs"
 # In the metadata of a step: the name of the client's lines, on which the answer may come.
 LINE = "line"
 
