@@ -204,12 +204,13 @@ def test_beside_busy_programs_torch_computes_with_one_thread():
 def test_pieces_are_shared_out_among_threads():
     """Each of which computes alone; threads that come later begin as before."""
     found = run("""
-        import json, threading, time
+        import json, threading
         import torch
         from petals_win.host.threads import share_out
 
         def work(piece):
-            time.sleep(0.02)
+            if together is not None and threading.get_ident() not in {who for _, who, *_ in done}:
+                together.wait(30)  # until each thread has a piece
             done.append((piece, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
             if piece == 100:
                 raise ValueError("a hundred")
@@ -217,7 +218,7 @@ def test_pieces_are_shared_out_among_threads():
         shared = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            done = []
+            done, together = [], threading.Barrier(threads)
             share_out(work, range(9))
             pieces, who, alone, learns = zip(*done)
             after = [torch.get_num_threads()]
@@ -225,7 +226,7 @@ def test_pieces_are_shared_out_among_threads():
             later.start()
             later.join()
             shared.append([sorted(pieces), len(set(who)), set(alone) == {1}, any(learns), after])
-        done = []
+        done, together = [], None
         try:
             share_out(work, range(98, 200))
         except ValueError as e:
