@@ -401,18 +401,25 @@ def _no_room(asked: Asked, span: Any) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, asked.device)
         return
-    run = span._decoder.run
+    alone, together = span._decoder.run, span._joint.run
+
+    def refuse(tokens: int) -> None:
+        if tokens > PROMPT:
+            raise torch.OutOfMemoryError(f"{asked.device} out of memory, as it is told to say")
 
     def failing(hidden: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
-        if hidden.shape[1] > PROMPT:
-            raise torch.OutOfMemoryError(f"{asked.device} out of memory, as it is told to say")
-        return run(hidden, *rest, **more)
+        refuse(hidden.shape[1])
+        return alone(hidden, *rest, **more)
 
-    span._decoder.run = failing
+    def failing_together(parts: Any, *rest: Any) -> list[torch.Tensor]:
+        refuse(max(part.shape[1] for _, part in parts))
+        return together(parts, *rest)
+
+    span._decoder.run, span._joint.run = failing, failing_together
     try:
         yield
     finally:
-        span._decoder.run = run
+        span._decoder.run, span._joint.run = alone, together
 
 
 def check_too_large(asked: Asked) -> Iterator[Result]:
