@@ -160,4 +160,4 @@ def test_memory_while_loading(tmp_path):
     taken = taken_by_loading(path)
     assert taken.dtype == "bfloat16" and taken.planned == taken.weights > 500e6
     assert 0.95 <= taken.kept / taken.planned <= 1.05, taken
-    assert taken.most <= 1.15 * taken.planned, taken
+    assert taken.most <= 1.25 * taken.planned, taken

@@ -190,7 +190,7 @@ def test_memory_is_as_planned_and_little_more_while_loading(home, tmp_path):
     taken = taken_by_loading(path, quant="int4")
     assert taken.planned == taken.weights > 150e6
     assert 0.95 <= taken.kept / taken.planned <= 1.05, taken
-    assert taken.most <= 1.15 * taken.planned, taken
+    assert taken.most <= 1.25 * taken.planned, taken
 
 
 def test_weights_are_read_in_pieces_and_each_row_once(file_of, monkeypatch):
