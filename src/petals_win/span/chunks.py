@@ -14,7 +14,7 @@ _TURN_S = 0.4
 _BESIDE, _BETWEEN = 0.6, 0.3
 # So many times as late as without prompts decodes may come again. First what is computed beside them grows up to its bound, at a share of
 # 1, since weights are read for it anyway; then what is computed between, up to a share of 2, which begins with a part worth a turn.
-_LATER = 1.75
+_LATER = 1.55
 _LEAST_SHARE, _WORTH_A_TURN, _MOST_SHARE = 0.25, 1.2, 2.0
 _GAIN, _LESS, _MORE = 0.3, 0.8, 1.1
 _SOONER_AGAIN, _LATER_AGAIN = (
