@@ -17,10 +17,8 @@ _BESIDE, _BETWEEN = 0.6, 0.3
 _LATER = 1.55
 _LEAST_SHARE, _WORTH_A_TURN, _MOST_SHARE = 0.25, 1.2, 2.0
 _GAIN, _LESS, _MORE = 0.3, 0.8, 1.1
-_SOONER_AGAIN, _LATER_AGAIN = (
-    0.3,
-    0.03,
-)  # of the last one in how soon they come again: other nodes may have a prompt when this one has none
+# Of the last time in how soon they come again without a prompt here: that they come later may be a prompt's at another node.
+_SOONER_AGAIN, _LATER_AGAIN = 0.3, 0.03
 _LEAST = 8
 _WORTH_ROOM = 4
 _RECENT = 0.3  # of the last turn in a mean of turns
