@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import Served, eventually, serving
-from petals_win.api import answering
+from petals_win.api import answering, streaming
 from petals_win.api.anthropic_replies import AnthropicError, AnthropicMessage
 from petals_win.engines.base import (
     Constraint,
@@ -414,7 +414,7 @@ def test_what_fails_in_the_middle_of_a_stream_raises_in_the_client(client, serve
 
 
 def test_pings_are_events(monkeypatch):
-    monkeypatch.setattr(answering, "PING_S", 0.05)
+    monkeypatch.setattr(streaming, "PING_S", 0.05)
     monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.01)
     with serving(FakeEngine(pace=0.4)) as served:
         response = posted(served, messages=said("say a b"), stream=True)

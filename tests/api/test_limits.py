@@ -12,7 +12,7 @@ from free_ports import free_port
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
-from petals_win.api import answering
+from petals_win.api import streaming
 from petals_win.api.app import create_app
 from petals_win.api.server import ApiServer, PortInUse
 from petals_win.api.settings import Settings, read_api_keys
@@ -53,7 +53,7 @@ def test_a_full_line_refuses():
 
 
 def test_a_client_that_stops_reading_loses_its_place(monkeypatch):
-    monkeypatch.setattr(answering, "SEND_S", 0.3)
+    monkeypatch.setattr(streaming, "SEND_S", 0.3)
     with serving(FakeEngine(pace=0)) as served:
         words = " ".join(["say"] + ["x" * 4000] * 900)
         body = json.dumps(served.chat(words, n=16, stream=True)).encode()

@@ -11,7 +11,7 @@ import pytest
 
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import Served, eventually, serving
-from petals_win.api import answering
+from petals_win.api import answering, streaming
 from petals_win.api.ollama_replies import OllamaChatReply, OllamaError, OllamaGenerateReply
 from petals_win.engines.base import (
     ChosenToken,
@@ -405,7 +405,7 @@ def test_the_client_raises_what_fails(client):
 
 
 def test_pings_are_lines_without_text(monkeypatch):
-    monkeypatch.setattr(answering, "PING_S", 0.05)
+    monkeypatch.setattr(streaming, "PING_S", 0.05)
     monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.01)
     with serving(FakeEngine(pace=0.4)) as served:
         client = ollama.Client(served.url, timeout=20)

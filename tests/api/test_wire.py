@@ -9,7 +9,7 @@ import pytest
 import petals_win
 from api.fake_engine import MODEL, FakeEngine
 from api.serving import eventually, serving
-from petals_win.api import answering
+from petals_win.api import answering, streaming
 
 
 def events_of(body: str) -> list[str]:
@@ -82,7 +82,7 @@ def test_tokens_are_sent_as_they_come():
 
 def test_pings_keep_a_slow_stream_open(monkeypatch):
     monkeypatch.setattr(answering, "FIRST_EVENT_S", 0.1)
-    monkeypatch.setattr(answering, "PING_S", 0.1)
+    monkeypatch.setattr(streaming, "PING_S", 0.1)
     with serving() as served:
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=served.chat("wait", stream=True)) as r:
             lines = r.iter_lines()

@@ -192,9 +192,9 @@ def test_what_is_not_installed_is_skipped_with_the_reason(checks, tmp_path, monk
         return check
 
     asked = checks.Asked(torch.device("cpu"), "", tmp_path)
-    monkeypatch.setattr(checks, "CHECKS", {"a": needs("sse_starlette"), "b": needs("petals.client")})
+    monkeypatch.setattr(checks, "CHECKS", {"a": needs("uvicorn"), "b": needs("petals.client")})
     (skipped,) = checks._carry_out("a", asked)
-    assert (skipped.level, skipped.figures["why"]) == ("skipped", "sse_starlette is not installed")
+    assert (skipped.level, skipped.figures["why"]) == ("skipped", "uvicorn is not installed")
     (failed,) = checks._carry_out("b", asked)
     assert failed.level == "failed" and "external/ is not built" in failed.figures["why"]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from sse_starlette import ServerSentEvent
 
-from petals_win.api.answering import json_event
 from petals_win.api.errors import ApiError, anthropic_body
 from petals_win.api.generations import Answer
 from petals_win.api.messages import arguments_as_object
+from petals_win.api.streaming import json_event
 from petals_win.engines.base import Event, Finished, Thought, Token, ToolCallArguments, ToolCallBegun, Usage
 
 
@@ -104,7 +103,7 @@ async def whole(answer: Answer, model: str) -> dict[str, Any]:
     return {**_head(model), "content": content, **_end(reading.finished), "usage": _usage(reading.usage)}
 
 
-async def events(answer: Answer, model: str) -> AsyncIterator[ServerSentEvent]:
+async def events(answer: Answer, model: str) -> AsyncGenerator[bytes, None]:
     """The reply piece by piece; the last event is message_stop, or an error if the answer breaks."""
     reading = _Reading(answer)
     begun = {**_head(model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(reading.usage)}
@@ -120,7 +119,7 @@ async def events(answer: Answer, model: str) -> AsyncIterator[ServerSentEvent]:
     yield _event({"type": "message_stop"})
 
 
-def ping() -> ServerSentEvent:
+def ping() -> bytes:
     """What keeps a connection open."""
     return _event({"type": "ping"})
 
@@ -199,7 +198,7 @@ def _extend(block: dict[str, Any], delta: dict[str, Any]) -> None:
             block["input"] = (block["input"] or "") + text
 
 
-def _event(body: dict[str, Any]) -> ServerSentEvent:
+def _event(body: dict[str, Any]) -> bytes:
     return json_event(body, name=body["type"])
 
 

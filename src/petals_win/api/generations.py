@@ -11,8 +11,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import anyio
-
 from petals_win.api import callers
 from petals_win.api.callers import Bill
 from petals_win.api.counting import Counts, Run
@@ -160,7 +158,9 @@ class Answer:
         self._loads = loads
         self._counts = counts
         self._known = {card.id for card in engine.models()}
-        self._sender, self._receiver = anyio.create_memory_object_stream[tuple[int, Event]](_EVENTS_AHEAD)
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._ahead = asyncio.Semaphore(_EVENTS_AHEAD)
+        self._over = False  # whether all events were read
         self._begun = asyncio.Event()
         self._error: ApiError | None = None
         self.task = asyncio.create_task(self._run(engine, slots, requests, bills))
@@ -172,9 +172,16 @@ class Answer:
         if self._error:
             raise self._error
 
+    @property
+    def has_more(self) -> bool:
+        """Whether what comes next, the end included, is there already."""
+        return self._over or not self._events.empty()
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        async for item in self._receiver:
+        while (item := await self._events.get()) is not None:
+            self._ahead.release()
             yield item
+        self._over = True
         if self._error:
             raise self._error
 
@@ -184,7 +191,6 @@ class Answer:
         await asyncio.wait({self.task}, timeout=_GIVE_UP_S)
         if not self.task.done():
             logger.error("The engine does not give up an answer that nobody waits for")
-        self._receiver.close()
 
     async def _run(
         self,
@@ -214,7 +220,8 @@ class Answer:
                                 bill.total(event.prompt_tokens + event.completion_tokens)
                             elif not isinstance(event, Finished):
                                 bill.piece()
-                            await self._sender.send((index, event))
+                            await self._ahead.acquire()
+                            self._events.put_nowait((index, event))
         except asyncio.CancelledError:
             self._error = _shutting_down()
             run.aborted()
@@ -227,7 +234,7 @@ class Answer:
             for bill in unused:
                 bill.total(0)
             self._begun.set()
-            self._sender.close()
+            self._events.put_nowait(None)
 
     def _count(self, request: GenerationRequest) -> Run:
         # What models there are is the engine's to say: made-up names would be new lines of /metrics for ever.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from petals_win.api.answering import JsonLine
 from petals_win.api.errors import ApiError, ollama_body
 from petals_win.api.generations import Answer
 from petals_win.api.messages import arguments_as_object
+from petals_win.api.streaming import json_line
 from petals_win.engines.base import (
     ChosenToken,
     Finished,
@@ -140,21 +140,21 @@ async def whole(answer: Answer, shape: Shape, model: str) -> dict[str, Any]:
     return _line(shape, model, everything, done=True) | reading.end()
 
 
-async def lines(answer: Answer, shape: Shape, model: str) -> AsyncIterator[JsonLine]:
+async def lines(answer: Answer, shape: Shape, model: str) -> AsyncGenerator[bytes, None]:
     """The reply piece by piece; the last line is its end, or an error if the answer breaks."""
     reading = _Reading(answer)
     try:
         async for piece in reading.pieces():
-            yield JsonLine(_line(shape, model, piece))
+            yield json_line(_line(shape, model, piece))
     except ApiError as error:
-        yield JsonLine(ollama_body(error))
+        yield json_line(ollama_body(error))
         return
-    yield JsonLine(_line(shape, model, done=True) | reading.end())
+    yield json_line(_line(shape, model, done=True) | reading.end())
 
 
-def nothing_yet(shape: Shape, model: str) -> JsonLine:
+def nothing_yet(shape: Shape, model: str) -> bytes:
     """A line without any text, which keeps a connection open."""
-    return JsonLine(_line(shape, model))
+    return json_line(_line(shape, model))
 
 
 def loaded(shape: Shape, model: str, reason: Literal["load", "unload"]) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from petals_win.api import reply_schemas as sent
-from petals_win.api.answering import SEND_S, unless_disconnected
+from petals_win.api.answering import unless_disconnected
 from petals_win.api.ascii_json import AsciiJson
 from petals_win.api.errors import ApiError, from_engine
 from petals_win.api.generations import Generations
 from petals_win.api.petals_sessions import IDLE_S, Generate, Session, Sessions, portions
 from petals_win.api.schemas import Text
+from petals_win.api.streaming import SEND_S
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 

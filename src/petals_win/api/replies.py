@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
-from petals_win.api.answering import answer_streamed, answer_whole, json_event
+from petals_win.api.answering import answer_streamed, answer_whole
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Answer, Generations
 from petals_win.api.schemas import Sampling
 from petals_win.api.shapes import Shape
+from petals_win.api.streaming import DONE, json_event
 from petals_win.engines.base import Event, Finished, GenerationRequest, Usage
 
 
@@ -52,12 +52,12 @@ async def _whole(answer: Answer, asked: Sampling, shape: Shape, requests: list[G
     return {**_head(shape, shape.whole_object, requests[0].model), "choices": choices, "usage": usage.body()}
 
 
-async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> AsyncIterator[ServerSentEvent]:
+async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> AsyncGenerator[bytes, None]:
     head = _head(shape, shape.chunk_object, model)
     options = asked.stream_options
     usage = _Usage(asked.n)
 
-    def chunk(index: int, piece: dict[str, Any], reason: str | None = None) -> ServerSentEvent:
+    def chunk(index: int, piece: dict[str, Any], reason: str | None = None) -> bytes:
         body = {**head, "choices": [{"index": index, **piece, "finish_reason": reason}]}
         if options.continuous_usage_stats:
             body["usage"] = usage.body()
@@ -86,7 +86,7 @@ async def _events(answer: Answer, asked: Sampling, shape: Shape, model: str) -> 
         return
     if options.include_usage:
         yield json_event({**head, "choices": [], "usage": usage.body()})
-    yield ServerSentEvent("[DONE]", sep="\n")
+    yield DONE
 
 
 class _Usage:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
-from sse_starlette import ServerSentEvent
 
-from petals_win.api.answering import json_event
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Answer
 from petals_win.api.responses_schemas import ResponsesRequest
+from petals_win.api.streaming import json_event
 from petals_win.engines.base import Event, Finished, Thought, Token, ToolCallArguments, ToolCallBegun, Usage
 
 
@@ -58,12 +57,12 @@ async def whole(answer: Answer, asked: ResponsesRequest, model: str) -> dict[str
     return response.ended()["response"]
 
 
-async def events(answer: Answer, asked: ResponsesRequest, model: str) -> AsyncIterator[ServerSentEvent]:
+async def events(answer: Answer, asked: ResponsesRequest, model: str) -> AsyncGenerator[bytes, None]:
     """The response as it comes."""
     response = _Response(asked, model)
     count = 0
 
-    def numbered(bodies: list[dict[str, Any]]) -> list[ServerSentEvent]:
+    def numbered(bodies: list[dict[str, Any]]) -> list[bytes]:
         nonlocal count
         told = []
         for body in bodies:

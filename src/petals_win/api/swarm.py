@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from petals_win.api import reply_schemas as sent
-from petals_win.api.answering import PING_S, SEND_S, comment, json_event
 from petals_win.api.errors import ApiError
 from petals_win.api.generations import Generations
+from petals_win.api.streaming import Stream, json_event
 from petals_win.engines.base import Engine
 
 LOOK_S = 1.0  # between two looks at what the engine knows
@@ -34,10 +33,11 @@ def swarm_routes(engine: Engine, generations: Generations) -> APIRouter:
 
     @router.get(
         "/v1/swarm/events",
-        response_class=EventSourceResponse,
+        status_code=200,
+        response_class=Stream,
         responses=sent.errors(401, 403, 429, 500) | sent.events_of(sent.Swarm, "The state, as /v1/swarm has it."),
     )
-    async def swarm_events() -> EventSourceResponse:
+    async def swarm_events() -> Stream:
         """The whole state as a server-sent event, at once and whenever it changes."""
         if len(listeners) >= MOST_LISTENERS:
             raise ApiError(
@@ -51,11 +51,11 @@ def swarm_routes(engine: Engine, generations: Generations) -> APIRouter:
     return router
 
 
-class _Listened(EventSourceResponse):
+class _Listened(Stream):
     """Server-sent events with a place among the listeners, from the moment in which they are made to their end."""
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent], listeners: set[object]):
-        super().__init__(events, ping=PING_S, ping_message_factory=comment, send_timeout=SEND_S)
+    def __init__(self, events: AsyncGenerator[bytes, None], listeners: set[object]):
+        super().__init__(events)
         self._listeners = listeners
         listeners.add(self)
 
@@ -66,7 +66,7 @@ class _Listened(EventSourceResponse):
             self._listeners.discard(self)
 
 
-async def _changes(engine: Engine, stopping: asyncio.Event) -> AsyncIterator[ServerSentEvent]:
+async def _changes(engine: Engine, stopping: asyncio.Event) -> AsyncGenerator[bytes, None]:
     before = None
     while not stopping.is_set():
         now = _state(engine)

@@ -1,0 +1,111 @@
+"""A response that goes out piece by piece, as server-sent events or lines, until it is complete or nobody reads it any more.
+
+Knows how pieces are written, and connections that are silent, slow or gone. Does not know what is told. A token of a small model
+takes a few milliseconds, in which everything here runs once: what a library for such events does beside took longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+PING_S = 15.0
+# A client that has stopped reading must not hold its place for ever.
+SEND_S = 60.0
+
+EVENTS = "text/event-stream"
+COMMENT = b": ping\n\n"  # what is sent where nothing else is, so that proxies keep the connection
+DONE = b"data: [DONE]\n\n"
+
+_LINE_SEPARATORS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
+_in_unicode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_in_ascii = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def json_event(body: dict[str, Any], name: str | None = None) -> bytes:
+    """An event whose data is JSON in one line, also for clients that take Unicode's line separators for ends of a line."""
+    data = _in_unicode(body)
+    if not data.isascii():
+        data = data.translate(_LINE_SEPARATORS)
+    return f"data: {data}\n\n".encode() if name is None else f"event: {name}\ndata: {data}\n\n".encode()
+
+
+def json_line(body: dict[str, Any]) -> bytes:
+    """A line of JSON, in ASCII, since many clients take other characters (U+0085, U+2028) for the end of a line, too."""
+    return _in_ascii(body).encode() + b"\n"
+
+
+class Stream(Response):
+    """Sends `pieces` as they come, those together of which `more` says that the next one is there already.
+
+    `ping` makes what is sent every now and then between them.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        media_type: str = EVENTS,
+        ping: Callable[[], bytes] = lambda: COMMENT,
+        more: Callable[[], bool] = lambda: False,
+    ):
+        self.status_code, self.background, self.media_type = 200, None, media_type
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # nginx would keep the pieces back
+        self._pieces, self._ping, self._more = pieces, ping, more
+        self._turn = asyncio.Lock()  # a ping waits for no piece, and a piece for no more than a ping
+        self._sending_since: float | None = None
+        self._complete = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        tasks = [asyncio.ensure_future(self._send_all(send))]
+        tasks += map(asyncio.ensure_future, (self._send_pings(send), self._overdue(), left(receive)))
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._pieces.aclose()
+        for task in done:
+            task.result()
+
+    async def _send_all(self, send: Send) -> None:
+        held = b""
+        async for piece in self._pieces:
+            held += piece
+            if not self._more():
+                await self._send(send, held)
+                held = b""
+        await self._send(send, held, complete=True)
+
+    async def _send_pings(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            if not self._turn.locked():  # else something is on its way
+                await self._send(send, self._ping())
+
+    async def _send(self, send: Send, body: bytes, complete: bool = False) -> None:
+        async with self._turn:
+            if self._complete:
+                return
+            self._complete = complete
+            self._sending_since = asyncio.get_running_loop().time()
+            await send({"type": "http.response.body", "body": body, "more_body": not complete})
+            self._sending_since = None
+
+    async def _overdue(self) -> None:
+        """Returns when the client has not taken a piece for too long."""
+        clock = asyncio.get_running_loop().time
+        while (left := SEND_S if self._sending_since is None else self._sending_since + SEND_S - clock()) > 0:
+            await asyncio.sleep(left)
+
+
+async def left(receive: Receive) -> None:
+    """Returns when the client has left. The body of its request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
