@@ -4,7 +4,8 @@
    the processor's caches; this loop fits into them. Weights are read once for all rows, as they lie: [outputs, inputs], row by row. For many
    tokens, as prompts are, they and the keys are laid out anew, a piece at a time.
 
-   Threads share the work by taking pieces of it: who is not scheduled takes none, and holds nobody up. They are the caller's own. */
+   Threads share the work by taking pieces of it: who is not scheduled takes none, and holds nobody up. They are the caller's own, and wait for
+   a step in here, without anything that the caller has only one of, such as Python's lock. */
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -25,12 +26,31 @@ __attribute__((no_builtin("memset"))) void *memset(void *to, int value, size_t s
     for (size_t i = 0; i < size; i++) ((char *)to)[i] = (char)value;
     return to;
 }
+typedef struct {
+    void *state;
+} Word;
 __declspec(dllimport) int __stdcall SwitchToThread(void);
+__declspec(dllimport) void __stdcall AcquireSRWLockExclusive(Word *lock);
+__declspec(dllimport) void __stdcall ReleaseSRWLockExclusive(Word *lock);
+__declspec(dllimport) int __stdcall SleepConditionVariableSRW(Word *news, Word *lock, unsigned milliseconds, unsigned shared);
+__declspec(dllimport) void __stdcall WakeConditionVariable(Word *news);
+static Word board, news;
 #define give_way() SwitchToThread()
+#define take_board() AcquireSRWLockExclusive(&board)
+#define leave_board() ReleaseSRWLockExclusive(&board)
+#define wait_for_news() SleepConditionVariableSRW(&news, &board, 0xffffffffu, 0)
+#define tell_one() WakeConditionVariable(&news)
 #else
 #define EXPORT __attribute__((visibility("default")))
+#include <pthread.h>
 #include <sched.h>
+static pthread_mutex_t board = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t news = PTHREAD_COND_INITIALIZER;
 #define give_way() sched_yield()
+#define take_board() pthread_mutex_lock(&board)
+#define leave_board() pthread_mutex_unlock(&board)
+#define wait_for_news() pthread_cond_wait(&news, &board)
+#define tell_one() pthread_cond_signal(&news)
 #endif
 
 #if defined(__x86_64__)
@@ -113,7 +133,7 @@ typedef struct {
 } Row;
 
 /* count: of blocks. first: of those that sessions have, the one that these begin with. Without any, the head alone is computed, of as many rows as there are, each `width` behind the one before. */
-typedef struct {
+typedef struct Step {
     const Block *blocks;
     const Row *rows;
     const float *cosines, *sines; /* [positions, turning] each */
@@ -122,7 +142,9 @@ typedef struct {
     const Linear *head;           /* of what comes out; or NULL */
     float *outputs;               /* [rows, head's outputs] */
     int64_t first, count, row_count, width, turning, threads;
-    _Atomic int64_t open, inside, came;
+    int64_t wanted, came;         /* threads that should help, and those that do */
+    _Atomic int64_t inside;       /* those that are not through */
+    struct Step *next;
     struct {
         _Atomic int32_t taken, done;
     } *stages;                    /* [count, STAGES], and one for a head */
@@ -1079,22 +1101,48 @@ static void take_part(Step *step, int64_t thread) {
     if (step->head) take_part_in(step, step->count, HEAD, thread);
 }
 
-/* For every thread but the first: returns when the step is done, at once if it is already. */
-EXPORT void petals_help(Step *step) {
-    atomic_fetch_add(&step->inside, 1);
-    if (atomic_load(&step->open)) take_part(step, atomic_fetch_add(&step->came, 1) + 1);
-    atomic_fetch_sub(&step->inside, 1);
+/* The steps in work, on the board: only who holds it may look at them. */
+static Step *steps;
+
+/* Helps with every step that wants it, and never returns. */
+EXPORT void petals_help(void) {
+    take_board();
+    for (;;) {
+        Step *step = steps;
+        while (step && !step->wanted) step = step->next;
+        if (!step) {
+            wait_for_news();
+            continue;
+        }
+        int64_t thread = ++step->came;
+        step->wanted--;
+        atomic_fetch_add(&step->inside, 1);
+        leave_board();
+        take_part(step, thread);
+        atomic_fetch_sub(&step->inside, 1); /* from here on the step may be gone */
+        take_board();
+    }
 }
 
-/* Computes the step. `stages` are all zero. With many rows it is one that petals_help() has not been called with before: each thread has a part of
-   `work` by its number. */
+/* Computes the step, with the help of `threads` - 1 others as far as they come. `stages` are all zero. Each thread has a part of `work` by its number. */
 EXPORT void petals_step(Step *step) {
     if (step->count) norm_rows(step, 0, step->blocks[0].norm, step->blocks[0].eps);
     else if (step->head->kind == INT4 && step->row_count <= MOST_ROWS) sum_groups(step->hidden, step->row_count, step->head->inputs, step->work);
-    atomic_store(&step->came, 0);
-    atomic_store(&step->open, 1);
+    step->came = 0, step->wanted = step->threads - 1;
+    atomic_store(&step->inside, 0);
+    if (step->wanted) {
+        take_board();
+        step->next = steps, steps = step;
+        leave_board();
+        for (int64_t i = 0; i < step->threads - 1; i++) tell_one();
+    }
     take_part(step, 0);
-    atomic_store(&step->open, 0);
+    if (step->threads == 1) return;
+    take_board();
+    Step **place = &steps;
+    while (*place != step) place = &(*place)->next;
+    *place = step->next;
+    leave_board();
     while (atomic_load(&step->inside)) give_way();
 }
 

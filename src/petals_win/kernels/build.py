@@ -31,8 +31,8 @@ _ARM64 = {"arm64": "-mcpu=generic"}
 _SYSTEMS = {
     "windows/amd64": ("x86_64-windows-gnu", _AMD64, ".dll", "-nostdlib -lkernel32"),
     "windows/arm64": ("aarch64-windows-gnu", _ARM64, ".dll", "-nostdlib -lkernel32"),
-    "linux/amd64": ("x86_64-linux-gnu.2.17", _AMD64, ".so", ""),
-    "linux/arm64": ("aarch64-linux-gnu.2.17", _ARM64, ".so", ""),
+    "linux/amd64": ("x86_64-linux-gnu.2.17", _AMD64, ".so", "-lpthread"),
+    "linux/arm64": ("aarch64-linux-gnu.2.17", _ARM64, ".so", "-lpthread"),
     "darwin/amd64": ("x86_64-macos.12.0", _AMD64, ".dylib", ""),
     "darwin/arm64": ("aarch64-macos.12.0", _ARM64, ".dylib", ""),
 }

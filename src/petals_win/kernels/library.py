@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import queue
 import sys
 import threading
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
@@ -76,7 +75,8 @@ class Step(Structure):
     _fields_: ClassVar[Any] = [
         *((name, c_void_p) for name in ("blocks", "rows", "cosines", "sines", "hidden", "work", "head", "outputs")),
         *((name, c_int64) for name in ("first", "count", "row_count", "width", "turning", "threads")),
-        *((name, c_int64) for name in ("open", "inside", "came")),
+        *((name, c_int64) for name in ("wanted", "came", "inside")),
+        ("next", c_void_p),
         ("stages", c_void_p),
     ]
 
@@ -87,7 +87,7 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         self._step, self._help, self._floats = library.petals_step, library.petals_help, library.petals_step_floats
-        self._step.argtypes = self._help.argtypes = [POINTER(Step)]
+        self._step.argtypes, self._help.argtypes = [POINTER(Step)], []
         self._step.restype = self._help.restype = None
         self._floats.argtypes, self._floats.restype = [POINTER(Block), c_int64, c_int64, c_int64], c_int64
         self._unpack = library.petals_unpack
@@ -97,7 +97,6 @@ class Kernels:
         self._quantize.argtypes = [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p]
         self._many_floats = library.petals_many_floats
         self._many_floats.argtypes, self._many_floats.restype = [c_int64], c_int64
-        self._wanted: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._helpers = 0
 
     def linear(self, layer: Linear, inputs: torch.Tensor) -> torch.Tensor:
@@ -143,16 +142,11 @@ class Kernels:
 
     def run(self, step: Step) -> None:
         """Compute a step, with the help of `step.threads` - 1 threads as far as they come. Holds no lock of Python's meanwhile."""
-        for number in range(step.threads - 1):
-            if number == self._helpers:
-                self._helpers += 1
-                threading.Thread(target=self._help_out, name="kernels", daemon=True).start()
-            self._wanted.put(step)
+        while self._helpers < step.threads - 1:
+            self._helpers += 1
+            # It never comes back to Python, whose lock it would have to wait for in every step.
+            threading.Thread(target=self._help, name="kernels", daemon=True).start()
         self._step(step)
-
-    def _help_out(self) -> None:
-        while True:
-            self._help(self._wanted.get())
 
 
 def _apart(inputs: torch.Tensor) -> torch.Tensor:
