@@ -22,6 +22,7 @@ from petals_win.client.drafts import Pace
 from petals_win.client.ends import Ends
 from petals_win.client.hollow import hollow_model
 from petals_win.errors import NodeFull
+from petals_win.host.futures import AwaitableFuture
 from petals_win.models.source import open_model
 from petals_win.span.compute import ComputeThread
 from petals_win.span.span import Session, Span
@@ -67,9 +68,23 @@ class LocalSession:
         self._session.close()
 
 
+class BeginningSession(LocalSession):
+    """Whose steps set out from the compute thread, if nothing is to be done before them."""
+
+    def begin(self, hidden: torch.Tensor) -> AwaitableFuture[torch.Tensor] | None:
+        if self._blocks.before_a_step != self._blocks._nothing:
+            return None
+        assert not self.closed and threading.current_thread() is self._blocks.compute
+        self.steps.append(hidden.shape[1])
+        return self._blocks.compute.submit(self._blocks.span.step, self._session, hidden)
+
+    async def finish(self, begun: AwaitableFuture[torch.Tensor]) -> torch.Tensor:
+        return await begun
+
+
 class LocalBlocks:
-    def __init__(self, span: Span, compute: ComputeThread) -> None:
-        self.span, self.compute = span, compute
+    def __init__(self, span: Span, compute: ComputeThread, kind: type[LocalSession]) -> None:
+        self.span, self.compute, self._kind = span, compute, kind
         self.sessions: list[LocalSession] = []
         self.takes_back = 0
         self.before_a_step: Callable[[LocalSession], Any] = self._nothing
@@ -78,18 +93,18 @@ class LocalBlocks:
         return None
 
     def open(self, max_length: int, tokens: Sequence[int] = ()) -> LocalSession:
-        self.sessions.append(LocalSession(self, max_length))
+        self.sessions.append(self._kind(self, max_length))
         return self.sessions[-1]
 
 
 class Decoding:
     """A model of one of the families, whole for reference, and cut into what a client and a node have of it."""
 
-    def __init__(self, folder: Path, compute: ComputeThread) -> None:
+    def __init__(self, folder: Path, compute: ComputeThread, kind: type[LocalSession]) -> None:
         source = open_model(str(folder))
         self.whole: PreTrainedModel = source.whole_model()
         self.hollow = hollow_model(source, nn.Identity())
-        self.blocks = LocalBlocks(Span.load(source, 0, source.num_blocks), compute)
+        self.blocks = LocalBlocks(Span.load(source, 0, source.num_blocks), compute, kind)
         self.loop = DecodeLoop(self.hollow, compute)
 
     def run(self, prompts: Sequence[list[int]], limit: int = LIMIT, ends: set[int] | None = None, **arguments: Any):
@@ -164,16 +179,21 @@ def compute() -> Iterator[ComputeThread]:
     thread.stop()
 
 
+@pytest.fixture(scope="module", params=[LocalSession, BeginningSession], ids=["from the loop", "from the thread"])
+def kind(request) -> type[LocalSession]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def made() -> dict[str, Decoding]:
+def made(kind) -> dict[str, Decoding]:
     return {}
 
 
 @pytest.fixture
-def decoding(checkpoint, compute: ComputeThread, made: dict[str, Decoding]) -> Callable[[str], Decoding]:
+def decoding(checkpoint, compute: ComputeThread, made: dict[str, Decoding], kind) -> Callable[[str], Decoding]:
     def make(family: str) -> Decoding:
         if family not in made:
-            made[family] = Decoding(checkpoint(family), compute)
+            made[family] = Decoding(checkpoint(family), compute, kind)
         return made[family]
 
     return make
@@ -270,8 +290,8 @@ def test_what_generate_applies_is_applied(decoding, settings):
     assert answer != made.run([prompt])[0], "it makes a difference"
 
 
-def test_settings_of_the_models_own(checkpoint, compute):
-    made = Decoding(checkpoint("llama"), compute)
+def test_settings_of_the_models_own(checkpoint, compute, kind):
+    made = Decoding(checkpoint("llama"), compute, kind)
     (prompt,) = some_prompts([9])
     plain = made.run([prompt])[0]
     for model in (made.hollow, made.whole):
@@ -588,10 +608,10 @@ async def _rest_of(tokens) -> list[int]:
     return [token async for token in tokens]
 
 
-def test_the_compute_thread_ends(checkpoint, monkeypatch):
+def test_the_compute_thread_ends(checkpoint, monkeypatch, kind):
     compute = ComputeThread()
     compute.start()
-    made = Decoding(checkpoint("llama"), compute)
+    made = Decoding(checkpoint("llama"), compute, kind)
     (prompt,) = some_prompts([4])
 
     async def run() -> None:

@@ -6,9 +6,11 @@ Knows shapes and positions. Does not know whether the blocks lie in this process
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+
+from petals_win.host.futures import AwaitableFuture
 
 
 class BlockSession(Protocol):
@@ -62,6 +64,22 @@ class BlockSession(Protocol):
 
         `tokens`: the ids of what it has seen, as far as they are known, so that later sessions may go on from it.
         """
+        ...
+
+
+@runtime_checkable
+class BeginsAnywhere(Protocol):
+    """What a BlockSession has besides whose steps can set out from any thread, with nothing to wait for."""
+
+    def begin(self, hidden: torch.Tensor) -> AwaitableFuture[torch.Tensor] | None:
+        """Begin a step, while no other thread calls the session; None if that has to wait, as `step` does.
+
+        Whoever has begun it calls `finish`, or cancels it. Raises what `step` would at once.
+        """
+        ...
+
+    async def finish(self, begun: AwaitableFuture[torch.Tensor]) -> torch.Tensor:
+        """What `step` would have returned, or raised."""
         ...
 
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from petals_win.client.blocks import BlockSession
+from petals_win.client.blocks import BeginsAnywhere, BlockSession
 from petals_win.client.choosing import Sampler
 from petals_win.client.drafts import Drafter, Pace
 from petals_win.client.ends import Ends
 from petals_win.client.rounds import Rounds
+from petals_win.host.futures import AwaitableFuture
 from petals_win.host.threads import computing
 from petals_win.span.compute import ComputeThread
 
@@ -68,9 +70,9 @@ class DecodeLoop:
         """
         if not prompt or limit < 1:
             raise ValueError(f"A prompt of {len(prompt)} tokens and an answer of at most {limit} are no answer")
-        answer = _Answer(prompt, session.position, choose, limit, frozenset(ends), Drafter(self._pace))
+        answer = _Answer(session, prompt, choose, limit, frozenset(ends), Drafter(self._pace))
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        work = asyncio.create_task(self._answer(session, answer, tokens))
+        work = asyncio.create_task(self._answer(answer, tokens))
         work.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
             while (token := await tokens.get()) is not None:
@@ -93,7 +95,7 @@ class DecodeLoop:
             ids = torch.tensor(tokens[start : start + _EMBEDDED_AT_ONCE], dtype=torch.int64)
             positions = torch.arange(start, start + len(ids))
             hidden = await self._computed(self._ends.embed, ids, positions)
-            outputs = await _step(session, hidden[None])
+            outputs = await _through(session.step(hidden[None]))
             if outputs.shape != (1, *hidden.shape):
                 raise ValueError(f"The blocks returned {list(outputs.shape)} for {[1, *hidden.shape]}")
             part = await self._computed(self._sum_of_final, outputs[0])
@@ -116,34 +118,30 @@ class DecodeLoop:
         """On the compute thread: [hidden] of [tokens, hidden]; in float64, so that long texts lose nothing."""
         return self._ends.final(outputs).double().sum(dim=0)
 
-    async def _answer(self, session: BlockSession, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
+    async def _answer(self, answer: _Answer, tokens: asyncio.Queue[int | None]) -> None:
         """All of one answer. It goes on without waiting for the reader, so that all steps of a batch set out before any text."""
         self._running += 1
         try:
-            row = await self._turn(session, answer, tokens)
+            row = await self._turn(answer, tokens)
             while row.hidden is not None:
                 rows, asked, size = row.hidden.shape
-                if (held := self._rounds.leaves(answer, asked - answer.drafted)) > 0:
+                if (held := self._rounds.leaves(answer, asked - answer.drafted)) > 0 and row.begun is None:
                     await asyncio.sleep(held)
-                outputs = await _step(session, row.hidden, last=1 + answer.drafted)
+                outputs = await _through(row.outputs_of_blocks())
                 self._rounds.came(answer)
                 if outputs.shape != (rows, 1 + answer.drafted, size):
                     raise ValueError(f"The blocks returned {list(outputs.shape)} for {list(row.hidden.shape)}")
-                row = await self._turn(session, answer, tokens, outputs[0])
+                row = await self._turn(answer, tokens, outputs[0])
         finally:
             self._running -= 1
             self._rounds.ended(answer)
             self._see_whom_to_wait_for()
 
     async def _turn(
-        self,
-        session: BlockSession,
-        answer: _Answer,
-        tokens: asyncio.Queue[int | None],
-        outputs: torch.Tensor | None = None,
+        self, answer: _Answer, tokens: asyncio.Queue[int | None], outputs: torch.Tensor | None = None
     ) -> _Row:
         """Wait for the compute thread, pass on the tokens that it has chosen, and return the row with its results."""
-        most_drafts = 0 if outputs is None else session.takes_back
+        most_drafts = 0 if outputs is None else answer.session.takes_back
         row = _Row(answer, outputs, most_drafts, asyncio.get_running_loop().create_future())
         with self._lock:
             self._waiting.append(row)
@@ -151,11 +149,12 @@ class DecodeLoop:
         try:
             await row.done
         finally:
-            if not row.done.cancelled():
+            if row.done.cancelled():
+                row.give_up()
+            else:
                 for token in row.tokens:
                     tokens.put_nowait(token)
-                if row.wrong:  # at the end, too, since of what the session has seen others may go on
-                    session.truncate(session.position - row.wrong)
+                row.take_back()  # at the end, too, since of what the session has seen others may go on
         return row
 
     def _see_whom_to_wait_for(self) -> None:
@@ -204,6 +203,8 @@ class DecodeLoop:
             with torch.inference_mode():
                 self._choose([row for row in rows if row.outputs is not None])
                 self._embed([row for row in rows if row.error is None and not row.answer.ended])
+            for row in rows:
+                row.begin()
         except Exception as e:  # the batch's: all of its answers end by it
             for row in rows:
                 row.error = row.error or e
@@ -244,17 +245,20 @@ class _Answer:
 
     def __init__(
         self,
+        session: BlockSession,
         prompt: Sequence[int],
-        position: int,
         choose: Sampler,
         limit: int,
         ends: frozenset[int],
         drafter: Drafter,
     ) -> None:
-        self.choose = choose
+        self.session, self.choose = session, choose
+        self.begins = (
+            session if isinstance(session, BeginsAnywhere) else None
+        )  # looking takes longer than many a step of a token
         self._ids = torch.tensor([prompt], dtype=torch.int64)
         self._length, self._seen = len(prompt), 0
-        self._position = position  # of the prompt's first token
+        self._position = session.position  # of the prompt's first token
         self._last = len(prompt) + limit
         self._ends = ends
         self.ended = False
@@ -337,11 +341,51 @@ class _Row:
     wrong: int = 0
     hidden: torch.Tensor | None = None
     error: Exception | None = None
+    begun: AwaitableFuture[torch.Tensor] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _given_up: bool = False
+
+    def begin(self) -> None:
+        """On the compute thread: let the step of `hidden` set out, if it can from here.
+
+        Then it does not wait for the event loop, which has the time of that step for text and whoever reads it.
+        """
+        begins = self.answer.begins
+        with self._lock:
+            if begins is None or self.hidden is None or self._given_up:
+                return
+            try:
+                self.take_back()
+                self.begun = begins.begin(self.hidden)
+            except Exception as e:
+                self.error = e
+
+    async def outputs_of_blocks(self) -> torch.Tensor:
+        """What the blocks make of `hidden`: of its last token and the guesses."""
+        assert self.hidden is not None
+        last, begins = 1 + self.answer.drafted, self.answer.begins
+        if self.begun is not None and begins is not None:
+            return (await begins.finish(self.begun))[:, -last:]
+        return await self.answer.session.step(self.hidden, last=last)
+
+    def take_back(self) -> None:
+        """Let the session forget the guesses that were wrong."""
+        if self.wrong:
+            self.answer.session.truncate(self.answer.session.position - self.wrong)
+            self.wrong = 0
+
+    def give_up(self) -> None:
+        """On the event loop: nobody waits any more, and the session is used by nobody else when this returns."""
+        with self._lock:
+            self._given_up = True
+            if self.begun is not None:
+                self.begun.cancel()
 
 
-async def _step(session: BlockSession, hidden: torch.Tensor, last: int | None = None) -> torch.Tensor:
+async def _through(step: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+    """What a step of a session returns."""
     try:
-        return await session.step(hidden, last=last)
+        return await step
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

@@ -6,11 +6,13 @@ Knows sessions of a span and the memory that they share. Does not know tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from petals_win.client.pages import page_hashes
+from petals_win.host.futures import AwaitableFuture
 from petals_win.node.budget import CacheBudget
 from petals_win.node.served import ServedSession
 from petals_win.span.compute import ComputeThread
@@ -59,7 +61,7 @@ class LocalBlocks:
 
 
 class LocalSession:
-    """Implements BlockSession, with one row."""
+    """Implements BlockSession and BeginsAnywhere, with one row."""
 
     def __init__(self, blocks: LocalBlocks, max_length: int, tokens: Sequence[int]):
         self._blocks, self._prompt = blocks, tokens
@@ -91,17 +93,33 @@ class LocalSession:
         hypo_ids: torch.Tensor | None = None,
         last: int | None = None,
     ) -> torch.Tensor:
-        if self._blocks._given_up:
-            raise RuntimeError(_ENDING)
-        self._stepping = asyncio.current_task()
         self._of_tokens_alone &= prompts is None
-        try:
+        with self._in_work():
             if self.position == 0 and self._of_tokens_alone and hidden.shape[1] == len(self._prompt):
                 self.cached_tokens = PAGE_TOKENS * await self._served.recall(page_hashes(self._prompt[:-1], ""))
                 hidden = hidden[:, self.cached_tokens :]
             own = None if prompts is None else list(prompts)
             output = await self._served.step(hidden, prompts=own, hypo_ids=hypo_ids)
             return output if last is None else output[:, -last:]
+
+    def begin(self, hidden: torch.Tensor) -> AwaitableFuture[torch.Tensor] | None:
+        return self._served.begin(hidden)
+
+    async def finish(self, begun: AwaitableFuture[torch.Tensor]) -> torch.Tensor:
+        try:
+            with self._in_work():
+                return await self._served.finish(begun)
+        finally:
+            begun.cancel()
+
+    @contextlib.contextmanager
+    def _in_work(self) -> Iterator[None]:
+        """Around what this task waits for, which ends by a RuntimeError as soon as all blocks are given up."""
+        if self._blocks._given_up:
+            raise RuntimeError(_ENDING)
+        self._stepping = asyncio.current_task()
+        try:
+            yield
         except asyncio.CancelledError:
             if self._blocks._given_up:
                 raise RuntimeError(_ENDING) from None

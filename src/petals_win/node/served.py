@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from petals_win.errors import NodeFull, NodeRefused
+from petals_win.host.futures import AwaitableFuture
 from petals_win.node.budget import CacheBudget, Share
 from petals_win.span.compute import ComputeThread
 from petals_win.span.decoder import Prompts
@@ -121,11 +122,32 @@ class ServedSession:
         session = await self._with_room(self.position + hidden.shape[1])
         if hidden.shape[1] == 0:
             return hidden
+        return await self.finish(self._set_out(session, hidden, prompts, hypo_ids))
+
+    def begin(self, hidden: torch.Tensor) -> AwaitableFuture[torch.Tensor] | None:
+        """Begin a step, in any thread while no other one calls the session; None if there may be no room for it."""
+        session = self._session
+        if session is None or self.position + hidden.shape[1] > session.room:
+            return None
+        self.check_step(hidden.shape)
+        return self._set_out(session, hidden)
+
+    def _set_out(
+        self,
+        session: Session,
+        hidden: torch.Tensor,
+        prompts: Prompts | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> AwaitableFuture[torch.Tensor]:
         start, self._start = self._start, None
+        return self._scheduler.step(
+            session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start, priority=self._priority
+        )
+
+    async def finish(self, begun: AwaitableFuture[torch.Tensor]) -> torch.Tensor:
+        """Wait for a step that was begun; as `step`."""
         try:
-            return await self._scheduler.step(
-                session, hidden, prompts=prompts, hypo_ids=hypo_ids, start=start, priority=self._priority
-            )
+            return await begun
         except CannotTruncate:
             raise  # a failure: with its whole past the session can go on, here or elsewhere
         except ValueError as e:
