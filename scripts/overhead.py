@@ -16,6 +16,7 @@ from typing import Any
 
 from petals_win.bench.http import measure
 from petals_win.engines.registry import EngineSettings, find_engine
+from petals_win.host.threads import apply_thread_settings
 from petals_win.models.source import DEFAULT_MODEL
 
 LEAST_RATIO, MOST_FIRST_MS = 0.97, 10.0
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args()
+    apply_thread_settings(None)  # as the API does
     found = asyncio.run(figures(asked.rounds, asked.firsts, asked.tokens))
     if asked.json:
         print(json.dumps(found))

@@ -85,9 +85,15 @@ class Pc:
 
     def __init__(self, monkeypatch):
         self.now = self.others = 0.0
-        monkeypatch.setattr(threads, "_clocks", lambda: (self.now, self.others))
+        self.looks = 0
+        monkeypatch.setattr(threads, "_now", lambda: self.now)
+        monkeypatch.setattr(threads, "_had_by_others", self.had_by_others)
         monkeypatch.setattr(os, "cpu_count", lambda: 4)
         self.cores = threads.FreeCores(4)
+
+    def had_by_others(self):
+        self.looks += 1
+        return self.others
 
     def compute(self, seconds, others):
         """One computation, while others keep so many cores busy; returns with how many threads."""
@@ -114,6 +120,24 @@ def test_what_others_do_between_computations_does_not_count(monkeypatch):
         assert pc.compute(0.05, others=0) == 4
         pc.now += 0.05
         pc.others += 0.2
+
+
+def test_who_is_busy_all_the_time_counts_for_one_with_pauses_too(monkeypatch):
+    pc = Pc(monkeypatch)
+    for _token in range(20):
+        number = pc.compute(0.05, others=3)
+        pc.now += 0.05
+        pc.others += 0.15
+    assert number == 1
+
+
+def test_looking_at_what_others_have_had_is_rare(monkeypatch):
+    """It takes as long as the hundredth part of a small model's token, which has several computations."""
+    pc = Pc(monkeypatch)
+    for _token in range(1000):
+        assert pc.compute(0.004, others=0.1) == 4
+        pc.now += 0.0005
+    assert pc.looks < 30, "in four seconds"
 
 
 def test_after_a_pause_it_is_seen_at_once_that_others_have_ended(monkeypatch):

@@ -31,6 +31,7 @@ _SWITCH_INTERVAL_S = 0.0005
 _WINDOW_S = 0.2  # of computing, between two decisions; the system counts a core's time in ticks of 10 to 16 ms
 _PAUSE_S = 1.0  # after so long others may have begun or ended, and
 _FIRST_WINDOW_S = 0.1  # is enough for the next decision
+_MOSTLY = 0.9  # of the time; who computes for so much of it makes no pauses worth mentioning
 _BUSY = ("user", "nice", "system", "irq", "softirq")  # of the times that a system tells, those in which a core works
 
 
@@ -45,7 +46,11 @@ class FreeCores:
         self._cores = os.cpu_count() or most
         self._lock = threading.Lock()
         self._running = 0  # computations of this process at this moment
-        self._began = self._ended = _clocks()
+        self._began = self._ended = _now()
+        # Looking at what others have had takes long for a token. So it is looked at once in a while, pauses included, and at each
+        # beginning and end only where pauses make a difference.
+        self._exact = False
+        self._looked, self._had = self._began, _had_by_others()
         self._window = _FIRST_WINDOW_S
         self._seconds = self._taken = 0.0  # of computing, and core seconds that others had meanwhile
 
@@ -54,13 +59,7 @@ class FreeCores:
         """Around one computation; yields the number of threads for it, at least one."""
         with self._lock:
             if self._running == 0:
-                self._began = _clocks()
-                pause, taken = self._began[0] - self._ended[0], self._began[1] - self._ended[1]
-                if pause >= _PAUSE_S:
-                    # What others did before may be over, as what they did in the pause. Too many threads for the first window
-                    # cost less than too few for a while after each answer of somebody else's.
-                    self._decide(pause, taken, at_least=self._threads)
-                    self._window = _FIRST_WINDOW_S
+                self._begin(_now())
             self._running += 1
             threads = max(1, self._threads // self._running)
         try:
@@ -69,37 +68,66 @@ class FreeCores:
             with self._lock:
                 self._running -= 1
                 if self._running == 0:
-                    self._ended = _clocks()
-                    self._count(self._ended)
+                    self._end(_now())
 
     def look(self) -> int | None:
         """In the middle of a computation: the number of threads for the rest of it; None: there is no news."""
-        if time.perf_counter() - self._began[0] < _FIRST_WINDOW_S:
+        if _now() - self._began < _FIRST_WINDOW_S:
             return None
         with self._lock:
-            now = _clocks()
-            self._count(now)
+            now = _now()
+            self._end(now)
             self._began = now
             return max(1, self._threads // max(1, self._running))
 
-    def _count(self, now: tuple[float, float]) -> None:
-        """What has passed since this process began to compute."""
-        self._seconds += now[0] - self._began[0]
-        self._taken += now[1] - self._began[1]
-        if self._seconds >= self._window:
-            self._decide(self._seconds, self._taken)
-            self._window = _WINDOW_S
+    def _begin(self, now: float) -> None:
+        if now - self._ended >= _PAUSE_S:
+            # What others did before may be over, as what they did in the pause. Too many threads for the first window
+            # cost less than too few for a while after each answer of somebody else's.
+            seconds = now - self._looked
+            self._decide(seconds, self._look(now), at_least=self._threads)
+            self._window = _FIRST_WINDOW_S
+        elif self._exact:
+            self._look(now)
+        self._began = now
+
+    def _end(self, now: float) -> None:
+        self._ended = now
+        self._seconds += now - self._began
+        if self._exact:
+            self._taken += self._look(now)
+            if self._seconds >= self._window:
+                self._decide(self._seconds, self._taken)
+        elif (seconds := now - self._looked) >= self._window:
+            taken = self._look(now)
+            if self._seconds >= _MOSTLY * seconds or self._left(seconds, taken) >= self._most:
+                self._decide(seconds, taken)
+            else:  # others may have had it in the pauses
+                self._exact, self._seconds, self._window = True, 0.0, _FIRST_WINDOW_S
+
+    def _look(self, now: float) -> float:
+        """Core seconds that others have had since the last look."""
+        before, self._looked, self._had = self._had, now, _had_by_others()
+        return self._had - before
+
+    def _left(self, seconds: float, taken: float) -> int:
+        """Cores that were free, if others have had `taken` core seconds in so many seconds."""
+        return int(self._cores - taken / seconds + 0.5)
 
     def _decide(self, seconds: float, taken: float, at_least: int = 1) -> None:
-        """Others have had `taken` core seconds in so many seconds."""
-        self._threads = min(max(int(self._cores - taken / seconds + 0.5), at_least), self._most)
-        self._seconds = self._taken = 0.0
+        self._threads = min(max(self._left(seconds, taken), at_least), self._most)
+        self._exact, self._seconds, self._taken, self._window = False, 0.0, 0.0, _WINDOW_S
 
 
-def _clocks() -> tuple[float, float]:
-    """Seconds that have passed, and core seconds that all other processes of the PC have had."""
+def _now() -> float:
+    """Seconds, of which only differences say something."""
+    return time.perf_counter()
+
+
+def _had_by_others() -> float:
+    """Core seconds that all other processes of the PC have had."""
     times = psutil.cpu_times()
-    return time.perf_counter(), sum(getattr(times, kind, 0.0) for kind in _BUSY) - time.process_time()
+    return sum(getattr(times, kind, 0.0) for kind in _BUSY) - time.process_time()
 
 
 _this_thread = threading.local()  # `computes`: whether it is inside of a computation
