@@ -15,6 +15,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 PING_S = 15.0
+# Pieces that come faster than a screen shows them share a message, which costs the PC and its client more than they do.
+SOON_S = 1 / 60
 # A client that has stopped reading must not hold its place for ever.
 SEND_S = 60.0
 
@@ -57,13 +59,19 @@ class Stream(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # nginx would keep the pieces back
         self._pieces, self._ping, self._more = pieces, ping, more
         self._turn = asyncio.Lock()  # a ping waits for no piece, and a piece for no more than a ping
+        self._held = b""
+        self._late = asyncio.Event()  # whether what is held back has waited long enough
+        self._timer: asyncio.TimerHandle | None = None  # which says so
+        self._came = self._sent = float("-inf")  # when the last piece did, and the last message was
         self._sending_since: float | None = None
-        self._complete = False
+        self._begun = self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if not self._more():
+            await self._begin(send)  # else with the first piece, which is there
         tasks = [asyncio.ensure_future(self._send_all(send))]
-        tasks += map(asyncio.ensure_future, (self._send_pings(send), self._overdue(), left(receive)))
+        others = (self._send_late(send), self._send_pings(send), self._overdue(), left(receive))
+        tasks += map(asyncio.ensure_future, others)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -74,14 +82,30 @@ class Stream(Response):
         for task in done:
             task.result()
 
+    async def _begin(self, send: Send) -> None:
+        self._begun = True
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
     async def _send_all(self, send: Send) -> None:
-        held = b""
+        loop = asyncio.get_running_loop()
         async for piece in self._pieces:
-            held += piece
-            if not self._more():
-                await self._send(send, held)
-                held = b""
-        await self._send(send, held, complete=True)
+            self._held += piece
+            if self._more():
+                continue
+            before, self._came = self._came, loop.time()
+            next_one = self._came + (self._came - before)  # if it takes as long as this one
+            if next_one > self._sent + SOON_S:
+                await self._send(send)
+            elif self._timer is None:
+                self._timer = loop.call_at(self._sent + SOON_S, self._late.set)
+        await self._send(send, complete=True)
+
+    async def _send_late(self, send: Send) -> None:
+        """Send what was held back for a piece that has not come."""
+        while True:
+            await self._late.wait()
+            self._late.clear()
+            await self._send(send)
 
     async def _send_pings(self, send: Send) -> None:
         while True:
@@ -89,12 +113,18 @@ class Stream(Response):
             if not self._turn.locked():  # else something is on its way
                 await self._send(send, self._ping())
 
-    async def _send(self, send: Send, body: bytes, complete: bool = False) -> None:
+    async def _send(self, send: Send, ping: bytes = b"", complete: bool = False) -> None:
         async with self._turn:
             if self._complete:
                 return
             self._complete = complete
-            self._sending_since = asyncio.get_running_loop().time()
+            if not self._begun:
+                await self._begin(send)
+            body, self._held = self._held + ping, b""
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._sent = self._sending_since = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": not complete})
             self._sending_since = None
 
