@@ -20,6 +20,7 @@ from petals_win.engines.registry import EngineSettings, find_engine
 from petals_win.engines.text import TextEngine
 from petals_win.node import served
 from petals_win.span.prefixes import PAGE_TOKENS
+from petals_win.span.scheduler import Scheduler
 
 CONTEXT = 4096
 
@@ -81,11 +82,11 @@ def test_text_that_repeats_itself_takes_fewer_steps(tmp_path, monkeypatch, famil
     prompt = [1, *[40, 41, 42, 43, 44] * 6]
     requests = [chat(), chat(temperature=0.7, seed=3), chat(temperature=0, frequency_penalty=0.01)]
     steps: list[int] = []
-    step = served.ServedSession.step
+    step = Scheduler.step
     monkeypatch.setattr(
-        served.ServedSession,
+        Scheduler,
         "step",
-        lambda self, hidden, **how: steps.append(hidden.shape[1]) or step(self, hidden, **how),
+        lambda self, session, hidden, **how: steps.append(hidden.shape[1]) or step(self, session, hidden, **how),
     )
 
     async def ask(_engine: TextEngine, tokens: LocalEngine):
