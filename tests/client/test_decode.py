@@ -340,6 +340,7 @@ def test_all_that_wait_share_a_pass(decoding, monkeypatch):
         return hidden[:, -last:]
 
     monkeypatch.setattr(LocalSession, "step", step)
+    monkeypatch.setattr(made.blocks, "before_a_step", together)
     made.run(some_prompts())
     assert rows == [len(LENGTHS)] * LIMIT
 

@@ -10,7 +10,6 @@ from test_kept_prompts import ask, use
 from test_kept_prompts import prompt as prompt  # a fixture
 
 from petals_win.client import decode, server_session
-from petals_win.client.session import RemoteSession
 from petals_win.engines.petals import PetalsEngine
 from petals_win.swarm.local import LocalSwarm
 
@@ -40,7 +39,7 @@ def test_a_prompt_comes_back_once_rather_than_twice(swarm: LocalSwarm, prompt, c
         return answer.tokens, before_the_answer[0]
 
     tokens, few = use(swarm, once)
-    monkeypatch.setattr(decode, "_step", _all_and_cut)
+    monkeypatch.setattr(decode._Row, "outputs_of_blocks", _all_and_cut)
     same_tokens, many = use(swarm, once)
     assert same_tokens == tokens
     whole = len(prompt) * HIDDEN_BYTES
@@ -50,5 +49,5 @@ def test_a_prompt_comes_back_once_rather_than_twice(swarm: LocalSwarm, prompt, c
     )  # the next step may have set out
 
 
-async def _all_and_cut(session: RemoteSession, hidden: torch.Tensor, last: int) -> torch.Tensor:
-    return (await session.step(hidden))[:, -last:]
+async def _all_and_cut(row: Any) -> torch.Tensor:
+    return (await row.answer.session.step(row.hidden))[:, -1 - row.answer.drafted :]

@@ -160,7 +160,7 @@ class Answer:
         self._known = {card.id for card in engine.models()}
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._ahead = asyncio.Semaphore(_EVENTS_AHEAD)
-        self._over = False  # whether all events were read
+        self._told = self._over = False  # whether any event, and whether the end, was read or can be
         self._begun = asyncio.Event()
         self._error: ApiError | None = None
         self.task = asyncio.create_task(self._run(engine, slots, requests, bills))
@@ -169,7 +169,7 @@ class Answer:
         """Wait for the first event, at most `patience` seconds. Raises ApiError if the answer broke before it."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._begun.wait(), patience)
-        if self._error:
+        if self._error and not self._told:
             raise self._error
 
     @property
@@ -222,6 +222,7 @@ class Answer:
                                 bill.piece()
                             await self._ahead.acquire()
                             self._events.put_nowait((index, event))
+                            self._told = True
         except asyncio.CancelledError:
             self._error = _shutting_down()
             run.aborted()

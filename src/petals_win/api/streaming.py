@@ -90,14 +90,12 @@ class Stream(Response):
         loop = asyncio.get_running_loop()
         async for piece in self._pieces:
             self._held += piece
-            if self._more():
-                continue
             before, self._came = self._came, loop.time()
             next_one = self._came + (self._came - before)  # if it takes as long as this one
-            if next_one > self._sent + SOON_S:
+            if next_one > self._sent + SOON_S and not self._more():
                 await self._send(send)
-            elif self._timer is None:
-                self._timer = loop.call_at(self._sent + SOON_S, self._late.set)
+            elif self._timer is None:  # also if more is there, of which nothing may have to be told
+                self._timer = loop.call_at(max(self._sent, self._came) + SOON_S, self._late.set)
         await self._send(send, complete=True)
 
     async def _send_late(self, send: Send) -> None:
@@ -105,7 +103,8 @@ class Stream(Response):
         while True:
             await self._late.wait()
             self._late.clear()
-            await self._send(send)
+            if self._held:
+                await self._send(send)
 
     async def _send_pings(self, send: Send) -> None:
         while True:
