@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
+import pytest
+
 from petals_win.api import streaming
 from petals_win.api.server import _Gathering
 from petals_win.api.streaming import Stream, json_event, json_line
@@ -109,12 +111,9 @@ def test_a_broken_stream_raises_and_ends_its_pieces():
         finally:
             ended.append(True)
 
-    try:
+    with pytest.raises(ZeroDivisionError):
         sent(pieces())
-    except ZeroDivisionError:
-        assert ended == [True]
-    else:
-        raise AssertionError("it was lost")
+    assert ended == [True]
 
 
 def test_events_and_lines_are_one_line_for_everybody():

@@ -160,7 +160,8 @@ class Answer:
         self._known = {card.id for card in engine.models()}
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._ahead = asyncio.Semaphore(_EVENTS_AHEAD)
-        self._told = self._over = False  # whether any event, and whether the end, was read or can be
+        self._told = False  # whether any event was put there
+        self._over = False  # whether the end was read
         self._begun = asyncio.Event()
         self._error: ApiError | None = None
         self.task = asyncio.create_task(self._run(engine, slots, requests, bills))

@@ -25,7 +25,7 @@ from petals_win.api.errors import ApiError, from_engine
 from petals_win.api.generations import Generations
 from petals_win.api.petals_sessions import IDLE_S, Generate, Session, Sessions, portions
 from petals_win.api.schemas import Text
-from petals_win.api.streaming import SEND_S
+from petals_win.api.streaming import SEND_S, until_one_ends
 from petals_win.engines.base import Engine
 from petals_win.errors import UserError
 
@@ -157,17 +157,11 @@ class _Chat:
         self._inbox: asyncio.Queue[str | bytes] = asyncio.Queue(_AHEAD)
 
     async def run(self) -> None:
-        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._talk())}
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await until_one_ends(self._read(), self._talk())
         except WebSocketDisconnect:
             pass
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             if self._session is not None:
                 self._sessions.close(self._session.id)
         if self._connection.client_state is WebSocketState.CONNECTED:

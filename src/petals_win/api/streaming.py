@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from starlette.responses import Response
@@ -62,25 +62,17 @@ class Stream(Response):
         self._held = b""
         self._late = asyncio.Event()  # whether what is held back has waited long enough
         self._timer: asyncio.TimerHandle | None = None  # which says so
-        self._came = self._sent = float("-inf")  # when the last piece did, and the last message was
-        self._sending_since: float | None = None
+        self._came = self._sent = float("-inf")  # when the last piece did, and the last message set out
         self._begun = self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._more():
             await self._begin(send)  # else with the first piece, which is there
-        tasks = [asyncio.ensure_future(self._send_all(send))]
-        others = (self._send_late(send), self._send_pings(send), self._overdue(), left(receive))
-        tasks += map(asyncio.ensure_future, others)
+        sending = (self._send_all(send), self._send_late(send), self._send_pings(send))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(*sending, self._overdue(), left(receive))
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self._pieces.aclose()
-        for task in done:
-            task.result()
 
     async def _begin(self, send: Send) -> None:
         self._begun = True
@@ -95,7 +87,7 @@ class Stream(Response):
             if next_one > self._sent + SOON_S and not self._more():
                 await self._send(send)
             elif self._timer is None:  # also if more is there, of which nothing may have to be told
-                self._timer = loop.call_at(max(self._sent, self._came) + SOON_S, self._late.set)
+                self._timer = loop.call_at(self._came + SOON_S, self._late.set)
         await self._send(send, complete=True)
 
     async def _send_late(self, send: Send) -> None:
@@ -117,21 +109,33 @@ class Stream(Response):
             if self._complete:
                 return
             self._complete = complete
+            self._sent = asyncio.get_running_loop().time()
             if not self._begun:
                 await self._begin(send)
             body, self._held = self._held + ping, b""
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            self._sent = self._sending_since = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": body, "more_body": not complete})
-            self._sending_since = None
 
     async def _overdue(self) -> None:
         """Returns when the client has not taken a piece for too long."""
         clock = asyncio.get_running_loop().time
-        while (left := SEND_S if self._sending_since is None else self._sending_since + SEND_S - clock()) > 0:
+        while (left := self._sent + SEND_S - clock() if self._turn.locked() else SEND_S) > 0:
             await asyncio.sleep(left)
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Do all of it at once, until a part has ended; the others are cancelled. Raises what that part did."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 async def left(receive: Receive) -> None:
