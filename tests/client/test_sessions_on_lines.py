@@ -84,6 +84,39 @@ def test_a_line_that_fails_in_the_middle_of_steps_has_them_replayed_elsewhere(ho
     assert swarm.failures == ["a"] and first.on_line == 2
 
 
+def test_an_answer_to_what_was_pushed_can_be_lost_with_its_line(monkeypatch):
+    """Before the client sends the step itself, which the node takes for one that it has answered."""
+    monkeypatch.setattr(server_session, "SILENT_SECONDS", 30.0)
+    first, second = two()
+    swarm = Swarm(first, second, Node("c", 2, BLOCKS), request_timeout=100.0)
+    session = opened(swarm)
+    late: list[asyncio.Task[None]] = []
+
+    async def answer_late(request):
+        if request.number != 2:
+            return
+        (line,) = first.open_lines.values()
+        send, way = line.send, session._servers[1]._way
+
+        async def once_the_other_line_is_lost(answer):
+            await eventually(lambda: way._line is None)
+            assert send(*answer)
+
+        monkeypatch.setattr(
+            line, "send", lambda *answer: late.append(asyncio.create_task(once_the_other_line_is_lost(answer))) or True
+        )
+
+    async def answer_in_vain(request):
+        if request.number == 2:
+            assert request.pushed
+            (line,) = second.open_lines.values()
+            asyncio.get_running_loop().call_soon(line.close)  # what is sent in this turn is not written any more
+
+    first.script, second.script = answer_late, answer_in_vain
+    run(converse(session, first, second, lengths=(5, 1, 1)))
+    assert len(late) == 1 and swarm.failures == ["b"]
+
+
 def test_all_sessions_of_a_line_survive_its_end():
     first, second = two()
     waiting = []

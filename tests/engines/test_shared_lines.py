@@ -33,7 +33,7 @@ def test_answers_at_once_share_lines_and_survive_their_loss(tmp_path: Path, monk
     monkeypatch.setattr(TransformerConnectionHandler, "_take", taking)
     monkeypatch.setattr(Line, "_write", writing)
     # Each with a seed of its own, so that they do not say the same.
-    asked = [chat(f"Question {number}", max_tokens=40, temperature=1.0, seed=number) for number in range(6)]
+    asked = [chat(f"Question {number}", max_tokens=100, temperature=1.0, seed=number) for number in range(6)]
 
     async def end_lines(node: NodeHere) -> None:
         assert node.server.container is not None
@@ -48,12 +48,14 @@ def test_answers_at_once_share_lines_and_survive_their_loss(tmp_path: Path, monk
         assert sum(frames.values()) < sum(size * count for size, count in frames.items())
 
         answering = [asyncio.create_task(answer(engine, each)) for each in asked]
+        ended = 0
         for node in nodes * 3:
             before = pushed.total()
-            while pushed.total() < before + 12:
+            while pushed.total() < before + 12 and not all(each.done() for each in answering):
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(node.server.dht.call, end_lines(node), 5)
-        assert [(await each)[0] for each in answering] == alone
+            ended += not all(each.done() for each in answering)
+        assert [(await each)[0] for each in answering] == alone and ended
 
     with nodes_here(folder, ["0:2", "2:4"]) as nodes:
         use(folder, nodes, ask)

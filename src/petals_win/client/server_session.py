@@ -114,10 +114,7 @@ class ServerSession:
         except TimeoutError as e:
             raise NodeSilent(f"A node said nothing for {seconds:.0f} s") from e
         self._reading = asyncio.create_task(self._inbox.read(answers))
-        if self._lines is not None and (way := self._lines.to(self.peer_id)) is not None:
-            self._way = way
-            way.join(self.session_id, self._inbox)
-            self._reading.add_done_callback(partial(_leave, way, self.session_id))
+        self._join_the_way()
         await asyncio.sleep(0)  # a generator that was never started would not clean up when its task is cancelled
 
     def send(
@@ -127,7 +124,7 @@ class ServerSession:
         *,
         step_id: str,
         patience: float,
-        push_to: list[tuple[str, str, int, int]],
+        push_to: Sequence[ServerSession],
         outputs: Mapping[str, int] = {},
         pages: Sequence[bytes] = (),
         whole: bool = False,
@@ -136,7 +133,7 @@ class ServerSession:
 
         :param prompts: deep prompts [blocks of the model, batch or 1, prefix, hidden], for the first chunk of a session
         :param patience: seconds that the node may keep a new session waiting for room
-        :param push_to: `place` of the nodes behind, for which this one need not wait for the client
+        :param push_to: the sessions behind, whose nodes get the outputs from this one, too
         :param outputs: how many of the last outputs are wanted, for sessions here and behind of which not all are, by `session_id`
         :param whole: whether it is a step, rather than a part of one. A session's first step and what is in parts goes on the
             session's own stream, as does what is too long for a line
@@ -145,7 +142,7 @@ class ServerSession:
         if self.sent == 0:
             metadata |= {**self._metadata, "alloc_timeout": patience}
         elif push_to:
-            metadata["next_servers"] = push_to
+            metadata["next_servers"] = [later.place for later in push_to]
         if outputs:
             metadata[OUTPUTS] = dict(outputs)
         if pages:
@@ -156,7 +153,9 @@ class ServerSession:
         way = self._way if whole and self.sent and not self._in_flight else None
         line = None if way is None else way.line
         if way is not None and line is not None:
-            metadata[LINE], self._inbox.line = way.name, line
+            metadata[LINE] = way.name
+            for each in (self, *push_to):
+                each._may_answer_on_a_line()
         theirs = None if prompts is None else prompts[self.start : self.end]
         how = {"compression": self._compression, "metadata": metadata}
         request = step_request(self._uid, hidden, theirs, self.hypo_ids, **how)
@@ -167,6 +166,19 @@ class ServerSession:
         wanted = outputs.get(self.session_id, tokens)
         self._in_flight.append(_Sent(self.sent, hidden.shape, wanted, patience if self.sent == 0 else 0.0))
         self.sent += tokens
+
+    def _join_the_way(self) -> None:
+        if self._way is None and self._lines is not None and self._reading is not None:
+            if (way := self._lines.to(self.peer_id)) is not None:
+                self._way = way
+                way.join(self.session_id, self._inbox)
+                self._reading.add_done_callback(partial(_leave, way, self.session_id))
+
+    def _may_answer_on_a_line(self) -> None:
+        """The step that sets out. A node behind may do so before the step is sent to it from here, and on a line that was not open then."""
+        self._join_the_way()
+        if self._way is not None and self._inbox.line is None:
+            self._inbox.line = self._way.tried
 
     async def recall(self, pages: Sequence[bytes], hidden: torch.Tensor, *, step_id: str, patience: float) -> int:
         """Let a new session begin with what an earlier one has left of the tokens of these pages; returns of how many pages.
@@ -292,7 +304,7 @@ class _Inbox:
 
     def __init__(self) -> None:
         self.news = asyncio.Event()  # there is something to take
-        self.line: Line | None = None  # on which the answer to the last step may come
+        self.line: int | None = None  # the number of the first one on which the answer to the step in work may come
         self._answers: deque[Any] = deque()
         self._end: Exception | None = None
 
@@ -324,7 +336,7 @@ class _Inbox:
             self._ended(BadAnswer(f"A node answered what cannot be read: {e}"))
 
     def lost(self, line: Line) -> None:
-        if self.line is line:
+        if self.line is not None and line.number >= self.line:
             self._ended(NodeLost("The line to a node has ended"))
 
     def _put(self, answer: Any) -> None:

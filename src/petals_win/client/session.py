@@ -419,13 +419,13 @@ class _Step:
             end = self._chunk_end(server)
             await self._until(lambda end=end: track.length >= end and server.in_flight < _IN_FLIGHT)
             chunk = track.between(server.sent, end)
-            behind = self._push_to(number, end, chunk)
+            behind = self._behind(number, end, chunk)
             server.send(
                 chunk,
                 session._first_prompts if server.sent == 0 else None,
                 step_id=f"{self._id}/{server.sent}",
                 patience=self._patience_at(number),
-                push_to=[later.place for later in behind],
+                push_to=behind,
                 outputs=self._outputs([server, *behind], end, chunk.shape[1]),
                 whole=(server.sent, end) == (self._begin, self._end),
             )
@@ -475,8 +475,8 @@ class _Step:
         behind = any(later.sent for later in self._session._servers[number + 1 :])
         return min(self._patience, _PATIENCE_WITH_PLACES) if behind else self._patience
 
-    def _push_to(self, number: int, end: int, chunk: torch.Tensor) -> list[ServerSession]:
-        """The nodes behind that may get this chunk straight from the ones before. Only a step of one chunk is pushed, and never the
+    def _behind(self, number: int, end: int, chunk: torch.Tensor) -> list[ServerSession]:
+        """The sessions whose nodes may get this chunk straight from the ones before. Only a step of one chunk is pushed, and never the
         past: calls from node to node may overtake each other."""
         servers = self._session._servers
         whole = (servers[number].sent, end) == (self._begin, self._end)

@@ -38,10 +38,10 @@ class BadFrame(ValueError):
 
 
 class Line:
-    """One end of a line, on the event loop that made it."""
+    """One end of a line, on the event loop that made it; `number` tells it from earlier ones to the same peer."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self._reader, self._writer = reader, writer
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int = 0):
+        self._reader, self._writer, self.number = reader, writer, number
         self._waiting: list[bytes] = []  # for the end of this turn of the loop
         self._size = 0  # of these in bytes
         self.used = False
@@ -128,6 +128,7 @@ class Way:
         self._receivers: dict[str, Receiver] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # those that have given up their line read what still comes
         self._opening = self._failed = False
+        self.tried = 0  # lines, the last of which may not be open yet
 
     @property
     def line(self) -> Line | None:
@@ -171,10 +172,11 @@ class Way:
 
     async def _keep(self) -> None:
         line = None
+        self.tried += 1
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 _, reader, writer = await self._open_stream()
-                line = Line(reader, writer)
+                line = Line(reader, writer, self.tried)
                 line.send(self.name, b"")
                 messages = await line.read()  # its name again, and perhaps more
             self._line, self._opening = line, False
