@@ -7,6 +7,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from petals_win.engines.base import Finished, Thought, Token
+
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 
 
@@ -121,6 +123,42 @@ def test_missing_blocks_are_named_and_the_question_is_not_lost(browser):
         page.wait(lambda: page.texts('.assistant[aria-busy="false"]'))
         page.wait(lambda: page.texts(".error"))
         assert page.texts(".assistant .text") == ["two tokens"], "what was answered before it broke stays"
+
+
+def test_what_a_model_thinks_is_apart_from_its_answer(browser):
+    engine = FakeEngine(pace=0.02)
+    engine.script = [*(Thought(f"{number} ") for number in range(50)), Token("Yes"), Token(".")]
+    engine.script.append(Finished("stop"))
+    with serving(engine) as served:
+        page = Page(browser, served.url)
+        page.ready()
+        page.ask("Is it?")
+        page.wait(lambda: page.texts(".thoughts p") and page.texts(".facts"))  # long before a word is said
+        assert page.texts(".assistant .text") == [""] and not page.one(".thoughts p").is_displayed()
+        page.one(".thoughts summary").click()
+        assert page.one(".thoughts p").is_displayed()
+        assert page.answers() == ["Yes."]
+        assert page.texts(".thoughts p") == ["".join(f"{number} " for number in range(50))]
+        page.ask("Really?")
+        page.answers(2)
+        assert served.engine.requests[-1].messages[1] == {"role": "assistant", "content": "Yes."}
+        assert page.complaints() == []
+
+
+def test_an_answer_without_a_word_is_told(browser):
+    engine = FakeEngine()
+    engine.script = [Finished("stop")]
+    with serving(engine) as served:
+        page = Page(browser, served.url)
+        page.ready()
+        page.ask("Anything?")
+        page.wait(lambda: page.texts('.error[role="alert"]'))
+        assert "before the first word" in page.one(".error").text
+        assert page.texts(".message") == [] and page.one("#prompt").get_attribute("value") == "Anything?"
+        engine.script = []
+        page.ask("")
+        assert page.answers() == ["You said: Anything?"] and page.texts(".error") == []
+        assert page.complaints() == []
 
 
 def test_it_asks_for_a_key_where_one_is_needed(browser):

@@ -36,6 +36,15 @@ def up(folder: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def through(page: Page, turn: int) -> bool:
+    """Whether the tab has the answer of this turn, or an error. A model that draws its tokens may end at once: it is asked again."""
+    errors = page.texts(".error")
+    if any("before the first word" in error for error in errors):
+        page.ask("")  # the question is still there
+        return False
+    return bool(errors) or len(page.texts('.assistant[aria-busy="false"] .text')) == turn
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", {"context": 131_072}), ("gpt2", {"context": 32_768})],
@@ -57,11 +66,7 @@ def test_three_tabs_at_once_are_answered_without_any_setting(browser, tmp_path, 
                     page.ask(f"Tell me about the number {number}.")
                 for handle, page in tabs:
                     browser.switch_to.window(handle)
-                    done = '.assistant[aria-busy="false"] .text'
-                    WebDriverWait(browser, 60).until(
-                        lambda _, page=page, done=done, turn=turn: len(page.texts(done)) == turn
-                        or page.texts(".error")
-                    )
+                    WebDriverWait(browser, 60).until(lambda _, page=page, turn=turn: through(page, turn))
                     assert page.texts(".error") == []
                     assert len(page.texts(".facts")) == turn
                     assert page.complaints() == []

@@ -106,6 +106,20 @@ function add(role, text = "") {
   return { article, content };
 }
 
+/** What a model thinks before it answers, closed until somebody wants to read it. Returns where its text goes. */
+function addThoughts(article) {
+  const details = document.createElement("details");
+  details.className = "thoughts";
+  const summary = document.createElement("summary");
+  summary.textContent = "Thoughts";
+  const paragraph = document.createElement("p");
+  const thoughts = document.createTextNode("");
+  paragraph.append(thoughts);
+  details.append(summary, paragraph);
+  article.prepend(details);
+  return thoughts;
+}
+
 function addError(text) {
   const note = document.createElement("p");
   note.className = "note error";
@@ -170,6 +184,7 @@ async function ask(question) {
   toEnd();
 
   const meter = new Meter();
+  let thoughts = null;
   let ending = "";
   let failure = null;
   try {
@@ -187,10 +202,13 @@ async function ask(question) {
       const follow = atEnd();
       if (usage) meter.tokens = usage.completion_tokens;
       if (choice?.finish_reason === "length") ending = " · as long as allowed";
-      if (choice?.delta.content) {
-        content.appendData(choice.delta.content);
-        meter.token();
+      const { reasoning_content: thought, content: said } = choice?.delta ?? {};
+      if (thought) {
+        thoughts ??= addThoughts(article);
+        thoughts.appendData(thought);
       }
+      if (said) content.appendData(said);
+      if (thought || said) meter.token();
       if (meter.tokens) {
         facts.textContent = `${meter}${ending}`;
         article.append(facts);
@@ -208,6 +226,7 @@ async function ask(question) {
     conversation.push({ role: "assistant", content: content.data });
   } else {
     // Nothing was answered: take the question back, so that it can be sent again.
+    if (!running.signal.aborted) failure ??= "The model ended its answer before the first word. Send the question again, or put it another way.";
     article.remove();
     asked.article.remove();
     conversation.pop();
