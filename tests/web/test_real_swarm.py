@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from selenium.webdriver.support.ui import WebDriverWait
 from tiny_chat import tiny_chat_model
 
 from web.test_chat_page import Page
@@ -57,16 +56,14 @@ def test_three_tabs_at_once_are_answered_without_any_setting(browser, tmp_path, 
             for _ in range(3):
                 browser.switch_to.new_window("tab")
                 tabs.append((browser.current_window_handle, Page(browser, url)))
-                WebDriverWait(browser, 60).until(
-                    lambda _: tabs[-1][1].one("#status").get_attribute("data-state") == "ready"
-                )
+                tabs[-1][1].ready()
             for turn in range(1, 3):
                 for number, (handle, page) in enumerate(tabs):
                     browser.switch_to.window(handle)
                     page.ask(f"Tell me about the number {number}.")
                 for handle, page in tabs:
                     browser.switch_to.window(handle)
-                    WebDriverWait(browser, 60).until(lambda _, page=page, turn=turn: through(page, turn))
+                    page.wait(lambda page=page, turn=turn: through(page, turn))
                     assert page.texts(".error") == []
                     assert len(page.texts(".facts")) == turn
                     assert page.complaints() == []

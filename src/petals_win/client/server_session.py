@@ -168,11 +168,12 @@ class ServerSession:
         self.sent += tokens
 
     def _join_the_way(self) -> None:
-        if self._way is None and self._lines is not None and self._reading is not None:
-            if (way := self._lines.to(self.peer_id)) is not None:
-                self._way = way
-                way.join(self.session_id, self._inbox)
-                self._reading.add_done_callback(partial(_leave, way, self.session_id))
+        if self._way is not None or self._lines is None or self._reading is None:
+            return
+        self._way = self._lines.to(self.peer_id)
+        if self._way is not None:
+            self._way.join(self.session_id, self._inbox)
+            self._reading.add_done_callback(partial(_leave, self._way, self.session_id))
 
     def _may_answer_on_a_line(self) -> None:
         """The step that sets out. A node behind may do so before the step is sent to it from here, and on a line that was not open then."""

@@ -226,7 +226,9 @@ async function ask(question) {
     conversation.push({ role: "assistant", content: content.data });
   } else {
     // Nothing was answered: take the question back, so that it can be sent again.
-    if (!running.signal.aborted) failure ??= "The model ended its answer before the first word. Send the question again, or put it another way.";
+    if (!running.signal.aborted) {
+      failure ??= "The model ended its answer before the first word. Send the question again, or put it another way.";
+    }
     article.remove();
     asked.article.remove();
     conversation.pop();
